@@ -1,0 +1,1 @@
+"""How long a configuration takes, whether it fits, and which one to choose."""

@@ -1,0 +1,59 @@
+"""The exception tree. It stands on the lowest floor because every floor raises into it.
+
+PlanError                 anything a user can mend; the message says what, value, rule and remedy
+├── PresetError           a preset file, name or field is wrong
+├── SettingsError         `.env`, the environment or an option is wrong, or settings contradict each other
+├── DataError             the dataset cannot be read, or holds nothing to train on
+├── ModelError            the model or tokenizer cannot be loaded, or is not what the job needs
+├── MeasurementError      the worker process failed in a way that is not "does not fit"
+└── RunError              the run cannot start, go on or be resumed
+    ├── NonFiniteLossError  a loss became NaN or infinite
+    └── OutOfMemoryError    micro-batch 1 does not fit any more
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PlanError(Exception):
+    """Base of every error that a user can mend. Only `planner.cli` turns it into an exit code."""
+
+
+class PresetError(PlanError):
+    """A preset file, its name or one of its fields is wrong."""
+
+
+class SettingsError(PlanError):
+    """A setting from `.env`, the environment or an option is wrong or contradicts another."""
+
+
+class DataError(PlanError):
+    """The dataset cannot be read, or nothing in it can be trained on."""
+
+
+class ModelError(PlanError):
+    """The model or its tokenizer cannot be loaded, or is not what the job needs."""
+
+
+class MeasurementError(PlanError):
+    """The worker process failed in a way that is not "does not fit"."""
+
+
+class RunError(PlanError):
+    """The run cannot start, go on or be resumed."""
+
+
+class NonFiniteLossError(RunError):
+    """A loss became NaN or infinite; the message names the step and the examples."""
+
+
+class OutOfMemoryError(RunError):
+    """The device ran out of memory at micro-batch 1."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """" Did you mean 'x'?" for the closest known word, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""

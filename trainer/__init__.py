@@ -1,0 +1,1 @@
+"""How a job is run: data, batch plan, model, training step, loop, checkpoints, evaluation."""

@@ -1,0 +1,82 @@
+"""TokenizedDataset: every example as token ids and a loss mask, in flat numpy arrays. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from presets import jsonio
+from presets.errors import DataError
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataReport:
+    """What became of the records: counts a user wants to see before hours are spent."""
+
+    source: str  # as shown to the user
+    num_records: int  # read
+    lengths: str = "measured"  # or "assumed"
+    num_bad_lines: int = 0  # skipped on request
+    num_unsupervised: int = 0  # left out: no token to learn from
+    num_truncated: int = 0  # cut at the maximum length
+    notes: tuple[str, ...] = ()  # one line each
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TokenizedDataset:
+    """Examples end to end. Example i is `token_ids[offsets[i]:offsets[i + 1]]`."""
+
+    token_ids: npt.NDArray[np.int32]  # (num_tokens,)
+    supervised: npt.NDArray[np.bool_]  # (num_tokens,) this token is a target; never an example's first token
+    offsets: IntArray  # (num_examples + 1,)
+    report: DataReport
+    engagement: FloatArray | None = None  # (num_examples,) a score, or None where the data has none
+    created_at: FloatArray | None = None  # (num_examples,) seconds since 1970, or None where the data has none
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> IntArray:
+        """Tokens per example, (num_examples,)."""
+        return np.diff(self.offsets)
+
+    @property
+    def num_supervised(self) -> IntArray:
+        """Target tokens per example, (num_examples,)."""
+        running = np.concatenate([[0], np.cumsum(self.supervised, dtype=np.int64)])
+        return np.asarray(running[self.offsets[1:]] - running[self.offsets[:-1]])
+
+    def save(self, folder: Path) -> None:
+        """Write the arrays as .npy files and the report as JSON into an existing folder."""
+        for name in ("token_ids", "supervised", "offsets", "engagement", "created_at"):
+            array = getattr(self, name)
+            if array is not None:
+                np.save(folder / f"{name}.npy", array, allow_pickle=False)
+        (folder / "report.json").write_text(jsonio.to_json(self.report), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> TokenizedDataset:
+        """Open what `save` wrote, memory-mapped.
+
+        Raises:
+            DataError: files are missing or damaged.
+        """
+        try:
+            arrays = {
+                name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+                for name in ("token_ids", "supervised", "offsets", "engagement", "created_at")
+                if (folder / f"{name}.npy").exists()
+            }
+            report = jsonio.from_json(
+                DataReport, (folder / "report.json").read_text(encoding="utf-8"), what="report.json", error=DataError
+            )
+            return cls(report=report, **arrays)  # type: ignore[arg-type]
+        except (OSError, ValueError, TypeError) as reason:
+            raise DataError(f"{folder}: the tokenised data cannot be read ({reason}).") from None
