@@ -62,6 +62,7 @@ class Job:
     num_devices: int = 1
     num_threads: int | None = None  # CPU threads; None: torch's own choice
     seed: int = 42
+    sort_window: bool = True  # longest first inside a window; its examples stay the same
     packing: bool = False
     packed_length: int | None = None  # tokens in a packed row; None: the preset's max_length
     evaluation: EvaluationSpec = EvaluationSpec()

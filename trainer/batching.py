@@ -1,0 +1,330 @@
+"""Lengths -> BatchPlan: the list of batches that the estimator sums and the trainer executes. numpy only.
+
+A plan is four nested lists in flat arrays: windows of micro-batches of rows of documents. A document is one example; a row
+holds one document, or several when packed; a window is one optimizer step. Micro-batch j of a window belongs to device
+j % num_devices, and every window holds a multiple of `num_devices` micro-batches (empty ones at the end where a partial
+window has too few rows), so that each process does the same number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from presets.errors import DataError, RunError
+from trainer.tokens import IntArray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stretch:
+    """Consecutive windows of one size."""
+
+    phase: int  # index of the phase it belongs to
+    global_batch_size: int  # examples per window
+    num_steps: int | None = None  # windows; None: to the end of the pass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Pass:
+    """Some examples, gone over `num_epochs` times, each epoch shuffled anew and ended by its own partial window."""
+
+    examples: IntArray  # (num_examples_of_the_pass,)
+    num_epochs: int
+    stretches: tuple[Stretch, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class MicroShapes:
+    """What the cost of each micro-batch depends on; one entry a micro-batch."""
+
+    rows: IntArray  # sequences
+    width: IntArray  # tokens in the longest row: the padded length
+    tokens: IntArray  # real tokens
+
+    @property
+    def padded_tokens(self) -> IntArray:
+        return self.rows * self.width
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class BatchPlan:
+    """Every window, micro-batch, row and document of a run, in the order of execution."""
+
+    order: IntArray  # (num_documents,) example index of each document
+    row_offsets: IntArray  # (num_rows + 1,) into order
+    micro_offsets: IntArray  # (num_micro_batches + 1,) into rows
+    window_offsets: IntArray  # (num_windows + 1,) into micro-batches
+    window_phase: IntArray  # (num_windows,)
+    window_epoch: IntArray  # (num_windows,) counted from 0 within its pass
+    evaluation: IntArray  # held-out examples, ascending
+    num_devices: int = 1
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.window_offsets) - 1
+
+    @property
+    def num_micro_batches(self) -> int:
+        return len(self.micro_offsets) - 1
+
+    @property
+    def num_examples(self) -> int:
+        """Documents consumed, counted once per epoch."""
+        return len(self.order)
+
+    @property
+    def window_documents(self) -> IntArray:
+        """Offsets of each window's documents in `order`, (num_windows + 1,)."""
+        return self.row_offsets[self.micro_offsets[self.window_offsets]]
+
+    def documents_of_window(self, window: int) -> IntArray:
+        """Example indices of one window, in execution order."""
+        bounds = self.row_offsets[self.micro_offsets[self.window_offsets[window : window + 2]]]
+        return self.order[bounds[0] : bounds[1]]
+
+    def rows_of_micro_batch(self, micro: int) -> list[IntArray]:
+        """Example indices of one micro-batch, one array a row; empty for an empty micro-batch."""
+        first, last = self.micro_offsets[micro], self.micro_offsets[micro + 1]
+        return [self.order[self.row_offsets[row] : self.row_offsets[row + 1]] for row in range(first, last)]
+
+    def micro_shapes(self, lengths: IntArray) -> MicroShapes:
+        """Rows, padded width and real tokens of each micro-batch; `lengths` are tokens per example."""
+        row_tokens = _sums(lengths[self.order], self.row_offsets)
+        return MicroShapes(
+            rows=np.diff(self.micro_offsets),
+            width=_maxima(row_tokens, self.micro_offsets),
+            tokens=_sums(row_tokens, self.micro_offsets),
+        )
+
+    def per_window(self, per_document: IntArray) -> IntArray:
+        """Sum over each window's documents of a number per example, (num_windows,)."""
+        return _sums(per_document[self.order], self.window_documents)
+
+    def save(self, path: Path) -> None:
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        with open(path, "wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> BatchPlan:
+        """Raises: RunError where the file is missing or damaged."""
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {field.name: archive[field.name] for field in fields(cls)}
+            arrays["num_devices"] = int(arrays["num_devices"])
+            return cls(**arrays)
+        except (OSError, ValueError, KeyError, EOFError) as reason:
+            raise RunError(f"{path}: the batch plan cannot be read ({reason}).") from None
+
+
+def make_batch_plan(
+    lengths: IntArray,
+    passes: tuple[Pass, ...],
+    *,
+    micro_batch_size: int,
+    evaluation: IntArray | None = None,
+    num_devices: int = 1,
+    seed: int = 42,
+    sort_window: bool = True,
+    packed_length: int | None = None,
+) -> BatchPlan:
+    """The batches of a run, the same for the same arguments.
+
+    Sorting by length and packing happen inside a window only: its examples, and so its gradient, stay what they are.
+
+    Args:
+        lengths: tokens per example, (num_examples,).
+        passes: what is gone over, in order.
+        micro_batch_size: rows per micro-batch and device.
+        evaluation: held-out examples, carried along; none may be in a pass.
+        sort_window: put a window's longest examples first, so that neighbours in a micro-batch are alike.
+        packed_length: tokens per packed row; None: one document a row.
+
+    Raises:
+        DataError: a pass is empty.
+    """
+    held_out = np.zeros(0, dtype=np.int64) if evaluation is None else evaluation
+    parts: list[BatchPlan] = []
+    for number, one_pass in enumerate(passes):
+        if len(one_pass.examples) == 0:
+            raise DataError("no training example is left after sampling and holding out the evaluation part.")
+        steps_done = 0
+        for epoch in range(one_pass.num_epochs):
+            # One generator per pass and epoch: the order of epoch 2 does not depend on what epoch 1 consumed.
+            shuffled = np.random.default_rng([seed, 0xBA, number, epoch]).permutation(one_pass.examples)
+            for stretch, examples in _stretches(one_pass.stretches, shuffled, steps_done):
+                part = _windows(lengths, examples, stretch, micro_batch_size, num_devices, sort_window, packed_length)
+                steps_done += part[3].size - 1
+                parts.append(_as_plan(part, stretch.phase, epoch, held_out, num_devices))
+    return _join(parts, held_out, num_devices)
+
+
+def _stretches(stretches: tuple[Stretch, ...], shuffled: IntArray, steps_done: int) -> list[tuple[Stretch, IntArray]]:
+    """One epoch's examples, cut at the changes of window size; steps are counted over all epochs of the pass."""
+    found: list[tuple[Stretch, IntArray]] = []
+    position, first_step = 0, 0
+    for stretch in stretches:
+        if position >= len(shuffled):
+            break
+        if stretch.num_steps is None:
+            end = len(shuffled)
+        else:
+            remaining = first_step + stretch.num_steps - max(steps_done, first_step)
+            first_step += stretch.num_steps
+            if remaining <= 0:
+                continue
+            end = min(position + remaining * stretch.global_batch_size, len(shuffled))
+        found.append((stretch, shuffled[position:end]))
+        steps_done += -(-(end - position) // stretch.global_batch_size)
+        position = end
+    if position < len(shuffled):  # the last stretch goes on to the end, whatever its number of steps
+        last = stretches[-1]
+        found.append((last, shuffled[position:]))
+    return found
+
+
+_Part = tuple[IntArray, IntArray, IntArray, IntArray]  # order, row_offsets, micro_offsets, window_offsets
+
+
+def _windows(
+    lengths: IntArray,
+    examples: IntArray,
+    stretch: Stretch,
+    micro_batch_size: int,
+    num_devices: int,
+    sort_window: bool,
+    packed_length: int | None,
+) -> _Part:
+    size = stretch.global_batch_size
+    full = len(examples) // size
+    pieces = []
+    if full:
+        pieces.append(examples[: full * size].reshape(full, size))
+    if len(examples) % size:
+        pieces.append(examples[full * size :].reshape(1, -1))
+    parts = []
+    for windows in pieces:  # at most two: all the full windows at once, then the partial one
+        if sort_window or packed_length is not None:
+            longest_first = np.argsort(-lengths[windows], axis=1, kind="stable")
+            windows = np.take_along_axis(windows, longest_first, axis=1)
+        if packed_length is None:
+            rows = np.tile(np.arange(windows.shape[1]), (len(windows), 1))
+        else:
+            rows = pack(lengths[windows], packed_length)
+            by_row = np.argsort(rows, axis=1, kind="stable")
+            windows = np.take_along_axis(windows, by_row, axis=1)
+            rows = np.take_along_axis(rows, by_row, axis=1)
+        parts.append(_cut(windows, rows, micro_batch_size, num_devices))
+    return _concatenate(parts)
+
+
+def pack(lengths: IntArray, packed_length: int) -> IntArray:
+    """Row number of each document: best-fit decreasing, in all windows at once.
+
+    Best fit puts a document into the row it leaves least room in; it needs at most 11/9 of the fewest rows, plus one
+    (Johnson, 1973). A document longer than a row gets a row of its own.
+
+    Args:
+        lengths: (windows, documents), each window's longest first.
+
+    Returns:
+        Row of each document, (windows, documents), counted from 0 in each window without gaps.
+    """
+    num_windows, num_documents = lengths.shape
+    room = np.full((num_windows, num_documents), packed_length, dtype=np.int64)
+    used = np.zeros(num_windows, dtype=np.int64)  # rows opened
+    rows = np.empty((num_windows, num_documents), dtype=np.int64)
+    here = np.arange(num_windows)
+    for column in range(num_documents):  # a loop over a window's documents, never over all examples
+        length = lengths[:, column]
+        most = int(used.max()) if column else 0
+        left = room[:, :most] - length[:, None]
+        closed = (left < 0) | (np.arange(most) >= used[:, None])
+        left = np.where(closed, np.iinfo(np.int64).max, left)
+        best = left.argmin(axis=1) if most else np.zeros(num_windows, dtype=np.int64)
+        fits = ~closed[here, best] if most else np.zeros(num_windows, dtype=bool)
+        target = np.where(fits, best, used)
+        rows[:, column] = target
+        room[here, target] -= length
+        used += ~fits
+    return rows
+
+
+def _cut(windows: IntArray, rows: IntArray, micro_batch_size: int, num_devices: int) -> _Part:
+    """Offsets of rows, micro-batches and windows for windows of the same number of documents."""
+    num_windows, num_documents = windows.shape
+    starts_row = np.ones((num_windows, num_documents), dtype=bool)
+    starts_row[:, 1:] = rows[:, 1:] != rows[:, :-1]
+    row_offsets = np.append(np.flatnonzero(starts_row.ravel()), num_windows * num_documents)
+    rows_per_window = starts_row.sum(axis=1)
+    rounds = -(-rows_per_window // (micro_batch_size * num_devices))
+    micros_per_window = rounds * num_devices
+    # Rows are dealt evenly: 10 rows in micro-batches of 4 become 4, 3, 3, so that no process waits for another's.
+    window_of_micro = np.repeat(np.arange(num_windows), micros_per_window)
+    window_offsets = np.concatenate([[0], np.cumsum(micros_per_window)])
+    place = np.arange(len(window_of_micro)) - window_offsets[window_of_micro]
+    share, extra = np.divmod(rows_per_window, micros_per_window)
+    sizes = share[window_of_micro] + (place < extra[window_of_micro])
+    micro_offsets = np.concatenate([[0], np.cumsum(sizes)])
+    return windows.ravel(), row_offsets, micro_offsets, window_offsets
+
+
+def _concatenate(parts: list[_Part]) -> _Part:
+    order = np.concatenate([part[0] for part in parts])
+    levels = [_chain([part[level] for part in parts]) for level in (1, 2, 3)]
+    return order, levels[0], levels[1], levels[2]
+
+
+def _chain(offsets: list[IntArray]) -> IntArray:
+    """Offset arrays end to end: each starts where the one before ended."""
+    chained, end = [np.zeros(1, dtype=np.int64)], 0
+    for array in offsets:
+        chained.append(array[1:] + end)
+        end += int(array[-1])
+    return np.concatenate(chained)
+
+
+def _as_plan(part: _Part, phase: int, epoch: int, evaluation: IntArray, num_devices: int) -> BatchPlan:
+    num_windows = len(part[3]) - 1
+    return BatchPlan(
+        order=part[0],
+        row_offsets=part[1],
+        micro_offsets=part[2],
+        window_offsets=part[3],
+        window_phase=np.full(num_windows, phase, dtype=np.int64),
+        window_epoch=np.full(num_windows, epoch, dtype=np.int64),
+        evaluation=evaluation,
+        num_devices=num_devices,
+    )
+
+
+def _join(plans: list[BatchPlan], evaluation: IntArray, num_devices: int) -> BatchPlan:
+    order, row_offsets, micro_offsets, window_offsets = _concatenate(
+        [(plan.order, plan.row_offsets, plan.micro_offsets, plan.window_offsets) for plan in plans]
+    )
+    return BatchPlan(
+        order=order,
+        row_offsets=row_offsets,
+        micro_offsets=micro_offsets,
+        window_offsets=window_offsets,
+        window_phase=np.concatenate([plan.window_phase for plan in plans]),
+        window_epoch=np.concatenate([plan.window_epoch for plan in plans]),
+        evaluation=evaluation,
+        num_devices=num_devices,
+    )
+
+
+def _sums(values: IntArray, offsets: IntArray) -> IntArray:
+    running = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    return np.asarray(running[offsets[1:]] - running[offsets[:-1]])
+
+
+def _maxima(values: IntArray, offsets: IntArray) -> IntArray:
+    sizes = np.diff(offsets)
+    result = np.zeros(len(sizes), dtype=np.int64)
+    filled = sizes > 0  # reduceat reads one element too many for an empty slice
+    if filled.any():
+        result[filled] = np.maximum.reduceat(values, offsets[:-1][filled])
+    return result

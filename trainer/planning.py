@@ -1,0 +1,133 @@
+"""Job + data -> BatchPlan and learning rates: the one place where a preset's words become batches. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from presets.schema import Preset
+from trainer.batching import BatchPlan, Pass, Stretch, make_batch_plan
+from trainer.job import DataSpec, EvaluationSpec, Job
+from trainer.sampling import evaluation_size, select, split_evaluation
+from trainer.tokens import FloatArray, IntArray, TokenizedDataset
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Planned:
+    """A batch plan and what a user should know of how it came about."""
+
+    plan: BatchPlan
+    notes: tuple[str, ...]
+
+
+def with_evaluation_on_top(spec: DataSpec, evaluation: EvaluationSpec) -> DataSpec:
+    """A bare count names training examples: the spec with the evaluation examples added to it."""
+    if not spec.is_count or spec.num_examples is None:
+        return spec
+    return replace(spec, num_examples=spec.num_examples + _evaluation_of_count(spec.num_examples, evaluation))
+
+
+def _evaluation_of_count(num_training: int, spec: EvaluationSpec) -> int:
+    if spec.fraction <= 0:
+        return 0
+    return min(max(round(num_training * spec.fraction), spec.minimum), spec.maximum)
+
+
+def split(spec: DataSpec, evaluation: EvaluationSpec, num_examples: int, seed: int) -> tuple[IntArray, IntArray]:
+    """(training, evaluation) examples. From a file the evaluation part is taken off, from a count it came on top."""
+    if spec.is_count and spec.num_examples is not None:
+        return np.arange(spec.num_examples), np.arange(spec.num_examples, num_examples)
+    held_out = evaluation_size(num_examples, evaluation.fraction, evaluation.minimum, evaluation.maximum)
+    return split_evaluation(num_examples, held_out, seed)
+
+
+def plan_job(job: Job, data: TokenizedDataset, loss: FloatArray | None = None) -> Planned:
+    """The batch plan of a job over its tokenised data.
+
+    Args:
+        loss: the model's own loss per example, for a preset that samples by it.
+
+    Raises:
+        DataError: sampling needs a field that the data lacks, or nothing is left to train on.
+    """
+    training, evaluation = split(job.data, job.evaluation, len(data), job.seed)
+    preset = job.preset
+    notes: list[str] = []
+
+    def chosen(sampling_of: Preset | int) -> IntArray:
+        sampling = preset.sampling if isinstance(sampling_of, Preset) else preset.phases[sampling_of].sampling
+        examples, said = select(
+            sampling,
+            training,
+            engagement=data.engagement,
+            created_at=data.created_at,
+            loss=loss,
+            seed=job.seed,
+        )
+        notes.extend(said)
+        return examples
+
+    sizes = job.global_batch_sizes
+    if preset.phases and preset.phases[0].is_stage:
+        passes = tuple(
+            Pass(
+                examples=chosen(index),
+                num_epochs=phase.num_epochs or 1,
+                stretches=(Stretch(phase=index, global_batch_size=sizes[index]),),
+            )
+            for index, phase in enumerate(preset.phases)
+        )
+    else:
+        stretches = tuple(
+            Stretch(phase=index, global_batch_size=sizes[index], num_steps=phase.num_steps)
+            for index, phase in enumerate(preset.phases)
+        ) or (Stretch(phase=0, global_batch_size=sizes[0]),)
+        passes = (Pass(examples=chosen(preset), num_epochs=preset.num_epochs, stretches=stretches),)
+    plan = make_batch_plan(
+        data.lengths,
+        passes,
+        micro_batch_size=job.micro_batch_size,
+        evaluation=evaluation,
+        num_devices=job.num_devices,
+        seed=job.seed,
+        sort_window=job.sort_window,
+        packed_length=(job.packed_length or preset.max_length) if job.packing else None,
+    )
+    reached = set(plan.window_phase.tolist())
+    for index, phase in enumerate(preset.phases):
+        if index not in reached:
+            before = sum(earlier.num_steps or 0 for earlier in preset.phases[:index])
+            notes.append(
+                f"phase {index + 1} of {len(preset.phases)} (GA {phase.gradient_accumulation_steps}, from step "
+                f"{before + 1:,}) is never reached: the data ends at step {plan.num_steps:,}"
+            )
+    return Planned(plan=plan, notes=tuple(notes))
+
+
+def learning_rates(preset: Preset, plan: BatchPlan) -> FloatArray:
+    """Learning rate of each *applied* optimizer step, (num_steps,).
+
+    Linear warm-up over `warmup_ratio` of the steps, then linear decay to zero, as in transformers'
+    `get_linear_schedule_with_warmup`. Stages have a schedule each; the stretches of one pass share one schedule, whose
+    peak is each stretch's own learning rate.
+    """
+    phase_of_step = plan.window_phase
+    if not preset.phases:
+        return preset.learning_rate * _warmup_decay(plan.num_steps, preset.warmup_ratio)
+    peaks = np.array([phase.learning_rate for phase in preset.phases])[phase_of_step]
+    if not preset.phases[0].is_stage:
+        return np.asarray(peaks * _warmup_decay(plan.num_steps, preset.warmup_ratio))
+    shape = np.empty(plan.num_steps)
+    for index in range(len(preset.phases)):
+        steps = phase_of_step == index
+        shape[steps] = _warmup_decay(int(steps.sum()), preset.warmup_ratio)
+    return np.asarray(peaks * shape)
+
+
+def _warmup_decay(num_steps: int, warmup_ratio: float) -> FloatArray:
+    warmup = int(np.ceil(num_steps * warmup_ratio))
+    step = np.arange(num_steps, dtype=np.float64)
+    rising = step / max(1, warmup)
+    falling = (num_steps - step) / max(1, num_steps - warmup)
+    return np.where(step < warmup, rising, np.maximum(falling, 0.0))
