@@ -1,0 +1,34 @@
+"""`python -P -m trainer RUN/job.json [--resume]`: run the job of a run folder. Started by the planner, or by hand."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    """Exit code: 0 done, 1 an error a user can mend, 128 + signal when stopped by one."""
+    parser = argparse.ArgumentParser(prog="python -P -m trainer", description="Run the job of a run folder.")
+    parser.add_argument("job", type=Path, help="RUN/job.json; the run's files are written beside it")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+    arguments = parser.parse_args()
+    # A fork after the tokenizer's threads started would only print a warning; nothing here needs them.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from presets.errors import PlanError
+
+    try:
+        from trainer.loop import Stopped, train
+
+        train(arguments.job.resolve().parent, resume=arguments.resume)
+    except Stopped as stopped:
+        return 128 + stopped.signal_number
+    except PlanError as reason:
+        print(f"Error: {reason}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

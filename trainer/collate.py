@@ -1,0 +1,85 @@
+"""Micro-batches as tensors: documents -> padded or packed rows, and the positions whose loss counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trainer.tokens import IntArray, TokenizedDataset
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class MicroBatch:
+    """One forward and backward pass.
+
+    Rows are padded on the right and carry no attention mask: causal attention never looks right, so a real token does not
+    see padding, and without a mask the fastest kernels apply. Packed rows carry `position_ids` that start at 0 with each
+    document; the model keeps documents apart by them.
+    """
+
+    input_ids: torch.Tensor  # (rows, width) int64
+    position_ids: torch.Tensor | None  # (rows, width) int64, only when a row holds several documents
+    predicts: torch.Tensor  # (num_targets,) positions in the flattened (rows * width) that predict a target
+    targets: torch.Tensor  # (num_targets,) token ids
+    num_tokens: int  # real ones
+
+    def to(self, device: str) -> MicroBatch:
+        """The same batch on a device; copies run beside the computation where the memory is pinned."""
+        if device == "cpu":
+            return self
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return (tensor.pin_memory() if device.startswith("cuda") else tensor).to(device, non_blocking=True)
+
+        return MicroBatch(
+            input_ids=move(self.input_ids),
+            position_ids=None if self.position_ids is None else move(self.position_ids),
+            predicts=move(self.predicts),
+            targets=move(self.targets),
+            num_tokens=self.num_tokens,
+        )
+
+
+def collate(rows: list[IntArray], data: TokenizedDataset, *, pad_token_id: int = 0) -> MicroBatch:
+    """The micro-batch whose rows hold these examples.
+
+    Args:
+        rows: example indices, one array a row. None at all (a process that has no share of a partial window) gives one
+            padding token and no target, so that every process still takes part in the exchange of gradients.
+    """
+    import torch
+
+    offsets = data.offsets
+    spans = [[(int(offsets[i]), int(offsets[i + 1])) for i in row] for row in rows] or [[]]
+    width = max((sum(end - start for start, end in row) for row in spans), default=0) or 1
+    ids = np.full((len(spans), width), pad_token_id, dtype=np.int64)
+    counts = np.zeros((len(spans), width), dtype=bool)
+    packed = any(len(row) > 1 for row in spans)
+    positions = np.zeros((len(spans), width), dtype=np.int64) if packed else None
+    num_tokens = 0
+    for index, row in enumerate(spans):
+        at = 0
+        for start, end in row:
+            size = end - start
+            ids[index, at : at + size] = data.token_ids[start:end]
+            counts[index, at : at + size] = data.supervised[start:end]
+            counts[index, at] = False  # nothing before a document's first token predicts it
+            if positions is not None:
+                positions[index, at : at + size] = np.arange(size)
+            at += size
+        if positions is not None:
+            positions[index, at:] = np.arange(width - at)  # padding is a document of its own
+        num_tokens += at
+    target_positions = np.flatnonzero(counts.ravel())
+    return MicroBatch(
+        input_ids=torch.from_numpy(ids),
+        position_ids=None if positions is None else torch.from_numpy(positions),
+        predicts=torch.from_numpy(target_positions - 1),
+        targets=torch.from_numpy(ids.ravel()[target_positions]),
+        num_tokens=num_tokens,
+    )

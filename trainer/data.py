@@ -1,0 +1,293 @@
+"""prepare_data: where the examples come from -> token ids and loss masks, cached by content. No torch.
+
+    file, folder, hub name, bundled messages   ->  records -> examples -> ChatEncoder  ->  TokenizedDataset
+    a bare count                               ->  lengths drawn, seeded               ->  TokenizedDataset
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from presets.errors import DataError, ModelError
+from presets.home import plan_home
+from trainer.assumed import assumed_data
+from trainer.chat import ChatEncoder, Encoded
+from trainer.job import DataSpec
+from trainer.records import Example, Examples, parse_records, read_examples
+from trainer.sources import RawRecord, open_source
+from trainer.tokens import DataReport, FloatArray, TokenizedDataset
+
+FORMAT_VERSION = 1  # raise it when the same data would be tokenised or masked otherwise than before
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json",
+)  # fmt: skip
+
+
+def prepare_data(
+    spec: DataSpec,
+    *,
+    model: str,
+    max_length: int,
+    seed: int = 42,
+    trust_remote_code: bool = False,
+    cache: Path | None = None,
+) -> TokenizedDataset:
+    """All examples as token ids and loss masks, in the order of the source; the planner and the trainer both call this.
+
+    Args:
+        model: folder or hub name; its tokenizer and chat template are used, for a bare count only its vocabulary size.
+        max_length: tokens; longer examples keep their head.
+        seed: of the lengths and scores drawn for a bare count; files are the same for every seed.
+        cache: folder instead of `plan_home()`.
+
+    Raises:
+        DataError: the data cannot be read, or nothing in it can be trained on.
+        ModelError: the model has no usable tokenizer (for a count: no usable config).
+    """
+    if max_length < 2:
+        raise DataError(f"the maximum length is {max_length}; it must be at least 2 tokens, one to predict another.")
+    if spec.is_count:
+        return assumed_data(spec, model=model, max_length=max_length, seed=seed)
+    source = None if spec.source == "bundled" else open_source(spec.source)
+    digest = _digest_of_bundled() if source is None else source.digest()
+    tokenizer = None if Path(model).is_dir() else load_tokenizer(model, trust_remote_code=trust_remote_code)
+    key = _key(spec, digest, _digest_of_tokenizer(model, tokenizer), max_length)
+    entry = (cache or plan_home()) / "tokens" / key
+    stored = _open_entry(entry)
+    if stored is not None:
+        # The same content may lie under another name than when it was stored.
+        return replace(stored, report=replace(stored.report, source=spec.source))
+    encoder = ChatEncoder(
+        tokenizer or load_tokenizer(model, trust_remote_code=trust_remote_code), spec.train_on, max_length
+    )
+    examples = _bundled_examples(spec) if source is None else read_examples(spec, source)
+    data = encode_examples(spec, examples, encoder)
+    problem = _store(data, entry)
+    if problem:
+        note = f"the tokenised data could not be kept for the next time ({problem})"
+        data = replace(data, report=replace(data.report, notes=(*data.report.notes, note)))
+    return data
+
+
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder or hub name.
+
+    Raises:
+        ModelError: there is none, or it cannot be loaded.
+    """
+    folder = Path(model)
+    remedy = "Planning from a file needs its tokenizer: save it beside the model, or plan from a count (--dataset 63000)."
+    if folder.is_dir() and not _tokenizer_files(folder):
+        raise ModelError(f"{model}: the folder holds no tokenizer. {remedy}")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except Exception as reason:  # noqa: BLE001 - transformers and tokenizers raise anything, a bare Exception included
+        text = " ".join(str(reason).split())
+        raise ModelError(f"{model}: its tokenizer cannot be loaded ({text[:200]}). {remedy}") from None
+
+
+def encode_examples(spec: DataSpec, examples: Examples, encoder: ChatEncoder) -> TokenizedDataset:
+    """Examples as one data set; what has nothing to learn from is counted and left out.
+
+    Raises:
+        DataError: the chat template refuses a conversation (unless `spec.skip_bad_lines`), or no example is left.
+    """
+    kept: list[tuple[Example, Encoded]] = []
+    num_refused = num_unsupervised = num_truncated = num_beyond = 0
+    first_refused = ""
+    for example, encoded in zip(examples.examples, encoder.encode_many(examples.examples), strict=True):
+        if encoded.refusal:
+            text = f"{example.location}: {encoded.refusal}"
+            if not spec.skip_bad_lines:
+                raise DataError(f"{text}. Fix the record, or pass --skip-bad-lines.")
+            num_refused += 1
+            first_refused = first_refused or text
+            continue
+        num_truncated += encoded.truncated
+        if not encoded.supervised.any():
+            num_unsupervised += 1
+            num_beyond += encoded.truncated
+            continue
+        kept.append((example, encoded))
+    if not kept:
+        raise DataError(_nothing_left(spec, examples, encoder, num_refused, num_beyond, first_refused))
+    notes = [*examples.notes, *encoder.notes]
+    if num_refused:
+        notes.append(f"{num_refused:,} conversation(s) skipped, the first: {first_refused}")
+    if num_unsupervised:
+        cut = f", {num_beyond:,} of them because the answer begins beyond {encoder.max_length:,} tokens" if num_beyond else ""
+        notes.append(f"{num_unsupervised:,} example(s) left out: no token to learn from{cut}")
+    if num_truncated:
+        notes.append(f"{num_truncated:,} example(s) longer than {encoder.max_length:,} tokens: only the head is used")
+    data = _assemble([encoded for _, encoded in kept], spec)
+    report = replace(
+        data.report,
+        num_records=len(examples.examples) + examples.num_bad_lines,
+        num_bad_lines=examples.num_bad_lines + num_refused,
+        num_unsupervised=num_unsupervised,
+        num_truncated=num_truncated,
+        notes=tuple(notes),
+    )
+    return replace(
+        data,
+        report=report,
+        engagement=_scores(examples, "engagement", kept),
+        created_at=_scores(examples, "created_at", kept),
+    )
+
+
+def _nothing_left(
+    spec: DataSpec, examples: Examples, encoder: ChatEncoder, num_refused: int, num_beyond: int, first_refused: str
+) -> str:
+    total = len(examples.examples)
+    if num_refused == total:
+        return f"{spec.source}: nothing to train on; every conversation was refused, the first: {first_refused}."
+    if num_beyond:
+        return (
+            f"{spec.source}: nothing to train on; in {num_beyond:,} of {total:,} examples the answer begins beyond the "
+            f"maximum length of {encoder.max_length:,} tokens. Raise --max-length."
+        )
+    if encoder.num_masks_not_found:
+        return (
+            f"{spec.source}: nothing to train on; the answer was not found in {encoder.num_masks_not_found:,} of {total:,} "
+            f"rendered chats. Use --train-on all, or another chat template."
+        )
+    return (
+        f"{spec.source}: nothing to train on; no token of {total:,} example(s) is an assistant's. "
+        f"Use --train-on all, or data with answers."
+    )
+
+
+def _assemble(encoded: list[Encoded], spec: DataSpec) -> TokenizedDataset:
+    lengths = np.fromiter((len(one.ids) for one in encoded), dtype=np.int64, count=len(encoded))
+    return TokenizedDataset(
+        token_ids=np.concatenate([one.ids for one in encoded]),
+        supervised=np.concatenate([one.supervised for one in encoded]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        report=DataReport(source=spec.source, num_records=len(encoded)),
+    )
+
+
+def _scores(examples: Examples, score: str, kept: list[tuple[Example, Encoded]]) -> FloatArray | None:
+    if not examples.has(score):
+        return None
+    return np.array([getattr(example, score) for example, _ in kept], dtype=np.float64)
+
+
+# -- the bundled messages --------------------------------------------------------------------------------------------
+
+
+def _bundled_records() -> list[dict[str, Any]]:
+    from presets.demo.messages import generate_messages
+
+    return list(generate_messages())
+
+
+def _bundled_examples(spec: DataSpec) -> Examples:
+    records: Iterator[RawRecord] = (
+        RawRecord(f"bundled message {number}", record) for number, record in enumerate(_bundled_records(), start=1)
+    )
+    return parse_records(spec, records, name="bundled messages")
+
+
+def _digest_of_bundled() -> str:
+    return hashlib.sha256(json.dumps(_bundled_records(), sort_keys=True).encode()).hexdigest()
+
+
+# -- the cache -------------------------------------------------------------------------------------------------------
+
+
+def _key(spec: DataSpec, data_digest: str, tokenizer_digest: str, max_length: int) -> str:
+    parts = {
+        "format": FORMAT_VERSION,
+        "transformers": metadata.version("transformers"),
+        "data": data_digest,
+        "tokenizer": tokenizer_digest,
+        "max_length": max_length,
+        "train_on": spec.train_on,
+        "columns": sorted(spec.columns),
+        "skip_bad_lines": spec.skip_bad_lines,
+        "limit": spec.limit,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    named = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return [*named, *sorted(folder.glob("*.tiktoken")), *sorted(folder.glob("chat_templates/*.jinja"))]
+
+
+def _digest_of_tokenizer(model: str, tokenizer: Any) -> str:
+    """Of a folder its files, so that a hit loads no tokenizer; of a hub name what the loaded tokenizer says of itself."""
+    sha = hashlib.sha256()
+    if tokenizer is None:
+        # config.json too: it decides the class where tokenizer_config.json does not.
+        folder = Path(model)
+        for path in [*_tokenizer_files(folder), folder / "config.json", *sorted(folder.glob("*.py"))]:
+            if path.is_file():
+                content = path.read_bytes()
+                sha.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+        return sha.hexdigest()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    described = [text, str(tokenizer.chat_template), repr(sorted(tokenizer.special_tokens_map.items())), model]
+    sha.update("\0".join(described).encode())
+    return sha.hexdigest()
+
+
+def _open_entry(entry: Path) -> TokenizedDataset | None:
+    """The stored data set, or None where there is none or it is damaged."""
+    if not entry.is_dir():
+        return None
+    try:
+        data = TokenizedDataset.load(entry)
+    except DataError:
+        return None
+    ends_fit = len(data.offsets) > 1 and data.offsets[0] == 0 and data.offsets[-1] == len(data.token_ids)
+    if not ends_fit or len(data.supervised) != len(data.token_ids) or bool((np.diff(data.offsets) < 1).any()):
+        return None
+    if any(scores is not None and len(scores) != len(data) for scores in (data.engagement, data.created_at)):
+        return None
+    # Zeros where the data was: what a power cut leaves of files that were written but had not reached the disk.
+    return data if bool((data.num_supervised > 0).all()) else None
+
+
+def _store(data: TokenizedDataset, entry: Path) -> str:
+    """Write the entry beside its place and move it there, so that a reader finds all of it or nothing. The problem, or ""."""
+    aside: Path | None = None
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".new-", dir=entry.parent))
+        data.save(aside)
+        if entry.exists():  # damaged, or another process was faster: either way this one is whole
+            os.replace(entry, _unused_name(entry))
+        os.replace(aside, entry)
+    except OSError as reason:
+        if entry.is_dir() and _open_entry(entry) is not None:
+            return ""  # another process has stored the same meanwhile
+        return str(reason.strerror or reason)
+    finally:
+        for leftover in (aside, *entry.parent.glob(f".old-{entry.name}-*")):
+            if leftover is not None:
+                shutil.rmtree(leftover, ignore_errors=True)
+    return ""
+
+
+def _unused_name(entry: Path) -> Path:
+    candidates = (entry.parent / f".old-{entry.name}-{os.getpid()}-{number}" for number in itertools.count())
+    return next(path for path in candidates if not path.exists())

@@ -1,0 +1,170 @@
+"""Loss on held-out examples, and sample answers: "check the quality after training"."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainer.collate import collate
+from trainer.tokens import IntArray, TokenizedDataset
+
+if TYPE_CHECKING:
+    import torch
+
+ROW_TOKENS = 2048  # padded tokens in one evaluation batch, unless a single example is longer
+MAX_ROWS = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationResult:
+    """Mean token loss over the supervised tokens of the held-out examples."""
+
+    loss: float
+    num_examples: int
+    num_tokens: int  # supervised ones
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleAnswer:
+    """One held-out prompt and what was answered."""
+
+    example: int
+    prompt: str
+    expected: str
+    answer: str
+
+
+def evaluation_batches(data: TokenizedDataset, examples: IntArray) -> list[IntArray]:
+    """Examples of like length together, about `ROW_TOKENS` padded tokens a batch."""
+    lengths = data.lengths
+    ordered = examples[np.argsort(lengths[examples], kind="stable")]
+    batches: list[IntArray] = []
+    start = 0
+    while start < len(ordered):
+        end = start + 1
+        while end < len(ordered) and end - start < MAX_ROWS and (end - start + 1) * lengths[ordered[end]] <= ROW_TOKENS:
+            end += 1
+        batches.append(ordered[start:end])
+        start = end
+    return batches
+
+
+def evaluate(
+    model: Any,
+    data: TokenizedDataset,
+    examples: IntArray,
+    *,
+    device: str,
+    precision: str,
+    share: slice = slice(None),
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> EvaluationResult | None:
+    """Mean token loss of `examples`; None where there are none. Weights, gradients and random state are left alone.
+
+    Args:
+        share: which of the batches this process takes.
+        reduce: sums a tensor over the processes.
+    """
+    import torch
+
+    from trainer.step import autocast, token_losses
+
+    if len(examples) == 0:
+        return None
+    was_training = model.training
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64)
+    try:
+        with torch.no_grad(), autocast(device, precision):
+            for members in evaluation_batches(data, examples)[share]:
+                batch = collate([members[i : i + 1] for i in range(len(members))], data).to(device)
+                total[0] += token_losses(model, batch).double().cpu()
+                total[1] += len(batch.targets)
+    finally:
+        model.train(was_training)
+    if reduce is not None:
+        total = reduce(total)
+    count = int(total[1].item())
+    loss = float(total[0].item()) / count if count else math.nan
+    return EvaluationResult(loss=loss, num_examples=len(examples), num_tokens=count)
+
+
+def sample_answers(
+    model: Any,
+    tokenizer: Any,
+    data: TokenizedDataset,
+    examples: IntArray,
+    *,
+    device: str,
+    precision: str,
+    max_new_tokens: int,
+) -> list[SampleAnswer]:
+    """Greedy answers to the prompts of some held-out examples. The prompt is what stands before the first target."""
+    import torch
+
+    from trainer.step import autocast
+
+    was_training = model.training
+    checkpointing = getattr(model, "is_gradient_checkpointing", False)
+    model.eval()
+    answers = []
+    try:
+        with torch.no_grad(), autocast(device, precision):
+            for example in examples.tolist():
+                start, end = int(data.offsets[example]), int(data.offsets[example + 1])
+                ids = np.asarray(data.token_ids[start:end])
+                targets = np.flatnonzero(data.supervised[start:end])
+                first, last = int(targets[0]), int(targets[-1])
+                gap = np.flatnonzero(np.diff(targets) > 1)
+                answer_end = int(targets[gap[0]]) if len(gap) else last  # of the first answer of several
+                prompt = torch.from_numpy(ids[:first].astype(np.int64))[None].to(device)
+                written = model.generate(
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    use_cache=not checkpointing,
+                    eos_token_id=stop_tokens(model, tokenizer, int(ids[answer_end])),
+                    pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                )
+                answers.append(
+                    SampleAnswer(
+                        example=example,
+                        prompt=tokenizer.decode(ids[:first], skip_special_tokens=True),
+                        expected=tokenizer.decode(ids[first : answer_end + 1], skip_special_tokens=True),
+                        answer=tokenizer.decode(written[0, first:], skip_special_tokens=True),
+                    )
+                )
+    finally:
+        model.train(was_training)
+    return answers
+
+
+def stop_tokens(model: Any, tokenizer: Any, trained: int | None = None) -> list[int]:
+    """Token ids that end an answer: the tokenizer's, the model's own, and the one that training ended answers with."""
+    found = {tokenizer.eos_token_id, trained}
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found.update(configured if isinstance(configured, list) else [configured])
+    return sorted(token for token in found if token is not None)
+
+
+def answerable(data: TokenizedDataset, examples: IntArray, count: int) -> IntArray:
+    """The first `count` examples that have a prompt before their first target and are short enough to read."""
+    chosen = []
+    for example in examples.tolist():
+        start, end = int(data.offsets[example]), int(data.offsets[example + 1])
+        targets = np.flatnonzero(data.supervised[start:end])
+        if len(targets) and targets[0] > 1 and targets[0] <= 512:
+            chosen.append(example)
+        if len(chosen) == count:
+            break
+    return np.array(chosen, dtype=np.int64)

@@ -1,0 +1,593 @@
+"""The loop over a BatchPlan, on Accelerate: windows of micro-steps, checkpoints on their boundaries, evaluation between."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from presets import jsonio
+from presets.errors import NonFiniteLossError, OutOfMemoryError, PlanError, RunError
+from trainer import checkpoint as ckpt
+from trainer import step as steps
+from trainer.batching import BatchPlan
+from trainer.collate import collate
+from trainer.data import prepare_data
+from trainer.evaluate import EvaluationResult, answerable, evaluate, evaluation_batches, sample_answers
+from trainer.job import Job
+from trainer.model import is_out_of_memory, load_model, load_tokenizer
+from trainer.monitor import Monitor, peak_memory_bytes, seconds_since_process_start
+from trainer.planning import learning_rates, plan_job, with_evaluation_on_top
+from trainer.record import TOKENS_ONLY, Actual, Breakdown, Predicted, RunRecord, read_predicted
+from trainer.tokens import FloatArray, IntArray, TokenizedDataset
+
+VERSIONED = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "numpy")
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; the checkpoint is written."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
+class _Clock:
+    """Adds up where the seconds go."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - begun
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """Everything the loop holds while it runs."""
+
+    job: Job
+    folder: Path
+    data: TokenizedDataset
+    plan: BatchPlan
+    rates: FloatArray
+    supervised: IntArray  # targets of each window
+    accelerator: Any
+    stepper: steps.Stepper
+    tokenizer: Any
+    clock: _Clock
+    progress: ckpt.Progress
+    predicted: Predicted
+    notes: list[str]
+    monitor: Monitor | None = None
+    num_resumes: int = 0
+    wall_before: float = 0.0
+    stop_signal: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    def say(self, text: str) -> None:
+        if self.monitor is not None:
+            self.monitor.say(text)
+
+
+def train(folder: Path, *, resume: bool = False) -> RunRecord | None:
+    """Run the job of a run folder to its end, or go on with it; the record on the main process, None on the others.
+
+    Raises:
+        Stopped: SIGINT or SIGTERM came; a checkpoint was written.
+        PlanError: anything a user can mend. The record then says "failed" and the last good checkpoint is kept.
+    """
+    run = _prepare(folder, resume)
+    try:
+        with _signals(run):
+            return _train(run)
+    except Stopped:
+        _write_record(run, "stopped", None, error=None)
+        raise
+    except PlanError as reason:
+        run.say(f"Stopped: {reason}")
+        _write_record(run, "failed", None, error=str(reason))
+        raise
+    finally:
+        if run.monitor is not None:
+            run.monitor.close()
+        run.accelerator.end_training()
+
+
+def _prepare(folder: Path, resume: bool) -> _Run:
+    import torch
+    from accelerate import Accelerator
+
+    clock = _Clock()
+    clock.parts["start"] = seconds_since_process_start()
+    job = Job.read(folder / "job.json")
+    if job.num_threads:
+        torch.set_num_threads(job.num_threads)
+    accelerator = Accelerator(
+        cpu=job.device == "cpu", mixed_precision="no", log_with=job.tracker, project_dir=str(folder)
+    )
+    if accelerator.num_processes != job.num_devices:
+        raise RunError(
+            f"the job is planned for {job.num_devices} process(es), {accelerator.num_processes} were started. "
+            "Start it with 'plan --run' or 'plan --resume', which start the right number."
+        )
+    with clock.part("data"), accelerator.main_process_first():
+        spec = with_evaluation_on_top(job.data, job.evaluation)
+        data = prepare_data(
+            spec,
+            model=job.model,
+            max_length=job.preset.max_length,
+            seed=job.seed,
+            trust_remote_code=job.trust_remote_code,
+        )
+        plan, notes = _plan(folder, job, data, resume, bool(accelerator.is_main_process))
+    with clock.part("load"):
+        loaded = load_model(job, need_weights=True)
+        tokenizer = load_tokenizer(job.model, trust_remote_code=job.trust_remote_code)
+        model = accelerator.prepare(loaded.model) if job.num_devices > 1 else loaded.model
+        stepper = steps.make_stepper(
+            model,
+            str(accelerator.device),
+            job.precision,
+            weight_decay=job.preset.weight_decay,
+            max_grad_norm=job.preset.max_grad_norm,
+        )
+    run = _Run(
+        job=job,
+        folder=folder,
+        data=data,
+        plan=plan,
+        rates=learning_rates(job.preset, plan),
+        supervised=plan.per_window(data.num_supervised),
+        accelerator=accelerator,
+        stepper=stepper,
+        tokenizer=tokenizer,
+        clock=clock,
+        progress=ckpt.Progress(),
+        predicted=read_predicted(folder),
+        notes=[*data.report.notes, *notes],
+    )
+    if resume:
+        _restore(run)
+    if run.is_main:
+        planned = (run.predicted.cost or TOKENS_ONLY).window_seconds(plan, data.lengths)
+        if job.tracker:
+            accelerator.init_trackers("training-planner")
+        run.monitor = Monitor(
+            folder,
+            job.name,
+            planned,
+            is_time=run.predicted.cost is not None,
+            done=run.progress.windows_done,
+            tracker=accelerator if job.tracker else None,
+        )
+        for note in run.notes:
+            run.monitor.log.info(note)
+    return run
+
+
+def _plan(folder: Path, job: Job, data: TokenizedDataset, resume: bool, is_main: bool) -> tuple[BatchPlan, tuple[str, ...]]:
+    """The batch plan: the run folder's own where there is one, so that a resumed run executes what was promised."""
+    path = folder / "batch_plan.npz"
+    if path.exists():
+        plan = BatchPlan.load(path)
+        if len(plan.order) and int(plan.order.max()) >= len(data):
+            raise RunError(f"{path}: the plan names examples that the data no longer has. Was the dataset changed?")
+        return plan, ()
+    planned = plan_job(job, data)
+    if is_main:
+        aside = path.with_suffix(".tmp")
+        planned.plan.save(aside)
+        os.replace(aside, path)
+    return planned.plan, planned.notes
+
+
+def _restore(run: _Run) -> None:
+    progress, path, notes = ckpt.load_newest(
+        run.folder / "checkpoints", run.stepper, run.accelerator.process_index, run.is_main
+    )
+    run.progress = progress
+    run.notes += notes
+    run.num_resumes = 1
+    run.wall_before = progress.wall_seconds
+    where = f"step {progress.windows_done}" if path else "the beginning: there is no checkpoint yet"
+    run.notes.append(f"resumed from {where}")
+
+
+@contextlib.contextmanager
+def _signals(run: _Run) -> Iterator[None]:
+    """First SIGINT or SIGTERM: finish what must be finished and save. Second: leave at once."""
+
+    def stop(number: int, _frame: Any) -> None:
+        if run.stop_signal:
+            os._exit(128 + number)
+        run.stop_signal = number
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _train(run: _Run) -> RunRecord | None:
+    job, plan = run.job, run.plan
+    for note in run.notes:
+        run.say(f"note: {note}")
+    if run.progress.windows_done == 0 and run.progress.eval_loss_before is None:
+        before = _evaluate(run)
+        run.progress = replace(run.progress, eval_loss_before=before.loss if before else None)
+        _write_samples(run, "before")
+    evaluate_at = _evaluation_steps(plan.num_steps, job.evaluation.times_during_training)
+    every = job.checkpoint_every or max(1, math.ceil(plan.num_steps / 10))
+    while run.progress.windows_done < plan.num_steps:
+        random_state = ckpt.random_state(run.accelerator.process_index)
+        _window(run, random_state)
+        done = run.progress.windows_done
+        if done in evaluate_at:
+            _evaluate_and_keep_best(run)
+        elif done % every == 0:
+            _checkpoint(run, ckpt.random_state(run.accelerator.process_index))
+    after = _evaluate_and_keep_best(run)
+    _write_samples(run, "after")
+    with run.clock.part("save"):
+        _save_result(run)
+    return _write_record(run, "finished", after, error=None)
+
+
+def _evaluation_steps(num_steps: int, times: int) -> set[int]:
+    """Steps after which the held-out loss is taken, the end left out."""
+    return {round(num_steps * part / (times + 1)) for part in range(1, times + 1)} - {0, num_steps}
+
+
+def _window(run: _Run, random_state: dict[str, Any]) -> None:
+    """One optimizer step: micro-steps over this process's share, then the update. Repeated in parts if memory runs out."""
+    begun = time.perf_counter()
+    while True:
+        try:
+            losses = _micro_steps(run, random_state)
+            break
+        except RuntimeError as reason:
+            if not is_out_of_memory(reason):
+                raise
+        except MemoryError:
+            pass
+        # Outside the except block: the traceback holds the tensors that are to be freed.
+        _split_further(run, random_state)
+    progress = run.progress
+    window = progress.windows_done
+    targets = int(run.supervised[window])
+    gathered = run.accelerator.gather(losses) if run.job.num_devices > 1 else losses
+    flags = _gather_stop(run)
+    values = gathered.double().cpu().numpy()  # the one wait for the device in a window
+    _require_finite(run, values)
+    result = steps.optimizer_step(run.stepper, float(run.rates[min(progress.applied_steps, len(run.rates) - 1)]))
+    steps.synchronize(run.stepper.device)
+    seconds = time.perf_counter() - begun
+    tokens = int(run.data.lengths[run.plan.documents_of_window(window)].sum())
+    loss = float(values.sum())
+    rate = float(run.rates[min(progress.applied_steps, len(run.rates) - 1)])
+    run.progress = replace(
+        progress,
+        windows_done=window + 1,
+        applied_steps=progress.applied_steps + int(result.applied),
+        skipped_steps=progress.skipped_steps + int(not result.applied),
+        tokens=progress.tokens + tokens,
+        train_seconds=progress.train_seconds + seconds,
+        loss_sum=progress.loss_sum + loss,
+        loss_tokens=progress.loss_tokens + targets,
+    )
+    if run.monitor is not None:
+        run.monitor.step(
+            window + 1,
+            seconds,
+            {
+                "loss": loss / targets if targets else None,
+                "learning_rate": rate,
+                "grad_norm": float(result.grad_norm),
+                "applied": result.applied,
+                "tokens_per_second": tokens / seconds,
+                "memory_bytes": _memory_now(run.stepper.device),
+            },
+        )
+    if flags:
+        run.stop_signal = flags
+        _stop(run, ckpt.random_state(run.accelerator.process_index))
+
+
+def _micro_steps(run: _Run, random_state: dict[str, Any]) -> Any:
+    """Forward and backward over this process's micro-batches of the open window; their token losses, (num_micro,)."""
+    import torch
+
+    job, plan, stepper = run.job, run.plan, run.stepper
+    window = run.progress.windows_done
+    first, last = int(plan.window_offsets[window]), int(plan.window_offsets[window + 1])
+    mine = range(first + run.accelerator.process_index, last, plan.num_devices)
+    targets = int(run.supervised[window])
+    scale = job.num_devices / targets if targets else 0.0
+    losses = []
+    for micro in mine:
+        if run.stop_signal and job.num_devices == 1:
+            steps.clear_gradients(stepper.parameters)  # the open window is discarded; resume repeats it
+            _stop(run, random_state)
+        rows = plan.rows_of_micro_batch(micro)
+        parts = _parts(rows, run.progress.split)
+        loss = None
+        for number, part in enumerate(parts):
+            batch = collate(part, run.data).to(stepper.device)
+            is_last = micro == mine[-1] and number == len(parts) - 1
+            # Gradients are exchanged between processes once a window, not once a micro-step.
+            quiet = contextlib.nullcontext() if is_last else run.accelerator.no_sync(stepper.model)
+            with quiet:
+                part_loss = steps.micro_step(stepper, batch, scale=scale)
+            loss = part_loss if loss is None else loss + part_loss
+        losses.append(loss)
+    return torch.stack(losses)
+
+
+def _parts(rows: list[IntArray], split: int) -> list[list[IntArray]]:
+    """A planned micro-batch in at most `split` parts of whole rows."""
+    size = max(1, -(-len(rows) // split))
+    return [rows[start : start + size] for start in range(0, max(1, len(rows)), size)]
+
+
+def _split_further(run: _Run, random_state: dict[str, Any]) -> None:
+    """After running out of memory: halve what is executed at once; the plan and the global batch stay."""
+    import torch
+
+    job, progress = run.job, run.progress
+    steps.clear_gradients(run.stepper.parameters)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    rows = -(-job.micro_batch_size // progress.split)
+    if rows <= 1 or job.num_devices > 1:
+        raise OutOfMemoryError(
+            f"step {progress.windows_done + 1}: out of memory at micro-batch {rows}. What helps: a shorter max_length, "
+            "gradient_checkpointing = true, base_precision 4bit, or closing other programs on this device. "
+            "The last checkpoint is kept: 'plan --resume' goes on from it."
+        )
+    ckpt.restore_random_state(random_state)
+    split = progress.split * 2
+    run.progress = replace(progress, split=split)
+    note = (
+        f"step {progress.windows_done + 1}: out of memory; micro-batches of {rows} are now executed as "
+        f"{-(-job.micro_batch_size // split)}, with twice the accumulation. The global batch stays the same."
+    )
+    run.notes.append(note)
+    run.say(note)
+
+
+def _require_finite(run: _Run, values: FloatArray) -> None:
+    """Stop at a NaN or infinite loss, before it reaches the weights, and name the examples."""
+    bad = np.flatnonzero(~np.isfinite(values))
+    if not len(bad):
+        return
+    plan, window = run.plan, run.progress.windows_done
+    first = int(plan.window_offsets[window])
+    per_process = len(values) // run.job.num_devices
+    examples: list[int] = []
+    for index in bad.tolist():
+        micro = first + (index % per_process) * run.job.num_devices + index // per_process
+        examples += [int(example) for row in plan.rows_of_micro_batch(micro) for example in row]
+    named = ", ".join(str(example) for example in examples[:10]) + (" ..." if len(examples) > 10 else "")
+    raise NonFiniteLossError(
+        f"step {window + 1}: the loss is not a number (example(s) {named} of the data, counted from 0). No weight was "
+        "changed by it and the last checkpoint is kept. Look at these examples, or lower the learning rate"
+        + (", or use bf16 or fp32 instead of fp16." if run.job.precision == "fp16" else ".")
+    )
+
+
+def _gather_stop(run: _Run) -> int:
+    """The signal that any process got: all must agree to stop at the same window."""
+    if run.job.num_devices == 1:
+        return 0  # a single process stops between micro-steps
+    import torch
+
+    mine = torch.tensor([run.stop_signal], device=run.accelerator.device)
+    return int(run.accelerator.gather(mine).max().item())
+
+
+def _stop(run: _Run, random_state: dict[str, Any]) -> None:
+    number = run.stop_signal
+    _checkpoint(run, random_state)
+    run.say(f"stopped at step {run.progress.windows_done}; go on with: plan --resume {run.folder}")
+    raise Stopped(number)
+
+
+def _checkpoint(run: _Run, random_state: dict[str, Any]) -> None:
+    with run.clock.part("checkpoints"):
+        run.progress = replace(run.progress, wall_seconds=run.wall_before + seconds_since_process_start())
+        states = _gather_random(run, random_state)
+        if run.is_main:
+            folder = run.folder / "checkpoints"
+            ckpt.save_checkpoint(folder, run.stepper, run.progress, states)
+            ckpt.rotate(folder, run.job.keep_checkpoints, run.progress.best_step)
+        if run.job.num_devices > 1:
+            run.accelerator.wait_for_everyone()
+
+
+def _gather_random(run: _Run, mine: dict[str, Any]) -> dict[str, Any]:
+    if run.job.num_devices == 1:
+        return mine
+    from accelerate.utils import gather_object
+
+    merged: dict[str, Any] = {}
+    for states in gather_object([mine]):
+        merged.update(states)
+    return merged
+
+
+def _evaluate(run: _Run) -> EvaluationResult | None:
+    if len(run.plan.evaluation) == 0:
+        return None
+    many = run.job.num_devices > 1
+
+    def total(tensor: Any) -> Any:
+        return run.accelerator.reduce(tensor.to(run.accelerator.device), "sum").cpu()
+
+    with run.clock.part("evaluation"):
+        batches = len(evaluation_batches(run.data, run.plan.evaluation))
+        result = evaluate(
+            run.accelerator.unwrap_model(run.stepper.model),
+            run.data,
+            run.plan.evaluation,
+            device=run.stepper.device,
+            precision=run.job.precision,
+            share=slice(run.accelerator.process_index, batches, run.job.num_devices),
+            reduce=total if many else None,
+        )
+    if result is not None:
+        step = run.progress.windows_done
+        run.say(f"step {step}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
+    return result
+
+
+def _evaluate_and_keep_best(run: _Run) -> EvaluationResult | None:
+    """Evaluate at a window boundary and keep a checkpoint of it; the best one is never rotated away."""
+    result = _evaluate(run)
+    progress = run.progress
+    if result is not None:
+        run.progress = progress = replace(progress, last_eval_loss=result.loss)
+        if progress.best_eval_loss is None or result.loss < progress.best_eval_loss:
+            run.progress = replace(progress, best_eval_loss=result.loss, best_step=progress.windows_done)
+    _checkpoint(run, ckpt.random_state(run.accelerator.process_index))
+    return result
+
+
+def _write_samples(run: _Run, when: str) -> None:
+    """samples-before.json and samples-after.json; with both there, samples.md side by side."""
+    path = run.folder / f"samples-{when}.json"
+    if not run.is_main or path.exists():
+        return
+    examples = answerable(run.data, run.plan.evaluation, run.job.evaluation.num_samples)
+    with run.clock.part("samples"):
+        answers = sample_answers(
+            run.accelerator.unwrap_model(run.stepper.model),
+            run.tokenizer,
+            run.data,
+            examples,
+            device=run.stepper.device,
+            precision=run.job.precision,
+            max_new_tokens=run.job.evaluation.max_new_tokens,
+        )
+    jsonio.write_atomically(path, jsonio.to_json(answers))
+    if when == "after":
+        _write_side_by_side(run.folder)
+
+
+def _write_side_by_side(folder: Path) -> None:
+    import json
+
+    pairs = zip(
+        json.loads((folder / "samples-before.json").read_text(encoding="utf-8")),
+        json.loads((folder / "samples-after.json").read_text(encoding="utf-8")),
+        strict=True,
+    )
+    lines = ["# Sample answers on held-out examples", ""]
+    for before, after in pairs:
+        lines += [f"## Example {before['example']}", ""]
+        for title, text in (
+            ("Prompt", before["prompt"]),
+            ("Before", before["answer"]),
+            ("After", after["answer"]),
+            ("Expected", before["expected"]),
+        ):
+            lines += [f"**{title}**", "", *("    " + line for line in text.strip().splitlines() or [""]), ""]
+    jsonio.write_atomically(folder / "samples.md", "\n".join(lines))
+
+
+def _save_result(run: _Run) -> None:
+    """The adapter in PEFT's format, or the whole model after full fine-tuning; written aside, then renamed."""
+    import shutil
+
+    if not run.is_main:
+        return
+    model = run.accelerator.unwrap_model(run.stepper.model)
+    name = "adapter" if run.job.preset.adapter == "lora" else "model"
+    aside, target = run.folder / f".{name}.tmp", run.folder / name
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        if run.job.preset.adapter == "lora":
+            model.save_pretrained(aside, save_embedding_layers=False)
+        else:
+            model.save_pretrained(aside)
+        run.tokenizer.save_pretrained(aside)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(aside, target)
+    except OSError as reason:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise RunError(
+            f"{target}: the result cannot be written ({reason.strerror or reason}). The last checkpoint is kept: "
+            "make room and run 'plan --resume'."
+        ) from None
+
+
+def _write_record(run: _Run, status: str, after: EvaluationResult | None, *, error: str | None) -> RunRecord | None:
+    if not run.is_main:
+        return None
+    progress = run.progress
+    record = RunRecord(
+        status=status,
+        job=run.job,
+        predicted=run.predicted,
+        actual=Actual(
+            seconds=run.wall_before + seconds_since_process_start(),
+            train_seconds=progress.train_seconds,
+            peak_memory_bytes=peak_memory_bytes(run.stepper.device),
+            num_steps=progress.windows_done,
+            num_examples=int(run.plan.window_documents[progress.windows_done]),
+            num_tokens=progress.tokens,
+            train_loss=progress.loss_sum / progress.loss_tokens if progress.loss_tokens else None,
+            eval_loss_before=progress.eval_loss_before,
+            eval_loss_after=after.loss if after else None,
+            best_eval_loss=progress.best_eval_loss,
+            best_step=progress.best_step,
+            applied_steps=progress.applied_steps,
+            skipped_steps=progress.skipped_steps,
+            micro_batch_split=progress.split,
+            num_resumes=run.num_resumes,
+            breakdown=Breakdown(train=progress.train_seconds, **run.clock.parts),
+        ),
+        versions=_versions(),
+        notes=tuple(run.notes),
+        error=error,
+    )
+    record.write(run.folder / "record.json")
+    return record
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _memory_now(device: str) -> int:
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.max_memory_reserved())
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

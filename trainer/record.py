@@ -1,0 +1,117 @@
+"""What a run promised and what it did: estimate.json before it, record.json after it. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from presets import jsonio
+from presets.errors import RunError
+from trainer.batching import BatchPlan
+from trainer.job import Job
+from trainer.tokens import FloatArray, IntArray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CostModel:
+    """Seconds of a micro-batch: base + per_token x padded tokens + per_token_width x padded tokens x width."""
+
+    base: float
+    per_token: float
+    per_token_width: float
+    optimizer: float  # seconds of one optimizer step
+
+    def window_seconds(self, plan: BatchPlan, lengths: IntArray) -> FloatArray:
+        """Planned seconds of each window, (num_windows,): on several devices each round lasts as long as its slowest."""
+        shapes = plan.micro_shapes(lengths)
+        tokens = shapes.padded_tokens.astype(np.float64)
+        micro = self.base + self.per_token * tokens + self.per_token_width * tokens * shapes.width
+        slowest = micro.reshape(-1, plan.num_devices).max(axis=1)
+        rounds = plan.window_offsets // plan.num_devices
+        running = np.concatenate([[0.0], np.cumsum(slowest)])
+        return np.asarray(running[rounds[1:]] - running[rounds[:-1]] + self.optimizer)
+
+
+TOKENS_ONLY = CostModel(base=0.0, per_token=1.0, per_token_width=0.0, optimizer=0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predicted:
+    """The estimate a run was started with. Unknown is None."""
+
+    seconds: float | None = None  # from process start to the written record
+    seconds_low: float | None = None
+    seconds_high: float | None = None
+    train_seconds: float | None = None  # the loop alone
+    peak_memory_bytes: int | None = None
+    cost: CostModel | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Breakdown:
+    """Where the seconds went."""
+
+    start: float = 0.0  # process start and imports
+    data: float = 0.0
+    load: float = 0.0
+    train: float = 0.0
+    evaluation: float = 0.0
+    samples: float = 0.0
+    checkpoints: float = 0.0
+    save: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Actual:
+    """What happened. Unknown is None."""
+
+    seconds: float | None = None
+    train_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    num_steps: int | None = None
+    num_examples: int | None = None
+    num_tokens: int | None = None
+    train_loss: float | None = None
+    eval_loss_before: float | None = None
+    eval_loss_after: float | None = None
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+    applied_steps: int | None = None
+    skipped_steps: int | None = None
+    micro_batch_split: int | None = None  # above 1: memory ran out and micro-batches were executed in parts
+    num_resumes: int | None = None
+    breakdown: Breakdown | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecord:
+    """One run, from promise to result."""
+
+    status: str  # "finished", "stopped" or "failed"
+    job: Job
+    predicted: Predicted
+    actual: Actual
+    versions: dict[str, str]
+    notes: tuple[str, ...] = ()
+    error: str | None = None
+
+    def write(self, path: Path) -> None:
+        jsonio.write_atomically(path, jsonio.to_json(self))
+
+    @classmethod
+    def read(cls, path: Path) -> RunRecord:
+        """Raises: RunError where the file is missing or damaged."""
+        try:
+            return jsonio.from_json(cls, path.read_text(encoding="utf-8"), what=str(path), error=RunError)
+        except (OSError, UnicodeDecodeError) as reason:
+            raise RunError(f"{path}: cannot be read ({reason}).") from None
+
+
+def read_predicted(run: Path) -> Predicted:
+    """The estimate of a run folder; all unknown where there is none."""
+    path = run / "estimate.json"
+    if not path.exists():
+        return Predicted()
+    return jsonio.from_json(Predicted, path.read_text(encoding="utf-8"), what=str(path), error=RunError)

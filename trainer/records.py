@@ -1,0 +1,324 @@
+"""Records -> examples: recognises the shape, checks every message, reads the scores. No torch, no tokenizer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from typing import Any
+
+from presets.errors import DataError, did_you_mean
+from trainer.job import DataSpec
+from trainer.sources import RawRecord, Source
+
+Message = tuple[str, str]  # role, content
+
+ROLES = ("system", "user", "assistant", "tool")
+# A shape is the columns that it needs; the first one that a record has wins. An optional column is not listed.
+SHAPES: tuple[tuple[str, ...], ...] = (
+    ("messages",), ("conversations",), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"),
+    ("text",),
+)  # fmt: skip
+SCORE_ALIASES = {
+    "engagement": ("engagement", "score", "likes", "upvotes", "engagement_count"),
+    "created_at": ("created_at", "timestamp", "date", "created", "time"),
+}
+COLUMN_ROLES = (
+    "messages", "prompt", "completion", "question", "answer", "instruction", "input", "output", "text", "engagement",
+    "created_at",
+)  # fmt: skip
+_SHAREGPT_ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "function": "tool", "observation": "tool",
+}  # fmt: skip
+_KNOWN_SHAPES = "messages, prompt + completion, question + answer, instruction (+ input) + output, text"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One training example: `messages`, or a plain `completion` after its `prompt`, or plain `text`."""
+
+    location: str  # for error messages
+    messages: tuple[Message, ...] = ()
+    prompt: str = ""
+    completion: str = ""
+    text: str = ""
+    first_trained: int = 0  # messages before this index are context, also where an assistant wrote them
+    engagement: float = math.nan
+    created_at: float = math.nan  # seconds since 1970, UTC
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Examples:
+    """All examples of a source, and what was noticed on the way."""
+
+    examples: tuple[Example, ...]
+    num_bad_lines: int = 0
+    notes: tuple[str, ...] = ()
+
+    def has(self, score: str) -> bool:
+        """Whether any example carries this score ("engagement" or "created_at")."""
+        return any(not math.isnan(getattr(example, score)) for example in self.examples)
+
+
+class BadRecord(Exception):
+    """One record cannot be used; the text says why."""
+
+
+def read_examples(spec: DataSpec, source: Source) -> Examples:
+    """All examples of an opened source, in order, at most `spec.limit`.
+
+    Raises:
+        DataError: the first record that cannot be used (unless `spec.skip_bad_lines`), unknown columns, no record.
+    """
+    return parse_records(spec, source.records(), name=source.name, notes=source.notes)
+
+
+def parse_records(spec: DataSpec, records: Iterable[RawRecord], *, name: str, notes: Iterable[str] = ()) -> Examples:
+    """Examples from raw records, as `read_examples`."""
+    columns = _check_columns(spec.columns)
+    examples: list[Example] = []
+    shape: tuple[str, ...] | None = None
+    seen: dict[str, None] = {}  # every column, in order of appearance
+    unreadable = dict.fromkeys(SCORE_ALIASES, 0)
+    num_bad = 0
+    first_problem = ""
+    for raw in records:
+        if spec.limit is not None and len(examples) >= spec.limit:
+            break
+        try:
+            if raw.problem:
+                raise BadRecord(raw.problem)
+            seen.update(dict.fromkeys(raw.fields))
+            recognised = shape or _recognise(raw.fields, columns)
+            if recognised is None:
+                if spec.skip_bad_lines:
+                    raise BadRecord("none of the known shapes")
+                raise _unrecognised(f"{name} ({raw.location})", seen, columns)
+            example, failed = _parse(raw, recognised, columns)
+        except BadRecord as problem:
+            text = f"{raw.location}: {problem}. {raw.remedy}"
+            if not spec.skip_bad_lines:
+                raise DataError(text) from None
+            first_problem = first_problem or text
+            num_bad += 1
+            continue
+        shape = recognised
+        examples.append(example)
+        for score in failed:
+            unreadable[score] += 1
+    if not examples:
+        if num_bad and seen and shape is None and _recognise(seen, columns) is None:
+            raise _unrecognised(name, seen, columns)
+        reason = f"all {num_bad} records are bad, the first: {first_problem}" if num_bad else "there is no record in it."
+        raise DataError(f"{name}: nothing to train on; {reason}")
+    for score in SCORE_ALIASES:
+        if score in columns and columns[score] not in seen:
+            raise _unknown_column(name, score, columns[score], seen)
+    assert shape is not None
+    result = Examples(examples=tuple(examples), num_bad_lines=num_bad)
+    said = [*notes, *_notes(result, shape, unreadable, first_problem)]
+    return Examples(examples=result.examples, num_bad_lines=num_bad, notes=tuple(said))
+
+
+def _notes(result: Examples, shape: tuple[str, ...], unreadable: dict[str, int], first_problem: str) -> list[str]:
+    notes = []
+    if shape == ("prompt", "completion") and not result.examples[0].messages:
+        notes.append("prompt and completion are joined as plain text, without the chat template")
+    if result.num_bad_lines:
+        notes.append(f"{result.num_bad_lines} bad line(s) skipped, the first: {first_problem.split('. Fix')[0]}")
+    total = len(result.examples)
+    for score, failed in unreadable.items():
+        if failed:
+            notes.append(f"{score} could not be read in {failed:,} of {total:,} records")
+        missing = sum(math.isnan(getattr(example, score)) for example in result.examples) - failed
+        if missing and missing + failed < total:
+            notes.append(f"{score} is missing in {missing:,} of {total:,} records")
+    return notes
+
+
+# -- columns and shapes ----------------------------------------------------------------------------------------------
+
+
+def _check_columns(pairs: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    for role, _ in pairs:
+        if role not in COLUMN_ROLES:
+            raise DataError(
+                f"--columns: no role '{role}'.{did_you_mean(role, COLUMN_ROLES)} The roles are {', '.join(COLUMN_ROLES)}."
+            )
+    columns = dict(pairs)
+    shape_roles = set(columns) - set(SCORE_ALIASES)
+    if shape_roles and not any(shape_roles <= {*shape, *_optional(shape)} for shape in SHAPES):
+        raise DataError(
+            f"--columns: {', '.join(sorted(shape_roles))} do not go together. Known shapes: {_KNOWN_SHAPES}."
+        )
+    return columns
+
+
+def _optional(shape: tuple[str, ...]) -> tuple[str, ...]:
+    return ("input",) if shape == ("instruction", "output") else ()
+
+
+def _recognise(record: Mapping[str, Any], columns: dict[str, str]) -> tuple[str, ...] | None:
+    shape_roles = set(columns) - set(SCORE_ALIASES)
+    for shape in SHAPES:
+        if shape_roles <= {*shape, *_optional(shape)} and all(columns.get(role, role) in record for role in shape):
+            return shape
+    return None
+
+
+def _unrecognised(name: str, found: Iterable[str], columns: dict[str, str]) -> DataError:
+    found = list(found)
+    for role, column in columns.items():
+        if role not in SCORE_ALIASES and column not in found:
+            return _unknown_column(name, role, column, found)
+    return DataError(
+        f"{name}: the records are of no known shape; their columns are {', '.join(found) or 'none'}. "
+        f"Known shapes: {_KNOWN_SHAPES}. Say which column is which, e.g. --columns prompt=...,completion=..."
+    )
+
+
+def _unknown_column(name: str, role: str, column: str, found: Iterable[str]) -> DataError:
+    found = list(found)
+    return DataError(
+        f"{name}: no column '{column}' for {role}.{did_you_mean(column, found)} The columns are {', '.join(found)}."
+    )
+
+
+# -- one record ------------------------------------------------------------------------------------------------------
+
+
+def _parse(raw: RawRecord, shape: tuple[str, ...], columns: dict[str, str]) -> tuple[Example, list[str]]:
+    """The example, and the scores that were there but could not be read."""
+    record = raw.fields
+
+    def value(role: str) -> Any:
+        column = columns.get(role, role)
+        if column not in record:
+            raise BadRecord(f"has no '{column}' (it has {', '.join(map(str, record)) or 'nothing'})")
+        return record[column]
+
+    scores, failed = _scores(record, columns)
+    place: dict[str, Any] = {"location": raw.location, **scores}
+    if shape == ("text",):
+        return Example(text=_text(value("text"), columns.get("text", "text")), **place), failed
+    if shape in (("messages",), ("conversations",)):
+        role = shape[0]
+        return Example(messages=_messages(value(role), columns.get(role, role)), **place), failed
+    if shape == ("prompt", "completion"):
+        prompt, completion = _from_json_text(value("prompt")), _from_json_text(value("completion"))
+        if isinstance(prompt, list) or isinstance(completion, list):
+            before = _messages(prompt, "prompt")
+            joined = (*before, *_messages(completion, "completion"))
+            return Example(messages=joined, first_trained=len(before), **place), failed
+        if not isinstance(prompt, str):
+            raise BadRecord("prompt is not text")
+        return Example(prompt=prompt, completion=_text(completion, "completion"), **place), failed
+    asked, answered = shape
+    question = _text(value(asked), columns.get(asked, asked))
+    if shape == ("instruction", "output"):
+        column = columns.get("input", "input")
+        extra = record.get(column)
+        if extra is not None and not isinstance(extra, str):
+            raise BadRecord(f"{column} is not text")
+        if extra and extra.strip():
+            question = f"{question}\n\n{extra}"
+    answer = _text(value(answered), columns.get(answered, answered))
+    return Example(messages=(("user", question), ("assistant", answer)), **place), failed
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise BadRecord(f"{what} is not text" if value is not None else f"{what} is missing")
+    if not value.strip():
+        raise BadRecord(f"{what} is empty")
+    return value
+
+
+def _from_json_text(value: Any) -> Any:
+    """A list of messages that a CSV holds as JSON text; anything else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith('[{"'):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _messages(value: Any, what: str) -> tuple[Message, ...]:
+    value = _from_json_text(value)
+    if not isinstance(value, list):
+        raise BadRecord(f"{what} is not a list of messages")
+    if not value:
+        raise BadRecord(f"{what} is empty")
+    return tuple(_message(item, f"message {number}") for number, item in enumerate(value, start=1))
+
+
+def _message(item: Any, what: str) -> Message:
+    if not isinstance(item, dict):
+        raise BadRecord(f"{what} is not an object with role and content")
+    named = item.get("role") if item.get("role") is not None else item.get("from")
+    role = _SHAREGPT_ROLES.get(named, named) if isinstance(named, str) else named
+    if role not in ROLES:
+        raise BadRecord(f"{what} has the role {named!r}; it must be one of {', '.join(ROLES)}")
+    content = item.get("content") if item.get("content") is not None else item.get("value")
+    if isinstance(content, list):
+        content = _joined_parts(content, what)
+    if content is None and item.get("tool_calls"):
+        raise BadRecord(f"{what} has tool calls and no content; tool calls cannot be trained on yet")
+    return str(role), _text(content, f"the content of {what}")
+
+
+def _joined_parts(parts: list[Any], what: str) -> str:
+    texts = []
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise BadRecord(f"the content of {what} has a part that is not text")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+# -- scores ----------------------------------------------------------------------------------------------------------
+
+
+def _scores(record: dict[str, Any], columns: dict[str, str]) -> tuple[dict[str, float], list[str]]:
+    scores: dict[str, float] = {}
+    failed = []
+    for score, aliases in SCORE_ALIASES.items():
+        names = (columns[score],) if score in columns else aliases
+        found = next((record[name] for name in names if record.get(name) not in (None, "")), None)
+        if found is None:
+            continue
+        scores[score] = number(found) if score == "engagement" else seconds_since_1970(found)
+        if math.isnan(scores[score]):
+            failed.append(score)
+    return scores, failed
+
+
+def number(value: Any) -> float:
+    """A finite number, also from text; NaN where it is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return math.nan
+    try:
+        parsed = float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+    return parsed if math.isfinite(parsed) else math.nan
+
+
+def seconds_since_1970(value: Any) -> float:
+    """Seconds since 1970 from ISO 8601 text (UTC where it names no zone), Unix seconds or milliseconds; NaN if neither."""
+    if isinstance(value, str) and math.isnan(number(value)):
+        try:
+            value = datetime.fromisoformat(value.strip())
+        except ValueError:
+            return math.nan
+    if isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day)
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+    seconds = number(value)
+    # 1e11 seconds is the year 5138, 1e11 milliseconds is 1973: what is larger is milliseconds.
+    return seconds / 1000 if abs(seconds) >= 1e11 else seconds
