@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from presets.errors import DataError, ModelError
 from trainer.job import DataSpec
+from trainer.sources import is_hub_name
 from trainer.tokens import DataReport, FloatArray, IntArray, TokenizedDataset
 
-LARGEST_WRITTEN = 50_000_000  # tokens; beyond it every token is the same one, held once: an array of any length, no memory
+LARGEST_WRITTEN = 50_000_000  # tokens; beyond it every token is the same one, held once: no memory
 _FIRST_PLAIN_ID = 5  # below it tokenizers keep their special tokens
 _NEWEST = 1_767_225_600.0  # 2026-01-01 UTC: fixed, so that the same seed gives the same plan on every day
 _TWO_YEARS = 2 * 365 * 86_400.0
@@ -23,8 +24,8 @@ _TWO_YEARS = 2 * 365 * 86_400.0
 def assumed_data(spec: DataSpec, *, model: str, max_length: int, seed: int) -> TokenizedDataset:
     """`spec.num_examples` invented examples, the same for the same seed.
 
-    Lengths are drawn with replacement from `presets/demo/lengths.json`, or are all `spec.tokens_per_example`; clipped to
-    `max_length`. Token ids are random, the last ones are supervised; engagement is log-normal, dates lie in two years.
+    Lengths are drawn with replacement from `presets/demo/lengths.json`, or are all `spec.tokens_per_example`; clipped
+    to `max_length`. Token ids are random, the last ones are supervised; engagement is log-normal, dates lie in two years.
 
     Raises:
         DataError: the count or the length is below what can be trained on.
@@ -82,7 +83,7 @@ def _draw_lengths(spec: DataSpec, count: int, random: np.random.Generator) -> tu
         return lengths, supervised, f"lengths are assumed: {tokens:,} tokens per example, as asked"
     drawn = pairs[random.integers(0, len(pairs), size=count)]
     mean = float(drawn[:, 0].mean())
-    note = f"lengths are assumed: drawn from the bundled messages, {mean:.0f} tokens on average (--tokens-per-example N)"
+    note = f"lengths are assumed: {mean:.0f} tokens on average, drawn from the bundled messages (--tokens-per-example N)"
     return drawn[:, 0], drawn[:, 1], note
 
 
@@ -117,11 +118,13 @@ def _vocabulary_size(model: str) -> int:
 
 
 def _config_from_hub(model: str) -> Path:
+    if not is_hub_name(model):  # else the hub would be asked again and again for what is plainly a path
+        raise ModelError(f"{model}: there is no such folder. Check --model.")
     try:
         from huggingface_hub import hf_hub_download
 
         return Path(hf_hub_download(model, "config.json"))
-    except Exception as reason:  # noqa: BLE001 - network, rights, a name that is none: the list is open
+    except Exception as reason:  # network, rights, a name that is none: the list is open
         text = " ".join(str(reason).split())
         raise ModelError(
             f"{model}: no such folder, and its config cannot be fetched ({text[:200]}). Check --model and the network."

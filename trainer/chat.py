@@ -1,8 +1,8 @@
 """Examples -> token ids and the loss mask, with the model's own tokenizer and chat template. No torch.
 
-The loss is on what the model must write itself: in every assistant turn from the end of the generation prompt through the
-stop token. Everywhere: exactly one beginning token, the end of every example is taught, and an example's first token is
-never a target, because nothing stands before it to predict it from.
+The loss is on what the model must write itself: in every assistant turn from the end of the generation prompt through
+the stop token. Everywhere: exactly one beginning token, the end of every example is taught, and an example's first token
+is never a target, because nothing stands before it to predict it from.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class ChatEncoder:
         notes = list(self._chat.notes) if self._chat is not None else []
         if self.num_masks_not_found:
             notes.append(
-                f"the answer was not found in {self.num_masks_not_found:,} rendered chat(s), which are left out, the first: "
-                f"{self._first_not_found}. If there are many, use --train-on all"
+                f"the answer was not found in {self.num_masks_not_found:,} rendered chat(s), which are left out, "
+                f"the first: {self._first_not_found}. If there are many, use --train-on all"
             )
         if self._eos is None:
             notes.append("the tokenizer names no end token: nothing teaches the model where to stop")

@@ -26,7 +26,7 @@ from trainer.assumed import assumed_data
 from trainer.chat import ChatEncoder, Encoded
 from trainer.job import DataSpec
 from trainer.records import Example, Examples, parse_records, read_examples
-from trainer.sources import RawRecord, open_source
+from trainer.sources import RawRecord, is_hub_name, open_source
 from trainer.tokens import DataReport, FloatArray, TokenizedDataset
 
 FORMAT_VERSION = 1  # raise it when the same data would be tokenised or masked otherwise than before
@@ -89,14 +89,16 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
         ModelError: there is none, or it cannot be loaded.
     """
     folder = Path(model)
-    remedy = "Planning from a file needs its tokenizer: save it beside the model, or plan from a count (--dataset 63000)."
+    remedy = "Planning from a file needs its tokenizer: save it beside the model, or pass a count (--dataset 63000)."
     if folder.is_dir() and not _tokenizer_files(folder):
         raise ModelError(f"{model}: the folder holds no tokenizer. {remedy}")
+    if not folder.exists() and not is_hub_name(model):
+        raise ModelError(f"{model}: there is no such folder. Check --model.")
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except Exception as reason:  # noqa: BLE001 - transformers and tokenizers raise anything, a bare Exception included
+    except Exception as reason:  # transformers and tokenizers raise anything, a bare Exception included
         text = " ".join(str(reason).split())
         raise ModelError(f"{model}: its tokenizer cannot be loaded ({text[:200]}). {remedy}") from None
 
@@ -130,7 +132,8 @@ def encode_examples(spec: DataSpec, examples: Examples, encoder: ChatEncoder) ->
     if num_refused:
         notes.append(f"{num_refused:,} conversation(s) skipped, the first: {first_refused}")
     if num_unsupervised:
-        cut = f", {num_beyond:,} of them because the answer begins beyond {encoder.max_length:,} tokens" if num_beyond else ""
+        beyond = f", {num_beyond:,} of them because the answer begins beyond {encoder.max_length:,} tokens"
+        cut = beyond if num_beyond else ""
         notes.append(f"{num_unsupervised:,} example(s) left out: no token to learn from{cut}")
     if num_truncated:
         notes.append(f"{num_truncated:,} example(s) longer than {encoder.max_length:,} tokens: only the head is used")
@@ -164,8 +167,8 @@ def _nothing_left(
         )
     if encoder.num_masks_not_found:
         return (
-            f"{spec.source}: nothing to train on; the answer was not found in {encoder.num_masks_not_found:,} of {total:,} "
-            f"rendered chats. Use --train-on all, or another chat template."
+            f"{spec.source}: nothing to train on; the answer was not found in {encoder.num_masks_not_found:,} of "
+            f"{total:,} rendered chats. Use --train-on all, or another chat template."
         )
     return (
         f"{spec.source}: nothing to train on; no token of {total:,} example(s) is an assistant's. "
@@ -233,7 +236,7 @@ def _tokenizer_files(folder: Path) -> list[Path]:
 
 
 def _digest_of_tokenizer(model: str, tokenizer: Any) -> str:
-    """Of a folder its files, so that a hit loads no tokenizer; of a hub name what the loaded tokenizer says of itself."""
+    """Of a folder its files, so that a hit loads no tokenizer; of a hub name what the loaded tokenizer says."""
     sha = hashlib.sha256()
     if tokenizer is None:
         # config.json too: it decides the class where tokenizer_config.json does not.
@@ -268,7 +271,7 @@ def _open_entry(entry: Path) -> TokenizedDataset | None:
 
 
 def _store(data: TokenizedDataset, entry: Path) -> str:
-    """Write the entry beside its place and move it there, so that a reader finds all of it or nothing. The problem, or ""."""
+    """Write the entry aside and move it into place, so that a reader finds all of it or nothing. The problem, or ""."""
     aside: Path | None = None
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)

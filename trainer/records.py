@@ -112,7 +112,8 @@ def parse_records(spec: DataSpec, records: Iterable[RawRecord], *, name: str, no
     if not examples:
         if num_bad and seen and shape is None and _recognise(seen, columns) is None:
             raise _unrecognised(name, seen, columns)
-        reason = f"all {num_bad} records are bad, the first: {first_problem}" if num_bad else "there is no record in it."
+        all_bad = f"all {num_bad} records are bad, the first: {first_problem}"
+        reason = all_bad if num_bad else "there is no record in it."
         raise DataError(f"{name}: nothing to train on; {reason}")
     for score in SCORE_ALIASES:
         if score in columns and columns[score] not in seen:
@@ -146,7 +147,8 @@ def _check_columns(pairs: tuple[tuple[str, str], ...]) -> dict[str, str]:
     for role, _ in pairs:
         if role not in COLUMN_ROLES:
             raise DataError(
-                f"--columns: no role '{role}'.{did_you_mean(role, COLUMN_ROLES)} The roles are {', '.join(COLUMN_ROLES)}."
+                f"--columns: no role '{role}'.{did_you_mean(role, COLUMN_ROLES)} "
+                f"The roles are {', '.join(COLUMN_ROLES)}."
             )
     columns = dict(pairs)
     shape_roles = set(columns) - set(SCORE_ALIASES)
@@ -309,7 +311,7 @@ def number(value: Any) -> float:
 
 
 def seconds_since_1970(value: Any) -> float:
-    """Seconds since 1970 from ISO 8601 text (UTC where it names no zone), Unix seconds or milliseconds; NaN if neither."""
+    """Seconds since 1970 from ISO 8601 (UTC where it names no zone), Unix seconds or milliseconds; NaN if neither."""
     if isinstance(value, str) and math.isnan(number(value)):
         try:
             value = datetime.fromisoformat(value.strip())

@@ -1,4 +1,4 @@
-"""Where records come from: a file, a folder saved by `datasets`, or a hub name -> plain dicts with their place. No torch."""
+"""Where records come from: a file, a folder saved by `datasets` or a hub name -> dicts with their place. No torch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ class Source:
             DataError: the source as a whole cannot be read.
         """
         if self.table is not None:
-            return (RawRecord(f"{self.name}, record {i}", dict(row), remedy=_MEND_RECORD) for i, row in enumerate(self.table, start=1))
+            return (
+                RawRecord(f"{self.name}, record {number}", dict(row), remedy=_MEND_RECORD)
+                for number, row in enumerate(self.table, start=1)
+            )
         assert self.path is not None
         return _read_file(self.name, self.path)
 
@@ -85,9 +88,14 @@ def open_source(name: str) -> Source:
     if path.exists():
         file_kind(path)
         return Source(name, path=path)
-    if _looks_like_file(name) or not _HUB_NAME.fullmatch(name):
+    if _looks_like_file(name) or not is_hub_name(name):
         raise DataError(f"{name}: there is no such file or folder.{_suggest_neighbour(path)} Check --dataset.")
     return _open_hub(name)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether this could be a name on the Hugging Face hub rather than a path."""
+    return _HUB_NAME.fullmatch(name) is not None
 
 
 def file_kind(path: Path) -> str:
@@ -98,7 +106,7 @@ def file_kind(path: Path) -> str:
     kind = FILE_KINDS.get(suffixes[-1] if suffixes else "")
     if kind is None:
         raise DataError(
-            f"{path}: not a known kind of data file. Name it {', '.join(FILE_KINDS)}, each also with .gz, by its content."
+            f"{path}: not a known kind of data file. Known are {', '.join(FILE_KINDS)}, each also with .gz."
         )
     return kind
 
@@ -127,7 +135,7 @@ def _open_saved_folder(name: str, path: Path) -> Source:
         import datasets
 
         loaded: Any = datasets.load_from_disk(str(path))
-    except Exception as reason:  # noqa: BLE001 - datasets raises anything from OSError to ArrowInvalid
+    except Exception as reason:  # datasets raises anything from OSError to ArrowInvalid
         raise DataError(f"{name}: the saved data set cannot be read ({_one_line(reason)}). Save it again.") from None
     return _with_table(Source(name, path=path), loaded)
 
@@ -138,7 +146,7 @@ def _open_hub(name: str) -> Source:
         import datasets
 
         loaded: Any = datasets.load_dataset(repository, config or None)
-    except Exception as reason:  # noqa: BLE001 - network, rights, missing repository: the list is open
+    except Exception as reason:  # network, rights, missing repository: the list is open
         raise DataError(
             f"{name}: no such file, and it cannot be loaded as a Hugging Face data set ({_one_line(reason)}). "
             f"Check the name and the network, write NAME:CONFIG where it has several configurations, or pass a file."
@@ -182,7 +190,7 @@ def _read_file(name: str, path: Path) -> Iterator[RawRecord]:
     except _DAMAGED_GZIP as reason:
         raise DataError(f"{name}: the gzip file is damaged ({reason}). Compress it again.") from None
     except OSError as reason:
-        raise DataError(f"{name}: cannot be read ({reason.strerror or reason}). Check the path and its rights.") from None
+        raise DataError(f"{name}: cannot be read ({reason.strerror or reason}). Check its rights.") from None
 
 
 def _open_bytes(path: Path) -> IO[bytes]:

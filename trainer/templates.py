@@ -1,9 +1,9 @@
 """Rendering a chat with a tokenizer's template, and finding in the text what the model itself must write. No torch.
 
-Stock templates carry no marks for the assistant's part. It is found by rendering a *twin*: the same roles, with a unique
-mark as each content. What stands between the marks is the template's scaffolding; matched piece by piece against the true
-rendering it shows where each answer begins and ends, whatever the template trims, adds or leaves out, and whatever the
-contents themselves look like.
+Stock templates carry no marks for the assistant's part. It is found by rendering a *twin*: the same roles, with a
+unique mark as each content. What stands between the marks is the template's scaffolding; matched piece by piece against the
+true rendering it shows where each answer begins and ends, whatever the template trims, adds or leaves out, and whatever
+the contents themselves look like.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class ChatTemplate:
         if "<|im_start|>" in vocabulary and "<|im_end|>" in vocabulary:
             self.notes.append("the tokenizer has no chat template: chats are written as ChatML, whose tokens it has")
             return CHATML_TEMPLATE
-        self.notes.append('the tokenizer has no chat template: chats are written as "User: ...", "Assistant: ..." lines')
+        self.notes.append('the tokenizer has no chat template: chats are written as "User: ..." and "Assistant: ..."')
         return PLAIN_TEMPLATE
 
     # -- rendering ---------------------------------------------------------------------------------------------------
@@ -116,15 +116,13 @@ class ChatTemplate:
             except TemplateRefusal:
                 self._takes_system = False
             if not self._takes_system:
-                self.notes.append("the chat template has no system role: system text goes before the first user message")
+                self.notes.append("the chat template has no system role: its text goes before the first user message")
         return self._takes_system
 
     def ends_with_special(self, rendered: str) -> bool:
         """Whether nothing but blanks follows the last special token."""
-        last = None
-        for last in self._special.finditer(rendered):
-            pass
-        return last is not None and not rendered[last.end() :].strip()
+        ends = [found.end() for found in self._special.finditer(rendered)]
+        return bool(ends) and not rendered[ends[-1] :].strip()
 
     # -- what the model must write -----------------------------------------------------------------------------------
 
@@ -172,14 +170,14 @@ class ChatTemplate:
             own = [number for number, (message, _) in enumerate(marks) if message == index]
             if role != "assistant" or not own:
                 continue
-            before = pieces[own[0]]
-            starts[index] = own[0], len(before) - self._written_before(twin, index, text[: found[own[0]].start()], before)
+            piece, text_before = pieces[own[0]], text[: found[own[0]].start()]
+            starts[index] = own[0], len(piece) - self._written_before(twin, index, text_before, piece)
             after, last = own[-1] + 1, own[-1] + 1 == len(pieces) - 1
             stops[index] = after, self._stop_end(pieces[after], last=last)
         return _Scaffold(pieces, marks, starts, stops)
 
     def _written_before(self, twin: list[Message], index: int, text_before: str, piece: str) -> int:
-        """How many characters before the content the model writes itself, e.g. an empty thought: 0 for most templates."""
+        """How many characters before the content the model writes itself, e.g. an empty thought; 0 for most."""
         try:
             prompt = self.render(twin[:index], generation_prompt=True)
             without = self.render(twin[:index])

@@ -1,0 +1,125 @@
+"""Run folders: make one, start the trainer on it, and put predicted beside actual when it is done."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from presets import jsonio
+from presets.errors import RunError
+from trainer.batching import BatchPlan
+from trainer.job import Job
+from trainer.record import Predicted, RunRecord
+
+CHECKPOINT_SECONDS = 600.0  # a crash loses ten minutes at most, where steps are short enough
+
+
+def make_run_folder(output: Path | None, job: Job, plan: BatchPlan, predicted: Predicted, now: datetime) -> Path:
+    """A new run folder with job.json, estimate.json and batch_plan.npz; returns its absolute path.
+
+    Raises:
+        RunError: the folder cannot be made, or is not empty. Nothing is left behind then.
+    """
+    check_output(output)
+    folder = (output or Path("runs") / f"{job.name}-{now:%Y%m%d-%H%M%S}").expanduser().absolute()
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        plan.save(folder / "batch_plan.npz")
+        jsonio.write_atomically(folder / "estimate.json", jsonio.to_json(predicted))
+        jsonio.write_atomically(folder / "job.json", job.to_json())  # last: its presence says the folder is whole
+    except OSError as reason:
+        if made:  # nothing half-written stays; a folder that was there before was empty
+            shutil.rmtree(folder, ignore_errors=True)
+        raise RunError(
+            f"output '{output or folder}' cannot be written ({reason.strerror or reason}). Choose another --output."
+        ) from None
+    return folder
+
+
+def check_output(output: Path | None) -> None:
+    """Refuse an output that could not be used, before anything is measured for it.
+
+    Raises:
+        RunError: as `make_run_folder` would.
+    """
+    folder = (output or Path("runs")).expanduser().absolute()
+    if output is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        hint = f" Go on with it: plan --resume {shlex.quote(str(output))}." if (folder / "job.json").is_file() else ""
+        raise RunError(f"output '{output}' exists and is not empty.{hint} Or choose another --output.")
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise RunError(f"output '{output or folder}' cannot be written: '{existing}' is not a folder you may write to.")
+
+
+def with_checkpoint_interval(job: Job, num_steps: int, seconds_per_step: float | None) -> Job:
+    """The job with checkpoints at least ten times a run, and every ten minutes where that is more often."""
+    every = max(1, math.ceil(num_steps / 10))
+    if seconds_per_step:
+        every = min(every, max(1, round(CHECKPOINT_SECONDS / seconds_per_step)))
+    return replace(job, checkpoint_every=every)
+
+
+def command(folder: Path, job: Job, *, resume: bool = False, accelerate_config: Path | None = None) -> list[str]:
+    """What starts the trainer: this Python on one device, Accelerate's launcher on several.
+
+    -P keeps the working directory off the import path: a folder called `trainer` there would be run instead.
+    """
+    tail = [str(folder / "job.json"), *(["--resume"] if resume else [])]
+    if job.num_devices == 1:
+        return [sys.executable, "-P", "-m", "trainer", *tail]
+    launcher = [sys.executable, "-P", "-m", "accelerate.commands.launch", "--num_processes", str(job.num_devices)]
+    if accelerate_config is not None:
+        launcher += ["--config_file", str(accelerate_config)]
+    else:
+        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launcher += ["--cpu"] if job.device == "cpu" else ["--multi_gpu"]
+    threads = job.num_threads or max(1, (os.cpu_count() or 1) // job.num_devices)
+    return [*launcher, "--num_cpu_threads_per_process", str(threads), "--module", "trainer", *tail]
+
+
+def start(argv: Sequence[str]) -> int:
+    """Run the trainer in the foreground and return its exit code; signals are passed on, and it decides what they do."""
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    child = subprocess.Popen(list(argv), env=environment)
+
+    def forward(number: int, _frame: object) -> None:
+        # A terminal's Ctrl-C reaches the child by itself, since it is in the same group.
+        if number != signal.SIGINT or not sys.stdin.isatty():
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 - code if code < 0 else code
+
+
+def open_run(folder: Path) -> Job:
+    """The job of an existing run folder.
+
+    Raises:
+        RunError: it is not a run folder.
+    """
+    if not (folder / "job.json").is_file():
+        raise RunError(f"'{folder}' is not a run folder: there is no job.json in it.")
+    return Job.read(folder / "job.json")
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """The record of a run; None where it has not ended yet."""
+    path = folder / "record.json"
+    return RunRecord.read(path) if path.is_file() else None

@@ -1,0 +1,143 @@
+"""Measurement as data: what was timed, raw, warm-up apart; statistics are derived from it in planner.estimate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.prober import LoadReply, SaveReply
+from planner.strata import Strata
+from presets.schema import Adapter, Attention, BasePrecision, Precision
+from trainer.batching import BatchPlan
+from trainer.job import Device, Job
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
+class StepSignature:
+    """What changes the cost of a micro-step. Jobs that share it share a worker and its timings."""
+
+    model: str
+    base_precision: BasePrecision
+    precision: Precision
+    adapter: Adapter
+    lora_rank: int  # 0 where there is no adapter, and so for the other three
+    lora_targets: str
+    lora_rslora: bool
+    lora_dropout: float
+    attention: Attention
+    gradient_checkpointing: bool
+    device: Device
+    num_threads: int  # CPU threads; 0: torch's own choice
+
+    @classmethod
+    def of(cls, job: Job) -> StepSignature:
+        preset = job.preset
+        lora = preset.adapter == "lora"
+        return cls(
+            model=job.model,
+            base_precision=job.base_precision,
+            precision=job.precision,
+            adapter=preset.adapter,
+            lora_rank=preset.lora_rank if lora else 0,
+            lora_targets=preset.lora_targets if lora else "",
+            lora_rslora=preset.lora_rslora and lora,
+            lora_dropout=preset.lora_dropout if lora else 0.0,
+            attention=preset.attention,
+            gradient_checkpointing=preset.gradient_checkpointing,
+            device=job.device,
+            num_threads=job.num_threads or 0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PlannedRow:
+    """One row of the table to be: a job and its batch plan. A reference row is timed for the speed factor only."""
+
+    name: str
+    job: Job
+    plan: BatchPlan
+    is_reference: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroSample:
+    """One timed micro-batch. `seconds` is None inside a window that was timed as a whole."""
+
+    stratum: int
+    rows: int
+    width: int  # tokens
+    tokens: int  # real ones
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Round:
+    """One micro-batch of each stratum, in random order, and an optimizer step."""
+
+    started: float  # seconds on the measuring clock
+    samples: tuple[MicroSample, ...]
+    optimizer_seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowSample:
+    """Micro-steps and optimizer step of one window (or its first part), timed as one."""
+
+    samples: tuple[MicroSample, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FixedSamples:
+    """Seconds of what a run does beside its steps. None or empty: not measured."""
+
+    evaluation: tuple[MicroSample, ...] = ()  # batches of held-out examples
+    save: SaveReply | None = None
+    answer_seconds: float | None = None  # one sample answer, of `answer_tokens` tokens at most
+    answer_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """Everything measured of one step signature."""
+
+    signature: StepSignature
+    load: LoadReply | None = None
+    warmup: tuple[Round, ...] = ()
+    rounds: tuple[Round, ...] = ()
+    windows: tuple[WindowSample, ...] = ()
+    fixed: FixedSamples = FixedSamples()
+    seconds_spent: float = 0.0  # timing; process starts, memory and fixed parts not counted
+    ended_by: str = ""  # "precision" or "budget"
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowVerdict:
+    """Whether a row fits, at the worst micro-batch of its plan."""
+
+    name: str
+    signature: StepSignature
+    fits: bool | None = None  # None: not known, see error
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    worst_rows: int = 0
+    worst_width: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurements:
+    """What one call of `measure` found."""
+
+    strata: Strata
+    measurements: tuple[Measurement, ...]
+    rows: tuple[RowVerdict, ...]
+    in_turns: bool  # the signatures were on the device together
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def of(self, signature: StepSignature) -> Measurement | None:
+        return next((one for one in self.measurements if one.signature == signature), None)
+
+    def verdict(self, name: str) -> RowVerdict | None:
+        return next((one for one in self.rows if one.name == name), None)

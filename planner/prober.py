@@ -1,0 +1,198 @@
+"""Prober: what can be asked of a device about one step signature. The real one talks to a worker process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from presets import jsonio
+from presets.errors import MeasurementError
+from trainer.job import Job
+
+MicroRows = list[list[int]]  # rows of example indices
+
+
+class DoesNotFit(Exception):
+    """The device ran out of memory. Not an error of the tool: it becomes a row."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadReply:
+    """What starting and loading took, in seconds, and what was loaded."""
+
+    start_seconds: float  # process start to the first import of torch
+    import_seconds: float
+    load_seconds: float
+    num_parameters: int
+    num_trainable_parameters: int
+    weights: str  # "loaded" or "random"
+    num_threads: int | None = None  # CPU threads that torch really uses
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryReply:
+    """Peak bytes at one micro-batch with an update, and the seconds of its last micro-step."""
+
+    allocated_bytes: int
+    reserved_bytes: int
+    micro_step_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaveReply:
+    """Seconds of one checkpoint and of saving the adapter (or the whole model)."""
+
+    checkpoint_seconds: float
+    adapter_seconds: float
+
+
+class Prober(Protocol):
+    """One model on one device, ready to be timed. Every method but `stop` may raise `DoesNotFit` or MeasurementError."""
+
+    def load(self) -> LoadReply: ...
+    def run(self, micro_batches: list[MicroRows]) -> list[float]: ...
+    def optimizer(self, repeat: int) -> list[float]: ...
+    def window(self, micro_batches: list[MicroRows]) -> float: ...
+    def memory(self, micro_batch: MicroRows, accumulates: bool) -> MemoryReply: ...
+    def free(self) -> int: ...
+    def evaluate(self, batches: list[list[int]]) -> list[float]: ...
+    def save(self) -> SaveReply: ...
+    def answer(self, examples: list[int], max_new_tokens: int) -> float: ...
+    def stop(self) -> None: ...
+
+
+ProberFactory = Callable[[Job], Prober]
+
+
+class ProcessProber:
+    """A worker process, spoken to in JSON lines. `stop` ends it; so does the end of this process, however it comes."""
+
+    def __init__(self, job: Job, data_dir: Path, scratch: Path | None = None) -> None:
+        self._log = tempfile.TemporaryFile()  # the worker's stderr: shown only if it dies
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "planner.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=_environment(),
+            encoding="utf-8",
+        )
+        self._send(
+            {
+                "job": jsonio.to_plain(job),
+                "data_dir": str(data_dir),
+                "scratch": str(scratch) if scratch else None,
+            }
+        )
+
+    @classmethod
+    def factory(cls, data_dir: Path, scratch: Path | None = None) -> ProberFactory:
+        """What `measure` calls to start a worker for a job; `data_dir` holds the saved TokenizedDataset."""
+        return lambda job: cls(job, data_dir, scratch)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def load(self) -> LoadReply:
+        return jsonio.from_plain(LoadReply, self._ask(command="load"), what="worker", error=MeasurementError)
+
+    def run(self, micro_batches: list[MicroRows]) -> list[float]:
+        return list(self._ask(command="run", micro_batches=micro_batches)["seconds"])
+
+    def optimizer(self, repeat: int) -> list[float]:
+        return list(self._ask(command="optimizer", repeat=repeat)["seconds"])
+
+    def window(self, micro_batches: list[MicroRows]) -> float:
+        return float(self._ask(command="window", micro_batches=micro_batches)["seconds"])
+
+    def memory(self, micro_batch: MicroRows, accumulates: bool) -> MemoryReply:
+        answer = self._ask(command="memory", micro_batch=micro_batch, accumulates=accumulates)
+        return jsonio.from_plain(MemoryReply, answer, what="worker", error=MeasurementError)
+
+    def free(self) -> int:
+        return int(self._ask(command="free")["bytes"])
+
+    def evaluate(self, batches: list[list[int]]) -> list[float]:
+        return list(self._ask(command="evaluate", batches=batches)["seconds"])
+
+    def save(self) -> SaveReply:
+        return jsonio.from_plain(SaveReply, self._ask(command="save"), what="worker", error=MeasurementError)
+
+    def answer(self, examples: list[int], max_new_tokens: int) -> float:
+        return float(self._ask(command="answer", examples=examples, max_new_tokens=max_new_tokens)["seconds"])
+
+    def stop(self) -> None:
+        """End the worker and wait for it, so that its memory is free when this returns. Safe to call twice."""
+        process = self._process
+        if process.poll() is None:
+            process.kill()  # it holds nothing worth a goodbye, and a tidy exit of torch costs up to a second
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                try:
+                    stream.close()
+                except OSError:  # what was still to be written has nobody to read it
+                    pass
+        self._log.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_process") and self._process.returncode is None:
+            self.stop()
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        self._send(request)
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise self._death()
+        try:
+            answer = json.loads(line)
+        except json.JSONDecodeError:
+            raise MeasurementError(f"the worker answered something that is not JSON: {line[:200]!r}.") from None
+        if answer.get("oom"):
+            raise DoesNotFit(answer["message"])
+        if "error" in answer:
+            raise MeasurementError(f"the worker failed: {answer['error'].rstrip('.')}.") from RuntimeError(
+                answer.get("traceback", "")
+            )
+        return dict(answer)
+
+    def _send(self, request: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except (BrokenPipeError, OSError):
+            raise self._death() from None
+
+    def _death(self) -> Exception:
+        try:
+            code: int | None = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            code = None
+        if code == -9:  # SIGKILL: nobody else here sends it
+            return DoesNotFit("the system killed the worker, as it does when memory runs out")
+        self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, self._log.tell() - 2000))
+        lines = self._log.read().decode("utf-8", errors="replace").strip().splitlines()
+        last = f" Its last line: {lines[-1]}" if lines else ""
+        return MeasurementError(f"the worker process ended by itself (exit code {code}).{last}")
+
+
+def _environment() -> dict[str, str]:
+    """This environment, with the worker's import path where the packages are not installed but run from a checkout."""
+    environment = dict(os.environ)
+    root = str(Path(__file__).resolve().parent.parent)
+    installed = {str(Path(sysconfig.get_paths()[key]).resolve()) for key in ("purelib", "platlib")}
+    if root not in installed:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")]))
+    return environment

@@ -1,0 +1,252 @@
+"""Presets + `.env` + options + device -> Jobs. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from planner.hardware import DeviceFacts, resolve_base_precision, resolve_precision
+from presets.demo import demo_folder
+from presets.env import Settings, yours_preset
+from presets.errors import PresetError, SettingsError, did_you_mean
+from presets.schema import (
+    Attention,
+    BasePrecision,
+    Precision,
+    Preset,
+    SampleScore,
+    SamplingStrategy,
+    load_preset,
+    preset_names,
+)
+from trainer.job import DataSpec, EvaluationSpec, Job, TrainOn
+
+COLUMN_ROLES = (
+    "messages", "prompt", "completion", "question", "answer", "instruction", "input", "output", "text",
+    "engagement", "created_at",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What was asked for on the command line (or through the library); None where nothing was said."""
+
+    dataset: str | None = None
+    model: str | None = None
+    columns: str | None = None  # "prompt=q,completion=a"
+    tokens_per_example: int | None = None
+    train_on: TrainOn = "assistant"
+    skip_bad_lines: bool = False
+    limit: int | None = None
+    micro_batch_size: int | None = None
+    gradient_accumulation_steps: int | None = None
+    precision: Precision | None = None
+    base_precision: BasePrecision | None = None
+    learning_rate: float | None = None
+    epochs: int | None = None
+    max_length: int | None = None
+    sample_size: int | None = None
+    sample_ratio: float | None = None
+    sampling_strategy: SamplingStrategy | None = None
+    sample_score: SampleScore | None = None
+    attention: Attention | None = None
+    gradient_checkpointing: bool | None = None
+    packing: bool = False
+    seed: int | None = None
+    device: str | None = None
+    num_devices: int | None = None
+    num_threads: int | None = None
+    eval_fraction: float | None = None
+    trust_remote_code: bool = False
+    tracker: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resolved:
+    """A job, or why this configuration cannot be one; and what a user should know of it."""
+
+    preset: Preset
+    job: Job | None
+    notes: tuple[str, ...] = ()
+    error: str | None = None
+
+
+def presets_to_compare(settings: Settings, names: tuple[str, ...] = ()) -> tuple[Preset, ...]:
+    """The named presets (all where none is named), "yours" last where settings make one.
+
+    Raises:
+        PresetError: an unknown name, or "yours" without a setting.
+    """
+    yours = yours_preset(settings)
+    wanted = names or (*preset_names(), *(("yours",) if yours else ()))
+    return tuple(_preset(name, yours) for name in wanted)
+
+
+def _preset(name: str, yours: Preset | None) -> Preset:
+    if name == "yours":
+        if yours is None:
+            raise PresetError(
+                "'yours' is made from .env or the environment, and neither sets anything of it. "
+                "Set for example GRADIENT_ACCUMULATION_STEPS=32 in .env."
+            )
+        return yours
+    known = [*preset_names(), "yours"]
+    if name not in known:
+        raise PresetError(f"no preset '{name}'.{did_you_mean(name, known)} Run 'plan presets' to list them.")
+    return load_preset(name)
+
+
+def resolve_model(options: Options, settings: Settings) -> tuple[str, str]:
+    """(model folder or hub name, where it was named)."""
+    if options.model:
+        return options.model, "--model"
+    if settings.model:
+        return settings.model, f"MODEL in {settings.origin.get('MODEL', '.env')}"
+    return str(demo_folder()), "the bundled demo model"
+
+
+def resolve_data(options: Options, settings: Settings, *, running: bool) -> DataSpec:
+    """Which data: the option, then DATASET, then the bundled messages.
+
+    Raises:
+        SettingsError: a count below 1, a count for a run, or --columns that cannot be read.
+    """
+    named = options.dataset or settings.dataset or "bundled"
+    common: dict[str, Any] = {
+        "columns": parse_columns(options.columns),
+        "train_on": options.train_on,
+        "skip_bad_lines": options.skip_bad_lines,
+        "limit": options.limit,
+    }
+    count = _as_count(named)
+    if count is None:
+        if options.tokens_per_example is not None:
+            raise SettingsError("--tokens-per-example goes with a count (--dataset 63000); a file has its own lengths.")
+        source = named if named == "bundled" or not Path(named).expanduser().exists() else str(Path(named).expanduser().resolve())
+        return DataSpec(source=source, **common)
+    if count < 1:
+        raise SettingsError(f"--dataset is {count}; a count must be at least 1.")
+    if running:
+        raise SettingsError(
+            f"--dataset {named} is a count: enough for planning, but a run needs messages. "
+            "Give a file (--dataset messages.jsonl), or leave --dataset out to train on the bundled messages."
+        )
+    return DataSpec(source="count", num_examples=count, tokens_per_example=options.tokens_per_example, **common)
+
+
+def _as_count(named: str) -> int | None:
+    text = named.replace(",", "").replace("_", "")
+    try:
+        return int(text) if text.lstrip("+-").isascii() and text.lstrip("+-").isdigit() else None
+    except ValueError:  # more digits than Python converts
+        raise SettingsError("--dataset is a number too large to be a count.") from None
+
+
+def parse_columns(text: str | None) -> tuple[tuple[str, str], ...]:
+    """ "prompt=q,completion=a" -> (("prompt", "q"), ("completion", "a")).
+
+    Raises:
+        SettingsError: not of that form, or an unknown role.
+    """
+    pairs = []
+    for part in (text or "").split(","):
+        if not part.strip():
+            continue
+        role, equals, column = (piece.strip() for piece in part.partition("="))
+        if not equals or not column:
+            raise SettingsError(f"--columns has '{part}'; it must look like prompt=COLUMN,completion=COLUMN.")
+        if role not in COLUMN_ROLES:
+            raise SettingsError(
+                f"--columns has '{role}'.{did_you_mean(role, COLUMN_ROLES)} Known: {', '.join(COLUMN_ROLES)}."
+            )
+        pairs.append((role, column))
+    return tuple(pairs)
+
+
+def resolve_job(preset: Preset, options: Options, settings: Settings, facts: DeviceFacts, data: DataSpec) -> Resolved:
+    """One configuration as a job on this device. What is wrong with it becomes its error, so that others still show."""
+    try:
+        applied, notes = _with_options(preset, options)
+        precision, note = resolve_precision(applied.precision, facts)
+        job = Job(
+            name=preset.name,
+            preset=applied,
+            model=_model_path(resolve_model(options, settings)[0]),
+            data=data,
+            device=facts.kind,
+            precision=precision,
+            base_precision=resolve_base_precision(applied, precision),
+            micro_batch_size=options.micro_batch_size or applied.micro_batch_size,
+            num_devices=_num_devices(options, facts),
+            num_threads=options.num_threads,
+            seed=options.seed if options.seed is not None else settings.seed if settings.seed is not None else 42,
+            packing=options.packing,
+            evaluation=_evaluation(options),
+            trust_remote_code=options.trust_remote_code,
+            tracker=options.tracker,
+        )
+    except (SettingsError, PresetError) as reason:
+        return Resolved(preset=preset, job=None, error=str(reason))
+    return Resolved(preset=applied, job=job, notes=(*notes, *((note,) if note else ())))
+
+
+def _model_path(model: str) -> str:
+    """A local folder as an absolute path, so that a job can be resumed from another working directory."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else model
+
+
+def _num_devices(options: Options, facts: DeviceFacts) -> int:
+    if options.num_devices is not None:
+        return options.num_devices
+    return facts.num_devices if facts.kind == "cuda" else 1
+
+
+def _evaluation(options: Options) -> EvaluationSpec:
+    if options.eval_fraction is None:
+        return EvaluationSpec()
+    if not 0 <= options.eval_fraction < 1:
+        raise SettingsError(f"--eval-fraction is {options.eval_fraction}; it must be at least 0 and below 1.")
+    return EvaluationSpec(fraction=options.eval_fraction)
+
+
+def _with_options(preset: Preset, options: Options) -> tuple[Preset, list[str]]:
+    changes: dict[str, Any] = {}
+    notes = []
+    direct = {
+        "precision": options.precision,
+        "base_precision": options.base_precision,
+        "learning_rate": options.learning_rate,
+        "num_epochs": options.epochs,
+        "max_length": options.max_length,
+        "attention": options.attention,
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "sampling_strategy": options.sampling_strategy,
+        "sample_score": options.sample_score,
+    }
+    changes.update({name: value for name, value in direct.items() if value is not None})
+    if options.sample_size is not None or options.sample_ratio is not None:
+        changes.update(sample_size=options.sample_size, sample_ratio=options.sample_ratio)
+        if options.sample_size is not None and options.sampling_strategy is None:
+            changes["sampling_strategy"] = "top"  # SAMPLE_SIZE means the top N messages
+    if options.gradient_accumulation_steps is not None:
+        changes["gradient_accumulation_steps"] = options.gradient_accumulation_steps
+        if options.micro_batch_size is not None:
+            changes["micro_batch_size"] = options.micro_batch_size  # both given: their product is the global batch
+    if preset.phases and changes:
+        own = {"gradient_accumulation_steps", "learning_rate", "num_epochs"} & set(changes)
+        if any(phase.is_stage for phase in preset.phases):
+            own |= {"sample_size", "sample_ratio", "sampling_strategy", "sample_score"} & set(changes)
+        for name in own - ({"num_epochs"} if not preset.phases[0].is_stage else set()):
+            if getattr(preset, name) != changes[name]:
+                notes.append(f"keeps the {name} of its own phases")
+            del changes[name]
+        changes.pop("micro_batch_size", None)
+    return (replace(preset, **changes) if changes else preset), sorted(set(notes))
+
+
+def option_fields() -> tuple[str, ...]:
+    """Names of all options, for the command line's own check that it declares each."""
+    return tuple(field.name for field in dataclasses.fields(Options))

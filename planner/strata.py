@@ -1,0 +1,85 @@
+"""Strata of work: micro-batches of a batch plan, sorted into classes of like cost, so that few timings stand for all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainer.batching import MicroShapes
+from trainer.tokens import FloatArray, IntArray
+
+TAIL_SHARE = 0.01  # the longest micro-batches, by number, that are a stratum of their own
+WIDTH_OF_DOUBLE_WORK = 8192.0  # tokens; where attention is taken to cost as much as all the rest (a rough guess will do)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StrataOfSize:
+    """The strata of one micro-batch size: stratum h holds keys above upper[h - 1] up to upper[h]; the last is open."""
+
+    micro_batch_size: int
+    first: int  # number of its first stratum
+    upper: tuple[float, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.upper) + 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Strata:
+    """Strata of all micro-batch sizes in play, numbered through."""
+
+    sizes: tuple[StrataOfSize, ...]
+
+    @property
+    def count(self) -> int:
+        return sum(size.count for size in self.sizes)
+
+    def of(self, micro_batch_size: int, shapes: MicroShapes) -> IntArray:
+        """Stratum of each micro-batch; -1 for empty ones and for a micro-batch size that has no strata."""
+        found = np.full(len(shapes.rows), -1, dtype=np.int64)
+        for size in self.sizes:
+            if size.micro_batch_size == micro_batch_size:
+                found = size.first + np.searchsorted(np.array(size.upper), keys(shapes), side="left")
+        return np.where(shapes.rows > 0, found, -1)
+
+
+def keys(shapes: MicroShapes) -> FloatArray:
+    """One number per micro-batch that sorts by padded tokens, then by width."""
+    return shapes.padded_tokens + shapes.width / 2.0**20
+
+
+def make_strata(populations: list[tuple[int, MicroShapes]], count: int) -> Strata:
+    """Strata over the union of some plans' micro-batches.
+
+    They are cut so that each holds a like share of the *work*, not of the micro-batches: with noise in proportion to the
+    seconds, a stratum's part in the error of the sum goes with its work (Neyman's allocation at one draw each). A constant
+    added to the work keeps the many short ones from sharing a single stratum. The longest 1 % stand alone: a timing that
+    is off there moves the sum most.
+
+    Args:
+        populations: (micro-batch size, shapes) of each plan, or of a random part of it.
+        count: strata in all, about; each micro-batch size gets at least two.
+    """
+    sizes = sorted({size for size, _ in populations})
+    per_size = max(2, count // max(1, len(sizes)))
+    made: list[StrataOfSize] = []
+    first = 0
+    for size in sizes:
+        shapes = [one for of, one in populations if of == size]
+        key = np.concatenate([keys(one)[one.rows > 0] for one in shapes])
+        width = np.concatenate([one.width[one.rows > 0] for one in shapes])
+        order = np.argsort(key, kind="stable")
+        key, width = key[order], width[order]
+        work = key * (1 + width / WIDTH_OF_DOUBLE_WORK) + 0.25 * key.mean()
+        running = np.cumsum(work)
+        bulk = max(1, per_size - 1) if per_size > 2 else per_size
+        cuts = np.searchsorted(running, running[-1] * np.arange(1, bulk) / bulk)
+        upper = [float(key[cut]) for cut in cuts]
+        if per_size > 2:
+            upper.append(float(key[int(len(key) * (1 - TAIL_SHARE)) - 1]))
+        distinct = sorted({value for value in upper if value < key[-1]})
+        made.append(StrataOfSize(micro_batch_size=size, first=first, upper=tuple(distinct)))
+        first += made[-1].count
+    return Strata(sizes=tuple(made))

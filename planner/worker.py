@@ -1,0 +1,396 @@
+"""Child process: runs trainer.step on real micro-batches and answers in JSON lines. Start: python -P -m planner.worker
+
+First line in: {"job": ..., "data_dir": ..., "scratch": ... or null}. Then one command a line, one reply a line:
+
+    {"command": "load"}                                    -> LoadReply
+    {"command": "run", "micro_batches": [...]}             -> {"seconds": [...]}   one per micro-step
+    {"command": "optimizer", "repeat": n}                  -> {"seconds": [...]}
+    {"command": "window", "micro_batches": [...]}          -> {"seconds": x}       micro-steps and optimizer step as one
+    {"command": "memory", "micro_batch": ..., "accumulates": bool}  -> MemoryReply
+    {"command": "free"}                                    -> {"bytes": n}
+    {"command": "evaluate", "batches": [[example, ...]]}   -> {"seconds": [...]}
+    {"command": "save"}                                    -> SaveReply
+    {"command": "answer", "examples": [...], "max_new_tokens": n}   -> {"seconds": x}
+    {"command": "quit"}
+
+A micro-batch is a list of rows, a row a list of example indices. Out of memory is a reply, {"oom": true, "message": ...},
+and so is any other failure, {"error": one line, "traceback": ...}. It is a process of its own so that running out of
+memory kills nothing else, peaks are clean, and nothing that is profiled touches the weights or random state of a training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from planner.prober import LoadReply, MemoryReply, MicroRows, SaveReply
+from presets import jsonio
+from presets.errors import MeasurementError
+from trainer.job import Job
+from trainer.tokens import IntArray, TokenizedDataset
+
+if TYPE_CHECKING:
+    from trainer.model import LoadedModel
+    from trainer.step import Stepper
+
+OPTIMIZER_ATTEMPTS = 20  # fp16 starts with a loss scale of 65,536, halved at each overflow
+
+
+class Worker:
+    """One loaded model and the commands it serves."""
+
+    def __init__(self, job: Job, data: TokenizedDataset, scratch: Path | None) -> None:
+        self.job = job
+        self.data = data
+        self.scratch = scratch
+        self._loaded: LoadedModel | None = None
+        self._stepper: Stepper | None = None
+        self._targets = data.num_supervised  # per example
+
+    @property
+    def stepper(self) -> Stepper:
+        if self._stepper is None:
+            raise MeasurementError("the worker got a command before 'load'.")
+        return self._stepper
+
+    def load(self) -> LoadReply:
+        start_seconds = seconds_since_process_start()
+        begin = time.perf_counter()
+        import peft  # noqa: F401  # imported here so that its seconds count as import, not as load
+        import torch
+        import transformers  # noqa: F401
+
+        from trainer.model import load_model
+        from trainer.step import make_stepper
+
+        imported = time.perf_counter()
+        if self.job.num_threads is not None:
+            torch.set_num_threads(self.job.num_threads)
+        self._loaded = load_model(self.job, need_weights=False)
+        preset = self.job.preset
+        self._stepper = make_stepper(
+            self._loaded.model,
+            self.job.device,
+            self.job.precision,
+            weight_decay=preset.weight_decay,
+            max_grad_norm=preset.max_grad_norm,
+        )
+        self._synchronize()
+        return LoadReply(
+            start_seconds=start_seconds,
+            import_seconds=imported - begin,
+            load_seconds=time.perf_counter() - imported,
+            num_parameters=self._loaded.num_parameters,
+            num_trainable_parameters=self._loaded.num_trainable_parameters,
+            weights=self._loaded.weights,
+            num_threads=torch.get_num_threads(),
+        )
+
+    def run(self, micro_batches: list[MicroRows]) -> list[float]:
+        """Seconds of each micro-step. Gradients pile up inside the block, as in a window, and are dropped after it."""
+        from trainer.step import clear_gradients
+
+        seconds = []
+        try:
+            for rows in micro_batches:
+                scale = 1.0 / self._supervised([rows])
+                self._synchronize()
+                begin = time.perf_counter()
+                self._micro_step(rows, scale)
+                self._synchronize()
+                seconds.append(time.perf_counter() - begin)
+        finally:
+            clear_gradients(self.stepper.parameters)
+        return seconds
+
+    def optimizer(self, repeat: int) -> list[float]:
+        """Seconds of optimizer steps that were applied: one skipped for an fp16 overflow does less work."""
+        from trainer.step import optimizer_step
+
+        seconds: list[float] = []
+        for _ in range(OPTIMIZER_ATTEMPTS + repeat):
+            if len(seconds) == repeat:
+                break
+            self._small_micro_step()
+            self._synchronize()
+            begin = time.perf_counter()
+            result = optimizer_step(self.stepper, 0.0)
+            self._synchronize()
+            if result.applied:
+                seconds.append(time.perf_counter() - begin)
+        return seconds
+
+    def window(self, micro_batches: list[MicroRows]) -> float:
+        """Seconds of the micro-steps and the optimizer step of one window, the device waited for once, at its end."""
+        from trainer.step import optimizer_step
+
+        scale = 1.0 / self._supervised(micro_batches)
+        self._synchronize()
+        begin = time.perf_counter()
+        for rows in micro_batches:
+            self._micro_step(rows, scale)
+        optimizer_step(self.stepper, 0.0)
+        self._synchronize()
+        return time.perf_counter() - begin
+
+    def memory(self, rows: MicroRows, accumulates: bool) -> MemoryReply:
+        """Peak bytes since the process started, or since the last `memory` on a GPU, with this micro-batch and an update.
+
+        Adam's moments appear at the first update and gradients stay between micro-steps, so the peak is reached in the
+        second window, when activations stand beside both.
+        """
+        from trainer.step import clear_gradients, optimizer_step
+
+        cuda = self.job.device == "cuda"
+        if cuda:
+            import torch
+
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        scale = 1.0 / self._supervised([rows])
+        seconds = 0.0
+        try:
+            for window in range(2):
+                for _ in range(2 if window and accumulates else 1):
+                    self._synchronize()
+                    begin = time.perf_counter()
+                    self._micro_step(rows, scale)
+                    self._synchronize()
+                    seconds = time.perf_counter() - begin
+                optimizer_step(self.stepper, 0.0)
+            self._synchronize()
+        finally:
+            clear_gradients(self.stepper.parameters)
+        if cuda:
+            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        else:
+            allocated = reserved = peak_resident_bytes()
+        return MemoryReply(allocated_bytes=allocated, reserved_bytes=reserved, micro_step_seconds=seconds)
+
+    def free(self) -> int:
+        """Bytes free on the device now."""
+        if self.job.device == "cuda":
+            import torch
+
+            return int(torch.cuda.mem_get_info()[0])
+        from planner.hardware import system_memory
+
+        return system_memory()[1] or 0
+
+    # --- measure fixed parts: what a run does beside its steps ----------------------------------------------------
+
+    def evaluate(self, batches: list[list[int]]) -> list[float]:
+        """Seconds of evaluating each of some batches of held-out examples."""
+        from trainer.evaluate import evaluate
+
+        seconds = []
+        for examples in batches:
+            self._synchronize()
+            begin = time.perf_counter()
+            evaluate(
+                self.stepper.model,
+                self.data,
+                np.array(examples, dtype=np.int64),
+                device=self.job.device,
+                precision=self.job.precision,
+            )
+            self._synchronize()
+            seconds.append(time.perf_counter() - begin)
+        return seconds
+
+    def save(self) -> SaveReply:
+        """Seconds of one checkpoint and of saving what was trained, on the disk that the run will use."""
+        from trainer.checkpoint import Progress, random_state, save_checkpoint
+
+        with tempfile.TemporaryDirectory(dir=self.scratch, prefix=".plan-probe-") as name:
+            begin = time.perf_counter()
+            save_checkpoint(Path(name) / "checkpoints", self.stepper, Progress(), random_state(0))
+            saved = time.perf_counter()
+            self.stepper.model.save_pretrained(Path(name) / "adapter")
+            return SaveReply(checkpoint_seconds=saved - begin, adapter_seconds=time.perf_counter() - saved)
+
+    def answer(self, examples: list[int], max_new_tokens: int) -> float:
+        """Seconds of writing sample answers; the tokenizer is loaded before the clock starts."""
+        from trainer.evaluate import sample_answers
+        from trainer.model import load_tokenizer
+
+        tokenizer = load_tokenizer(self.job.model, trust_remote_code=self.job.trust_remote_code)
+        self._synchronize()
+        begin = time.perf_counter()
+        sample_answers(
+            self.stepper.model,
+            tokenizer,
+            self.data,
+            np.array(examples, dtype=np.int64),
+            device=self.job.device,
+            precision=self.job.precision,
+            max_new_tokens=max_new_tokens,
+        )
+        self._synchronize()
+        return time.perf_counter() - begin
+
+    # ---------------------------------------------------------------------------------------------------------------
+
+    def _micro_step(self, rows: MicroRows, scale: float) -> None:
+        from trainer.collate import collate
+        from trainer.step import micro_step
+
+        indices: list[IntArray] = [np.array(row, dtype=np.int64) for row in rows]
+        micro_step(self.stepper, collate(indices, self.data).to(self.job.device), scale=scale)
+
+    def _small_micro_step(self) -> None:
+        """Gradients for an optimizer step, at the least cost: the shortest example that has a target."""
+        lengths = np.where(self._targets > 0, self.data.lengths, np.iinfo(np.int64).max)
+        rows = [[int(lengths.argmin())]]
+        self._micro_step(rows, 1.0 / self._supervised([rows]))
+
+    def _supervised(self, micro_batches: list[MicroRows]) -> int:
+        return max(1, sum(int(self._targets[row].sum()) for rows in micro_batches for row in rows if row))
+
+    def _synchronize(self) -> None:
+        from trainer.step import synchronize
+
+        synchronize(self.job.device)
+
+    def recover(self) -> None:
+        """Let go of what a failed command left on the device."""
+        if self._stepper is not None:
+            from trainer.step import clear_gradients
+
+            clear_gradients(self._stepper.parameters)
+        if self.job.device == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+
+
+def answer_command(worker: Worker, request: dict[str, Any]) -> Any:
+    """The reply to one command, as plain JSON values."""
+    command = request.get("command")
+    if command == "load":
+        return jsonio.to_plain(worker.load())
+    if command == "run":
+        return {"seconds": worker.run(request["micro_batches"])}
+    if command == "optimizer":
+        return {"seconds": worker.optimizer(int(request["repeat"]))}
+    if command == "window":
+        return {"seconds": worker.window(request["micro_batches"])}
+    if command == "memory":
+        return jsonio.to_plain(worker.memory(request["micro_batch"], bool(request["accumulates"])))
+    if command == "free":
+        return {"bytes": worker.free()}
+    if command == "evaluate":
+        return {"seconds": worker.evaluate(request["batches"])}
+    if command == "save":
+        return jsonio.to_plain(worker.save())
+    if command == "answer":
+        return {"seconds": worker.answer(request["examples"], int(request["max_new_tokens"]))}
+    raise MeasurementError(f"the worker does not know the command {command!r}.")
+
+
+def guarded(worker: Worker, request: dict[str, Any]) -> Any:
+    """`answer_command`, with every failure turned into a reply."""
+    try:
+        return answer_command(worker, request)
+    except Exception as reason:
+        # The traceback holds the frames, and the frames hold the tensors: turn it into text and let go of it.
+        text = "".join(traceback.format_exception(reason))
+        from trainer.model import is_out_of_memory
+
+        line = (str(reason).strip().splitlines() or [type(reason).__name__])[0][:300]
+        failed = {"oom": True, "message": line} if is_out_of_memory(reason) else {"error": line, "traceback": text}
+        reason.__traceback__ = None
+    worker.recover()
+    return failed
+
+
+def seconds_since_process_start() -> float:
+    """Age of this process in seconds, interpreter start included."""
+    try:
+        # psutil derives the start from a boot time in whole seconds; /proc with the boot clock is good to 10 ms.
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
+    except (OSError, ValueError, IndexError, AttributeError):
+        import psutil
+
+        return max(0.0, time.time() - psutil.Process().create_time())
+
+
+def peak_resident_bytes() -> int:
+    """Most physical memory that this process has held.
+
+    Linux: VmHWM. Not getrusage's ru_maxrss, which a child takes over from the process that started it.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+
+
+def _private_streams() -> tuple[IO[str], IO[str]]:
+    """The protocol's own streams. Afterwards fd 0 is empty and fd 1 is stderr: no library can read or write between."""
+    incoming = os.fdopen(os.dup(0), "r", encoding="utf-8")
+    outgoing = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    os.dup2(2, 1)
+    return incoming, outgoing
+
+
+def _read_lines(incoming: IO[str], lines: queue.Queue[str]) -> None:
+    for line in incoming:
+        lines.put(line)
+    # End of input: the parent has quit or died. A thread watches for it so that a long command does not outlive it.
+    os._exit(0)
+
+
+def main() -> None:
+    """Serve one parent until it says "quit" or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    incoming, outgoing = _private_streams()
+    lines: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=_read_lines, args=(incoming, lines), daemon=True).start()
+
+    def reply(value: Any) -> None:
+        outgoing.write(json.dumps(value) + "\n")
+        outgoing.flush()
+
+    request = json.loads(lines.get())
+    try:
+        job = jsonio.from_plain(Job, request["job"], what="job", error=MeasurementError)
+        scratch = request.get("scratch")
+        worker = Worker(job, TokenizedDataset.load(Path(request["data_dir"])), Path(scratch) if scratch else None)
+    except Exception as reason:
+        reply({"error": str(reason), "traceback": traceback.format_exc()})
+        return
+    while True:
+        request = json.loads(lines.get())
+        if request.get("command") == "quit":
+            return
+        reply(guarded(worker, request))
+
+
+if __name__ == "__main__":
+    main()
