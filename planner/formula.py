@@ -32,9 +32,9 @@ def steps(dataset_size: int, gradient_accumulation_steps: int, batch_size: int =
     Raises:
         ValueError: a number that is not whole or below 1.
     """
-    _require_whole("dataset_size", dataset_size)
-    _require_whole("gradient_accumulation_steps", gradient_accumulation_steps)
-    _require_whole("batch_size", batch_size)
+    require_whole("dataset_size", dataset_size)
+    require_whole("gradient_accumulation_steps", gradient_accumulation_steps)
+    require_whole("batch_size", batch_size)
     window = batch_size * gradient_accumulation_steps
     # Whole numbers throughout: round() sends halves to the even neighbour, and a float quotient can miss the half.
     return max(1, (2 * dataset_size + window) // (2 * window))
@@ -49,9 +49,9 @@ def seconds(steps: int, seconds_per_step: float, speed_factor: float = 1.0) -> f
     Raises:
         ValueError: a number that is not finite or not above 0, or steps that are not whole.
     """
-    _require_whole("steps", steps)
-    _require_positive("seconds_per_step", seconds_per_step)
-    _require_positive("speed_factor", speed_factor)
+    require_whole("steps", steps)
+    require_positive("seconds_per_step", seconds_per_step)
+    require_positive("speed_factor", speed_factor)
     return steps * seconds_per_step / speed_factor
 
 
@@ -61,7 +61,7 @@ def hours(seconds: float) -> float:
     Raises:
         ValueError: a number that is not finite or not above 0.
     """
-    _require_positive("seconds", seconds)
+    require_positive("seconds", seconds)
     return seconds / 3600
 
 
@@ -74,7 +74,7 @@ def with_overhead(seconds: float) -> tuple[float, float]:
     Raises:
         ValueError: a number that is not finite or not above 0.
     """
-    _require_positive("seconds", seconds)
+    require_positive("seconds", seconds)
     return seconds + OVERHEAD_SECONDS_LOW, seconds + OVERHEAD_SECONDS_HIGH
 
 
@@ -96,8 +96,8 @@ def learning_rate_by_doubling(base: float, base_batch_size: int, batch_size: int
     factor = 1 + 0.25 * math.log2(batch_size / base_batch_size)
     if factor <= 0:
         raise ValueError(
-            f"batch_size is {batch_size} with base_batch_size {base_batch_size}; the rule needs more than a sixteenth of "
-            f"the base, below that it gives no positive learning rate"
+            f"batch_size is {batch_size} with base_batch_size {base_batch_size}; the rule needs more than a sixteenth "
+            f"of the base, below that it gives no positive learning rate"
         )
     return base * factor
 
@@ -116,16 +116,18 @@ def learning_rate_by_square_root(base: float, base_batch_size: int, batch_size: 
 
 
 def _require_learning_rate_arguments(base: float, base_batch_size: int, batch_size: int) -> None:
-    _require_positive("base", base)
-    _require_whole("base_batch_size", base_batch_size)
-    _require_whole("batch_size", batch_size)
+    require_positive("base", base)
+    require_whole("base_batch_size", base_batch_size)
+    require_whole("batch_size", batch_size)
 
 
-def _require_whole(name: str, value: int) -> None:
+def require_whole(name: str, value: int) -> None:
+    """Raises: ValueError where `value` is not a whole number, at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
 
 
-def _require_positive(name: str, value: float) -> None:
+def require_positive(name: str, value: float) -> None:
+    """Raises: ValueError where `value` is not a finite number above 0."""
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} is {value!r}; it must be a finite number above 0")

@@ -60,6 +60,8 @@ def published_rows(dataset_size: int, step_time: float, presets: Iterable[Preset
     Raises:
         ValueError: a size below 1, or a step time that is not a finite number above 0.
     """
+    formula.require_whole("dataset_size", dataset_size)
+    formula.require_positive("step_time", step_time)
     return tuple(_row(dataset_size, step_time, preset) for preset in presets)
 
 
@@ -70,7 +72,8 @@ def published_notes(dataset_size: int, step_time: float, rows: Iterable[Publishe
         "Published figures, not measured: they come from a guide written for 63,000 messages on an RTX 2080 Ti. "
         "Leave out --step-time to measure on this device.",
         f"The formula charges a step the same at any gradient accumulation (GA): {step_time:g} s here, / 1.3 with "
-        "FP16. On a real device a step at GA 32 does twice the work of one at GA 16, so GA alone saves next to nothing.",
+        "FP16. On a real device a step at GA 32 does twice the work of one at GA 16, so GA alone saves next to "
+        "nothing.",
         "Steps are rounded to the nearest whole; a real run also trains its last, partial window.",
         "With overhead: the formula's time + 1.4 h to 2.2 h, the span between formula and printed time in the guide's "
         "three worked examples (baseline, recommended, aggressive). The other published times do not follow from the "
@@ -86,8 +89,8 @@ def published_notes(dataset_size: int, step_time: float, rows: Iterable[Publishe
         if row.note:
             notes.append(f"{row.name}: {row.note}.")
         notes += [
-            f"{row.name}: phase {number} (GA {phase.gradient_accumulation_steps}) is never reached with {dataset_size:,} "
-            f"examples."
+            f"{row.name}: phase {number} (GA {phase.gradient_accumulation_steps}) is never reached with "
+            f"{dataset_size:,} examples."
             for number, phase in enumerate(row.phases, start=1)
             if phase.num_steps == 0
         ]

@@ -25,7 +25,7 @@ def assumed_data(spec: DataSpec, *, model: str, max_length: int, seed: int) -> T
     """`spec.num_examples` invented examples, the same for the same seed.
 
     Lengths are drawn with replacement from `presets/demo/lengths.json`, or are all `spec.tokens_per_example`; clipped
-    to `max_length`. Token ids are random, the last ones are supervised; engagement is log-normal, dates lie in two years.
+    to `max_length`. Token ids are random, the last ones supervised; engagement is log-normal, dates lie in two years.
 
     Raises:
         DataError: the count or the length is below what can be trained on.
@@ -83,7 +83,7 @@ def _draw_lengths(spec: DataSpec, count: int, random: np.random.Generator) -> tu
         return lengths, supervised, f"lengths are assumed: {tokens:,} tokens per example, as asked"
     drawn = pairs[random.integers(0, len(pairs), size=count)]
     mean = float(drawn[:, 0].mean())
-    note = f"lengths are assumed: {mean:.0f} tokens on average, drawn from the bundled messages (--tokens-per-example N)"
+    note = f"lengths are assumed: drawn from the bundled messages, mean {mean:.0f} tokens (--tokens-per-example N)"
     return drawn[:, 0], drawn[:, 1], note
 
 

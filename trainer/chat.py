@@ -1,8 +1,8 @@
 """Examples -> token ids and the loss mask, with the model's own tokenizer and chat template. No torch.
 
 The loss is on what the model must write itself: in every assistant turn from the end of the generation prompt through
-the stop token. Everywhere: exactly one beginning token, the end of every example is taught, and an example's first token
-is never a target, because nothing stands before it to predict it from.
+the stop token. Everywhere: exactly one beginning token, the end of every example is taught, and an example's first
+token is never a target, because nothing stands before it to predict it from.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """prepare_data: where the examples come from -> token ids and loss masks, cached by content. No torch.
 
-    file, folder, hub name, bundled messages   ->  records -> examples -> ChatEncoder  ->  TokenizedDataset
-    a bare count                               ->  lengths drawn, seeded               ->  TokenizedDataset
+file, folder, hub name, bundled messages   ->  records -> examples -> ChatEncoder  ->  TokenizedDataset
+a bare count                               ->  lengths drawn, seeded               ->  TokenizedDataset
 """
 
 from __future__ import annotations

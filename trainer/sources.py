@@ -99,7 +99,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def file_kind(path: Path) -> str:
-    """"jsonl", "json", "csv", "tsv" or "parquet", by extension, `.gz` aside. Raises DataError for any other."""
+    """One of "jsonl", "json", "csv", "tsv", "parquet", by extension, `.gz` aside. Raises DataError for any other."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()

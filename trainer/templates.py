@@ -1,9 +1,9 @@
 """Rendering a chat with a tokenizer's template, and finding in the text what the model itself must write. No torch.
 
 Stock templates carry no marks for the assistant's part. It is found by rendering a *twin*: the same roles, with a
-unique mark as each content. What stands between the marks is the template's scaffolding; matched piece by piece against the
-true rendering it shows where each answer begins and ends, whatever the template trims, adds or leaves out, and whatever
-the contents themselves look like.
+unique mark as each content. What stands between the marks is the template's scaffolding; matched piece by piece against
+the true rendering it shows where each answer begins and ends, whatever the template trims, adds or leaves out, and
+whatever the contents themselves look like.
 """
 
 from __future__ import annotations
