@@ -66,7 +66,6 @@ class Comparison:
     facts: DeviceFacts
     candidates: tuple[Candidate, ...]
     estimates: dict[str, Estimate]
-    measurements: Measurements | None
     report: PlanReport
 
 
@@ -106,19 +105,21 @@ def compare(
         )
     say(f"model: {model} ({where})")
     candidates = _candidates(presets, options, settings, facts, spec, say)
-    rows = [candidate.planned for candidate in candidates if candidate.planned is not None]
-    if not rows:
+    if all(candidate.planned is None for candidate in candidates):
         raise DataError(" ".join(dict.fromkeys(candidate.error or "" for candidate in candidates)))
-    found = _measure(rows, candidates, measuring, facts, say, factory)
+    found = _measure_all(candidates, measuring, facts, say, factory)
     estimates = {
         candidate.planned.name: estimate(
-            candidate.planned, candidate.data, found, data_seconds=candidate.data_seconds
+            candidate.planned,
+            candidate.data,
+            found[candidate.planned.job.preset.max_length],
+            data_seconds=candidate.data_seconds,
         )
         for candidate in candidates
         if candidate.planned is not None and candidate.data is not None
     }
     report = _report(facts, model, spec, candidates, estimates, found, now or datetime.now().astimezone())
-    return Comparison(facts=facts, candidates=candidates, estimates=estimates, measurements=found, report=report)
+    return Comparison(facts=facts, candidates=candidates, estimates=estimates, report=report)
 
 
 def _candidates(
@@ -172,30 +173,36 @@ def _prepare(job: Job, say: Say) -> tuple[TokenizedDataset, float]:
     return data, time.perf_counter() - begun
 
 
-def _measure(
-    rows: list[PlannedRow],
+def _measure_all(
     candidates: tuple[Candidate, ...],
     measuring: MeasureSettings,
     facts: DeviceFacts,
     say: Say,
     factory: Callable[[Path], ProberFactory],
-) -> Measurements:
-    # One folder of tokenised data serves every worker; presets that differ in max_length get the data of the longest,
-    # whose micro-batches are cut for each by its own plan.
-    data = max((candidate.data for candidate in candidates if candidate.data is not None), key=lambda one: int(one.lengths.max()))
-    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
-        saved = Path(folder) / "data"
-        saved.mkdir()
-        data.save(saved)
-        return measure(
-            rows,
-            data,
-            factory(saved),
-            budget_seconds=measuring.budget_seconds,
-            precision_target=measuring.precision_target,
-            facts=facts,
-            progress=say,
-        )
+) -> dict[int, Measurements]:
+    """Measurements by maximum length. Almost always one: rows that cut at another length have data of their own."""
+    groups: dict[int, list[Candidate]] = {}
+    for candidate in candidates:
+        if candidate.planned is not None:
+            groups.setdefault(candidate.planned.job.preset.max_length, []).append(candidate)
+    found = {}
+    for length, members in groups.items():
+        data = members[0].data
+        assert data is not None
+        with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+            saved = Path(folder) / "data"
+            saved.mkdir()
+            data.save(saved)
+            found[length] = measure(
+                [member.planned for member in members if member.planned is not None],
+                data,
+                factory(saved),
+                budget_seconds=measuring.budget_seconds / len(groups),
+                precision_target=measuring.precision_target,
+                facts=facts,
+                progress=say,
+            )
+    return found
 
 
 def _report(
@@ -204,10 +211,10 @@ def _report(
     spec: DataSpec,
     candidates: tuple[Candidate, ...],
     estimates: dict[str, Estimate],
-    found: Measurements,
+    found: dict[int, Measurements],
     now: datetime,
 ) -> PlanReport:
-    loads = [one.load for one in found.measurements if one.load is not None]
+    loads = [one.load for each in found.values() for one in each.measurements if one.load is not None]
     load: LoadReply | None = loads[0] if loads else None
     first = next(candidate for candidate in candidates if candidate.planned is not None)
     assert first.planned is not None and first.data is not None
@@ -279,7 +286,7 @@ def _row(candidate: Candidate, estimates: dict[str, Estimate], now: datetime) ->
 def _notes(
     candidates: tuple[Candidate, ...],
     estimates: dict[str, Estimate],
-    found: Measurements,
+    found: dict[int, Measurements],
     data: TokenizedDataset,
     training: int,
     evaluation: int,
@@ -293,7 +300,7 @@ def _notes(
         f"(median {int(sorted(lengths)[len(lengths) // 2]):,} tokens, longest {int(lengths.max()):,})."
     )
     notes += [f"Data: {note}." for note in data.report.notes]
-    notes += [f"{note[0].upper()}{note[1:].rstrip('.')}." for note in (*found.notes, *found.warnings)]
+    notes += [f"{note[0].upper()}{note[1:].rstrip('.')}." for each in found.values() for note in (*each.notes, *each.warnings)]
     saving = _accumulation_note(candidates, estimates)
     if saving:
         notes.append(saving)
@@ -311,7 +318,7 @@ def _steps_by_formula(preset: Preset, num_examples: int) -> int | None:
         return None
     from planner.formula import steps
 
-    return steps(num_examples * preset.num_epochs, preset.micro_batch_size, preset.gradient_accumulation_steps)
+    return steps(num_examples * preset.num_epochs, preset.gradient_accumulation_steps, preset.micro_batch_size)
 
 
 def _accumulation_note(candidates: tuple[Candidate, ...], estimates: dict[str, Estimate]) -> str | None:

@@ -13,6 +13,7 @@ from planner.strata import Strata, keys
 from presets.errors import MeasurementError
 from trainer.batching import MicroShapes
 from trainer.job import Job
+from trainer.record import CostModel
 from trainer.tokens import FloatArray, IntArray, TokenizedDataset
 
 CONFIDENCE = 0.90
@@ -20,24 +21,6 @@ MIN_RELATIVE_HALF_WIDTH = 0.002  # no two runs of one machine agree better, what
 TIMER_SECONDS = 1e-6  # what reading the clock adds to each timed call
 UNKNOWN_RELATIVE_HALF_WIDTH = 0.5  # from a single round, which says nothing of its own spread
 WINDOW_TOLERANCE = 0.10  # a window that differs more from the sum of its parts is worth a note
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CostFit:
-    """Seconds of a micro-batch = base + per_token x padded tokens + per_token_width x padded tokens x width."""
-
-    base: float
-    per_token: float
-    per_token_width: float
-    optimizer: float  # seconds of one optimizer step
-
-    def micro_seconds(self, padded_tokens: IntArray | FloatArray, width: IntArray | FloatArray) -> FloatArray:
-        """Fitted seconds of each micro-batch."""
-        return np.asarray(self.base + (self.per_token + self.per_token_width * width) * padded_tokens, dtype=np.float64)
-
-    def sum_seconds(self, count: FloatArray, padded: FloatArray, padded_width: FloatArray) -> FloatArray:
-        """Fitted seconds of many micro-batches together, from their sums: the fit is linear in them."""
-        return np.asarray(self.base * count + self.per_token * padded + self.per_token_width * padded_width)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +62,7 @@ class Estimate:
     peak_memory_bytes: int | None = None  # reserved
     peak_memory_allocated_bytes: int | None = None
     speed_factor: float | None = None
-    cost: CostFit | None = None
+    cost: CostModel | None = None
     num_rounds: int = 0
     window_ratio: float | None = None  # whole windows as timed / as summed from their parts
     notes: tuple[str, ...] = ()
@@ -131,7 +114,7 @@ def plan_work(row: PlannedRow, shapes: MicroShapes, strata: Strata) -> PlanWork:
     )
 
 
-def fit_cost(rounds: tuple[Round, ...]) -> CostFit:
+def fit_cost(rounds: tuple[Round, ...]) -> CostModel:
     """Least squares of the relative error, no coefficient below zero.
 
     With three coefficients, all seven sets of positive ones can be tried: the best with none below zero is the exact
@@ -159,12 +142,17 @@ def fit_cost(rounds: tuple[Round, ...]) -> CostFit:
                 best, best_error = np.zeros(3), error
                 best[columns] = solution / scale[columns]
     optimizer = [value for one in rounds for value in one.optimizer_seconds]
-    return CostFit(
+    return CostModel(
         base=float(best[0]),
         per_token=float(best[1]),
         per_token_width=float(best[2]),
         optimizer=float(np.mean(optimizer)) if optimizer else 0.0,
     )
+
+
+def _sum_seconds(fit: CostModel, work: PlanWork) -> FloatArray:
+    """Fitted seconds of a plan's micro-batches per stratum: the fit is linear, so the sums are enough."""
+    return fit.base * work.count + fit.per_token * work.padded + fit.per_token_width * work.padded_width
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -187,8 +175,8 @@ class Total:
 class Estimator:
     """The timings of one measurement, arranged by round and stratum, to be summed over any plan.
 
-    Means, not medians: what is estimated is a sum over the plan, and the sum of a population is its size times its mean.
-    The rare slow micro-step that a median throws away happens in the run too.
+    Means, not medians: what is estimated is a sum over the plan, and the sum of a population is its size times its
+    mean. The rare slow micro-step that a median throws away happens in the run too.
     """
 
     def __init__(self, rounds: tuple[Round, ...], strata: Strata) -> None:
@@ -204,15 +192,16 @@ class Estimator:
         self.optimizer = np.where(np.isnan(optimizer), self.fit.optimizer, optimizer)
         with_samples = ~np.isnan(self.seconds).all(axis=0)
         overall = np.nansum(self.seconds) / max(np.nansum(self.fitted), 1e-12)
-        # Seconds per fitted second, per stratum: what corrects the fit where it is off. A stratum without a timing takes
-        # the overall ratio.
+        # Seconds per fitted second, per stratum: what corrects the fit where it is off. A stratum without a timing
+        # takes the overall ratio.
         self.ratio = np.full(strata.count, overall)
         self.ratio[with_samples] = np.nansum(self.seconds[:, with_samples], axis=0) / np.maximum(
             np.nansum(self.fitted[:, with_samples], axis=0), 1e-12
         )
 
     def _fitted(self, sample: MicroSample) -> float:
-        return float(self.fit.micro_seconds(np.array(sample.rows * sample.width), np.array(sample.width)))
+        padded = sample.rows * sample.width
+        return self.fit.base + (self.fit.per_token + self.fit.per_token_width * sample.width) * padded
 
     def total(self, work: PlanWork) -> Total:
         """Seconds of a plan's micro-steps and optimizer steps.
@@ -220,16 +209,13 @@ class Estimator:
         Per stratum: the plan's fitted seconds x (timed seconds / fitted seconds of the timed micro-batches). The ratio
         makes a sample that happens to be longer or shorter than its stratum stand for the stratum all the same.
         """
-        stratum_seconds = self.fit.sum_seconds(work.count, work.padded, work.padded_width) * self.ratio
+        stratum_seconds = _sum_seconds(self.fit, work) * self.ratio
         # How far each timing lies from its stratum's ratio, in parts of the stratum's mean timing. A timing left out
         # of a round counts as lying on it.
-        with np.errstate(invalid="ignore", divide="ignore"):
-            columns = self.fitted.shape[1]
-            mean = np.array(
-                [np.nanmean(self.fitted[:, h]) if not np.isnan(self.fitted[:, h]).all() else np.nan for h in range(columns)]
-            )
-            deviation = (self.seconds - self.ratio * self.fitted) / (self.ratio * mean)
-        deviation = np.nan_to_num(deviation)
+        timed = ~np.isnan(self.fitted)
+        mean = np.nansum(self.fitted, axis=0) / np.maximum(timed.sum(axis=0), 1)
+        deviation = (self.seconds - self.ratio * self.fitted) / np.maximum(self.ratio * mean, 1e-12)
+        deviation = np.where(timed, deviation, 0.0)
         seconds = float(stratum_seconds.sum() + work.num_steps * self.optimizer.mean())
         replicates = (stratum_seconds * (1.0 + deviation)).sum(axis=1) + work.num_steps * self.optimizer
         return Total(
@@ -237,7 +223,7 @@ class Estimator:
         )
 
     def _own_variance(self, work: PlanWork, stratum_seconds: FloatArray, deviation: FloatArray) -> float:
-        """Variance of the run's own sum: each of its micro-steps will scatter as the timed ones do. Matters in short runs."""
+        """Variance of the run's own sum: its micro-steps will scatter as the timed ones do. Matters in short runs."""
         rounds = len(deviation)
         if rounds < 2:
             return 0.0
@@ -255,10 +241,10 @@ class Estimator:
 def half_width(replicates: FloatArray, own_variance: float = 0.0, *, floor: float = 0.0) -> float:
     """Half of the 90 % interval for a total of which each round gives an independent look.
 
-    Student's t on the rounds: a round is the unit that repeats, so what slows a whole round (another process, a clock that
-    drops) is in the spread. Two things break independence and widen it:
-    - lag-1 autocorrelation r: n rounds are worth n (1 - r) / (1 + r). Only where r stands out from the 1 / sqrt(n) that
-      independent rounds show by chance.
+    Student's t on the rounds: a round is the unit that repeats, so what slows a whole round (another process, a clock
+    that drops) is in the spread. Two things break independence and widen it:
+    - lag-1 autocorrelation r: n rounds are worth n (1 - r) / (1 + r). Only where r stands out from the 1 / sqrt(n)
+      that independent rounds show by chance.
     - drift: where a slope stands out, the machine is not what it was, and the run may see either end. Half the way
       travelled is added.
     """
@@ -271,7 +257,8 @@ def half_width(replicates: FloatArray, own_variance: float = 0.0, *, floor: floa
     variance = spread / (rounds - 1)
     widening = 1.0
     if rounds >= 5 and spread > 0:
-        lag = float((deviation[1:] * deviation[:-1]).sum()) / spread + 1.0 / rounds  # its mean is -1/n without correlation
+        # Without correlation its mean is -1 / n: taken off.
+        lag = float((deviation[1:] * deviation[:-1]).sum()) / spread + 1.0 / rounds
         if lag > 1.645 / math.sqrt(rounds):
             lag = min(lag, 0.9)
             widening = (1 + lag) / (1 - lag)
@@ -280,7 +267,7 @@ def half_width(replicates: FloatArray, own_variance: float = 0.0, *, floor: floa
 
 
 def drift(replicates: FloatArray) -> float:
-    """Seconds by which the total moved from the first round to the last, where that stands out from the noise; else 0."""
+    """Seconds by which the total moved from the first round to the last where that stands out from noise, else 0."""
     rounds = len(replicates)
     if rounds < 6:
         return 0.0
@@ -296,7 +283,7 @@ def drift(replicates: FloatArray) -> float:
 
 
 def t_quantile(degrees: int) -> float:
-    """95 % quantile of Student's t: a two-sided 90 % interval. Table below 5 degrees, Cornish-Fisher from there (1e-3)."""
+    """95 % quantile of Student's t, for two-sided 90 %. A table below 5 degrees, then Cornish-Fisher (good to 1e-3)."""
     table = {1: 6.3138, 2: 2.9200, 3: 2.3534, 4: 2.1318}
     if degrees in table:
         return table[degrees]
@@ -311,11 +298,11 @@ def t_quantile(degrees: int) -> float:
 
 
 def split_warmup(totals: FloatArray, least: int = 5) -> int:
-    """How many leading rounds are warm-up: pyperf's rule, a first value is one while it lies above the fence of the rest.
+    """How many leading rounds are warm-up: pyperf's rule, first values are while they lie above the fence of the rest.
 
-    The fence is the third quartile of the later rounds plus 1.5 interquartile ranges, and at least 5 % above their median
-    (without noise the range is nothing, and every first value an outlier). At least `least` rounds stay, and never more
-    than a third is taken.
+    The fence is the third quartile of the later rounds plus 1.5 interquartile ranges, and at least 5 % above their
+    median (without noise the range is nothing, and every first value an outlier). At least `least` rounds stay, and
+    never more than a third is taken.
     """
     most = min(len(totals) - least, len(totals) // 3)
     dropped = 0
@@ -372,8 +359,8 @@ def estimate(
         # The parts do not add up, and the run executes windows: the interval reaches as far as they were seen to.
         low, high = min(low, total.seconds * ratio), max(high, total.seconds * ratio)
         warnings.append(
-            f"whole windows took {ratio:.2f} x the sum of their parts, more than {WINDOW_TOLERANCE:.0%} apart: the range "
-            f"is widened. Measure again on a quiet machine, or with a longer --budget."
+            f"whole windows took {ratio:.2f} x the sum of their parts, more than {WINDOW_TOLERANCE:.0%} apart: the "
+            "range is widened. Measure again on a quiet machine, or with a longer --budget."
         )
     if len(measurement.rounds) < 2:
         warnings.append("only one round could be timed, so the range is a guess (±50 %). Give more time with --budget.")
@@ -435,26 +422,34 @@ def fixed_seconds(
         padded = sum(len(batch) * int(data.lengths[batch].max()) for batch in batches)
         timed = sum(one.seconds or 0.0 for one in samples.evaluation)
         rate = timed / max(1, sum(one.rows * one.width for one in samples.evaluation))
-        evaluation = rate * padded * (spec.times_during_training + 2)
+        evaluation = rate * padded * evaluations_and_checkpoints(row)[0]
     answers = None
     if spec.num_samples == 0 or len(row.plan.evaluation) == 0:
         answers = 0.0
     elif samples.answer_seconds is not None and samples.answer_tokens:
         per_answer = samples.answer_seconds * spec.max_new_tokens / samples.answer_tokens
         answers = 2 * spec.num_samples * per_answer  # before and after
-    every = row.job.checkpoint_every or max(1, math.ceil(row.plan.num_steps / 10))
+    checkpoints = evaluations_and_checkpoints(row)[1]
     return FixedSeconds(
         start=None if load is None else load.start_seconds + load.import_seconds,
         load=None if load is None else load.load_seconds,
         data=data_seconds,
         evaluation=evaluation,
-        checkpoints=None if samples.save is None else samples.save.checkpoint_seconds * (row.plan.num_steps // every),
+        checkpoints=None if samples.save is None else samples.save.checkpoint_seconds * checkpoints,
         save=None if samples.save is None else samples.save.adapter_seconds,
         samples=answers,
     )
 
 
-def accumulation_saving(cost: CostFit, micro_seconds: float, *, accumulation: int = 16, to: int = 64) -> float:
+def evaluations_and_checkpoints(row: PlannedRow) -> tuple[int, int]:
+    """How often a run evaluates (before, between, after) and writes a checkpoint (at each of those, and every so often)."""
+    steps, times = row.plan.num_steps, row.job.evaluation.times_during_training
+    between = {round(steps * part / (times + 1)) for part in range(1, times + 1)} - {0, steps}
+    every = row.job.checkpoint_every or max(1, math.ceil(steps / 10))
+    return len(between) + 2, len(between | set(range(every, steps + 1, every)) | {steps})
+
+
+def accumulation_saving(cost: CostModel, micro_seconds: float, *, accumulation: int = 16, to: int = 64) -> float:
     """Share of the seconds per sample that accumulating longer saves, with the same micro-batches.
 
     Seconds per sample are (m + o / GA) / micro-batch size, m a mean micro-step and o an optimizer step: only the

@@ -243,7 +243,11 @@ def _mps() -> DeviceFacts:
     total, free = system_memory()
     # Autocast on MPS has no dependable loss scaler, so half precision is not offered.
     return DeviceFacts(
-        name=f"Apple GPU ({_cpu_name()})", kind="mps", memory_bytes=total, free_bytes=free, torch_version=torch_version()
+        name=f"Apple GPU ({_cpu_name()})",
+        kind="mps",
+        memory_bytes=total,
+        free_bytes=free,
+        torch_version=torch_version(),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -34,6 +35,7 @@ class LoadReply:
     num_parameters: int
     num_trainable_parameters: int
     weights: str  # "loaded" or "random"
+    has_tokenizer: bool = False
     num_threads: int | None = None  # CPU threads that torch really uses
 
 
@@ -55,7 +57,7 @@ class SaveReply:
 
 
 class Prober(Protocol):
-    """One model on one device, ready to be timed. Every method but `stop` may raise `DoesNotFit` or MeasurementError."""
+    """One model on one device, to be timed. Every method but `stop` may raise DoesNotFit or MeasurementError."""
 
     def load(self) -> LoadReply: ...
     def run(self, micro_batches: list[MicroRows]) -> list[float]: ...
@@ -76,7 +78,7 @@ class ProcessProber:
     """A worker process, spoken to in JSON lines. `stop` ends it; so does the end of this process, however it comes."""
 
     def __init__(self, job: Job, data_dir: Path, scratch: Path | None = None) -> None:
-        self._log = tempfile.TemporaryFile()  # the worker's stderr: shown only if it dies
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # the worker's stderr: shown only if it dies, closed by stop
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "planner.worker"],
             stdin=subprocess.PIPE,
@@ -138,10 +140,8 @@ class ProcessProber:
         process.wait()
         for stream in (process.stdin, process.stdout):
             if stream is not None:
-                try:
+                with contextlib.suppress(OSError):  # what was still to be written has nobody to read it
                     stream.close()
-                except OSError:  # what was still to be written has nobody to read it
-                    pass
         self._log.close()
 
     def __del__(self) -> None:

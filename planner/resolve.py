@@ -250,3 +250,23 @@ def _with_options(preset: Preset, options: Options) -> tuple[Preset, list[str]]:
 def option_fields() -> tuple[str, ...]:
     """Names of all options, for the command line's own check that it declares each."""
     return tuple(field.name for field in dataclasses.fields(Options))
+
+
+def resolve_count(options: Options, settings: Settings) -> int:
+    """The number of training examples for the published mode, which reads no data.
+
+    Raises:
+        SettingsError: --dataset is not a count.
+    """
+    named = options.dataset or settings.dataset
+    if named is None:
+        raise SettingsError("--step-time needs a count of examples: plan --dataset 63000 --step-time 30.")
+    count = _as_count(named)
+    if count is None:
+        raise SettingsError(
+            f"--step-time measures and reads nothing, so --dataset must be a count, not '{named}': "
+            "plan --dataset 63000 --step-time 30."
+        )
+    if count < 1:
+        raise SettingsError(f"--dataset is {count}; a count must be at least 1.")
+    return count

@@ -1,4 +1,4 @@
-"""Strata of work: micro-batches of a batch plan, sorted into classes of like cost, so that few timings stand for all."""
+"""Strata of work: micro-batches of a batch plan, in classes of like cost, so that few timings stand for all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.batching import MicroShapes
 from trainer.tokens import FloatArray, IntArray
 
 TAIL_SHARE = 0.01  # the longest micro-batches, by number, that are a stratum of their own
-WIDTH_OF_DOUBLE_WORK = 8192.0  # tokens; where attention is taken to cost as much as all the rest (a rough guess will do)
+WIDTH_OF_DOUBLE_WORK = 8192.0  # tokens; where attention is taken to cost as much as the rest (a rough guess will do)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,10 +53,10 @@ def keys(shapes: MicroShapes) -> FloatArray:
 def make_strata(populations: list[tuple[int, MicroShapes]], count: int) -> Strata:
     """Strata over the union of some plans' micro-batches.
 
-    They are cut so that each holds a like share of the *work*, not of the micro-batches: with noise in proportion to the
-    seconds, a stratum's part in the error of the sum goes with its work (Neyman's allocation at one draw each). A constant
-    added to the work keeps the many short ones from sharing a single stratum. The longest 1 % stand alone: a timing that
-    is off there moves the sum most.
+    They are cut so that each holds a like share of the *work*, not of the micro-batches: with noise in proportion to
+    the seconds, a stratum's part in the error of the sum goes with its work (Neyman's allocation at one draw each). A
+    constant added to the work keeps the many short ones from sharing a single stratum. The longest 1 % stand alone: a
+    timing that is off there moves the sum most.
 
     Args:
         populations: (micro-batch size, shapes) of each plan, or of a random part of it.

@@ -13,9 +13,9 @@ First line in: {"job": ..., "data_dir": ..., "scratch": ... or null}. Then one c
     {"command": "answer", "examples": [...], "max_new_tokens": n}   -> {"seconds": x}
     {"command": "quit"}
 
-A micro-batch is a list of rows, a row a list of example indices. Out of memory is a reply, {"oom": true, "message": ...},
-and so is any other failure, {"error": one line, "traceback": ...}. It is a process of its own so that running out of
-memory kills nothing else, peaks are clean, and nothing that is profiled touches the weights or random state of a training.
+A micro-batch is a list of rows, a row a list of example indices. Out of memory is a reply, {"oom": true, "message":
+...}, and so is any other failure, {"error": one line, "traceback": ...}. It is a process of its own so that running out
+of memory kills nothing else, peaks are clean, and profiling touches no weight or random state of a training.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from trainer.job import Job
 from trainer.tokens import IntArray, TokenizedDataset
 
 if TYPE_CHECKING:
+    import torch
+
     from trainer.model import LoadedModel
     from trainer.step import Stepper
 
@@ -56,6 +58,7 @@ class Worker:
         self.scratch = scratch
         self._loaded: LoadedModel | None = None
         self._stepper: Stepper | None = None
+        self._tokenizer: Any = None
         self._targets = data.num_supervised  # per example
 
     @property
@@ -71,13 +74,15 @@ class Worker:
         import torch
         import transformers  # noqa: F401
 
-        from trainer.model import load_model
+        from trainer.model import inspect_model, load_model, load_tokenizer
         from trainer.step import make_stepper
 
         imported = time.perf_counter()
         if self.job.num_threads is not None:
             torch.set_num_threads(self.job.num_threads)
         self._loaded = load_model(self.job, need_weights=False)
+        if inspect_model(self.job.model).has_tokenizer:
+            self._tokenizer = load_tokenizer(self.job.model, trust_remote_code=self.job.trust_remote_code)
         preset = self.job.preset
         self._stepper = make_stepper(
             self._loaded.model,
@@ -94,6 +99,7 @@ class Worker:
             num_parameters=self._loaded.num_parameters,
             num_trainable_parameters=self._loaded.num_trainable_parameters,
             weights=self._loaded.weights,
+            has_tokenizer=self._tokenizer is not None,
             num_threads=torch.get_num_threads(),
         )
 
@@ -132,20 +138,21 @@ class Worker:
         return seconds
 
     def window(self, micro_batches: list[MicroRows]) -> float:
-        """Seconds of the micro-steps and the optimizer step of one window, the device waited for once, at its end."""
+        """Seconds of one window as the loop runs it: micro-steps, their losses read once, optimizer step."""
+        import torch
+
         from trainer.step import optimizer_step
 
         scale = 1.0 / self._supervised(micro_batches)
         self._synchronize()
         begin = time.perf_counter()
-        for rows in micro_batches:
-            self._micro_step(rows, scale)
+        torch.stack([self._micro_step(rows, scale) for rows in micro_batches]).double().cpu()
         optimizer_step(self.stepper, 0.0)
         self._synchronize()
         return time.perf_counter() - begin
 
     def memory(self, rows: MicroRows, accumulates: bool) -> MemoryReply:
-        """Peak bytes since the process started, or since the last `memory` on a GPU, with this micro-batch and an update.
+        """Peak bytes with this micro-batch and an update: since the process started, on a GPU since the last `memory`.
 
         Adam's moments appear at the first update and gradients stay between micro-steps, so the peak is reached in the
         second window, when activations stand beside both.
@@ -217,20 +224,21 @@ class Worker:
             begin = time.perf_counter()
             save_checkpoint(Path(name) / "checkpoints", self.stepper, Progress(), random_state(0))
             saved = time.perf_counter()
-            self.stepper.model.save_pretrained(Path(name) / "adapter")
+            more = {"save_embedding_layers": False} if self.job.preset.adapter == "lora" else {}
+            self.stepper.model.save_pretrained(Path(name) / "adapter", **more)
+            if self._tokenizer is not None:
+                self._tokenizer.save_pretrained(Path(name) / "adapter")
             return SaveReply(checkpoint_seconds=saved - begin, adapter_seconds=time.perf_counter() - saved)
 
     def answer(self, examples: list[int], max_new_tokens: int) -> float:
-        """Seconds of writing sample answers; the tokenizer is loaded before the clock starts."""
+        """Seconds of writing sample answers."""
         from trainer.evaluate import sample_answers
-        from trainer.model import load_tokenizer
 
-        tokenizer = load_tokenizer(self.job.model, trust_remote_code=self.job.trust_remote_code)
         self._synchronize()
         begin = time.perf_counter()
         sample_answers(
             self.stepper.model,
-            tokenizer,
+            self._tokenizer,
             self.data,
             np.array(examples, dtype=np.int64),
             device=self.job.device,
@@ -242,12 +250,12 @@ class Worker:
 
     # ---------------------------------------------------------------------------------------------------------------
 
-    def _micro_step(self, rows: MicroRows, scale: float) -> None:
+    def _micro_step(self, rows: MicroRows, scale: float) -> torch.Tensor:
         from trainer.collate import collate
         from trainer.step import micro_step
 
         indices: list[IntArray] = [np.array(row, dtype=np.int64) for row in rows]
-        micro_step(self.stepper, collate(indices, self.data).to(self.job.device), scale=scale)
+        return micro_step(self.stepper, collate(indices, self.data).to(self.stepper.device), scale=scale)
 
     def _small_micro_step(self) -> None:
         """Gradients for an optimizer step, at the least cost: the shortest example that has a target."""

@@ -21,10 +21,10 @@ from trainer import checkpoint as ckpt
 from trainer import step as steps
 from trainer.batching import BatchPlan
 from trainer.collate import collate
-from trainer.data import prepare_data
+from trainer.data import load_tokenizer, prepare_data
 from trainer.evaluate import EvaluationResult, answerable, evaluate, evaluation_batches, sample_answers
 from trainer.job import Job
-from trainer.model import is_out_of_memory, load_model, load_tokenizer
+from trainer.model import is_out_of_memory, load_model
 from trainer.monitor import Monitor, peak_memory_bytes, seconds_since_process_start
 from trainer.planning import learning_rates, plan_job, with_evaluation_on_top
 from trainer.record import TOKENS_ONLY, Actual, Breakdown, Predicted, RunRecord, read_predicted

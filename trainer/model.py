@@ -58,20 +58,6 @@ def inspect_model(name: str) -> ModelFiles:
     return ModelFiles(str(folder), is_local=True, has_weights=has_weights, has_tokenizer=has_tokenizer)
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The model's tokenizer.
-
-    Raises:
-        ModelError: there is none, or it cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as reason:  # transformers raises a dozen types here; all mean the same to a user
-        raise ModelError(f"model '{name}': its tokenizer cannot be loaded ({_one_line(reason)}).") from None
-
-
 def load_model(job: Job, *, need_weights: bool) -> LoadedModel:
     """The job's model on its device, with adapters, in training mode.
 

@@ -1,0 +1,331 @@
+"""The command line: parse -> call -> print. No numbers are made here, and nothing imports torch."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from presets.errors import PlanError, RunError, SettingsError, did_you_mean
+
+if TYPE_CHECKING:
+    from planner.resolve import Options
+    from presets.env import Settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+EXAMPLES = """\b
+Two lines to start with:
+  plan --dataset messages.jsonl              compare all configurations, measured here
+  plan --run recommended --dataset messages.jsonl     train the one you choose
+
+\b
+More:
+  plan --dataset 63000                       no data yet: assumed lengths
+  plan --dataset 63000 --step-time 30        the published table, nothing measured
+  plan --model ./my-model --dataset data.csv --columns prompt=q,completion=a
+  plan --resume runs/recommended-20260101-120000
+"""
+
+
+class _Group(click.Group):
+    """A group whose options stand before its subcommands, and which says what an unknown word may have meant."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and self.get_command(ctx, args[0]) is None:
+            known = self.list_commands(ctx)
+            raise click.UsageError(f"no command '{args[0]}'.{did_you_mean(args[0], known)} See 'plan --help'.", ctx)
+        return super().resolve_command(ctx, args)
+
+
+def _choice(*words: str) -> click.Choice[str]:
+    return click.Choice(list(words))
+
+
+# One declaration per option. Those named like a field of planner.resolve.Options are passed on by that name.
+_OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
+    ("What", ("--dataset",), {"metavar": "COUNT|FILE|NAME", "help": "A count (63000), a file (JSONL, JSON, CSV, Parquet; .gz), a saved folder or a hub name."}),
+    ("What", ("--model",), {"metavar": "FOLDER|NAME", "help": "Model folder (config.json is enough to plan) or hub name."}),
+    ("What", ("--run",), {"metavar": "PRESET", "help": "Train this configuration, then show predicted beside actual."}),
+    ("What", ("--resume",), {"metavar": "RUN", "type": click.Path(path_type=Path), "help": "Go on with a stopped run folder."}),
+    ("What", ("--output",), {"metavar": "FOLDER", "type": click.Path(path_type=Path), "help": "The run folder itself [runs/PRESET-TIME]."}),
+    ("What", ("--preset", "preset_names"), {"metavar": "PRESET", "multiple": True, "help": "Compare only these (repeat it)."}),
+    ("Measure", ("--budget",), {"type": click.FloatRange(min=0, min_open=True, max=86400), "default": 60.0, "show_default": True, "metavar": "SECONDS", "help": "Seconds spent timing; process starts come on top."}),
+    ("Measure", ("--precision-target",), {"metavar": "PERCENT", "default": "2%", "show_default": True, "help": "Stop timing when the range is as narrow as ± this."}),
+    ("Measure", ("--step-time",), {"type": click.FloatRange(min=0, min_open=True), "metavar": "SECONDS", "help": "Measure nothing: fill the published formula with this step time."}),
+    ("Measure", ("--json", "as_json"), {"is_flag": True, "help": "Print one JSON object and nothing else."}),
+    ("Data", ("--columns",), {"metavar": "ROLE=NAME,...", "help": "Name the columns: prompt=q,completion=a,engagement=likes."}),
+    ("Data", ("--tokens-per-example",), {"type": click.IntRange(min=2), "metavar": "N", "help": "With a count: every example has N tokens."}),
+    ("Data", ("--train-on",), {"type": _choice("assistant", "all"), "default": "assistant", "show_default": True, "help": "Which tokens count for the loss."}),
+    ("Data", ("--limit",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Use only the first N records."}),
+    ("Data", ("--skip-bad-lines",), {"is_flag": True, "help": "Leave out records that cannot be read, and count them."}),
+    ("Data", ("--eval-fraction",), {"type": click.FloatRange(min=0, max=1, max_open=True), "metavar": "F", "help": "Held-out share [0.02, at least 8, at most 1,000 examples]."}),
+    ("Override", ("--micro-batch-size",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Sequences per forward pass; the global batch stays."}),
+    ("Override", ("--gradient-accumulation-steps",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Changes the global batch."}),
+    ("Override", ("--precision",), {"type": _choice("fp32", "tf32", "fp16", "bf16"), "help": "Compute precision."}),
+    ("Override", ("--base-precision",), {"type": _choice("auto", "fp32", "fp16", "bf16", "8bit", "4bit"), "help": "How frozen weights are stored."}),
+    ("Override", ("--learning-rate",), {"type": float, "metavar": "LR", "help": "Peak learning rate."}),
+    ("Override", ("--epochs",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Passes over the data."}),
+    ("Override", ("--max-length",), {"type": click.IntRange(min=2), "metavar": "TOKENS", "help": "Longer examples keep their head."}),
+    ("Override", ("--sample-size",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Use the top N examples."}),
+    ("Override", ("--sample-ratio",), {"type": click.FloatRange(min=0, min_open=True, max=1), "metavar": "R", "help": "Use this share of the examples."}),
+    ("Override", ("--sampling-strategy",), {"type": _choice("random", "top", "prioritized"), "help": "How the sample is chosen."}),
+    ("Override", ("--sample-score",), {"type": _choice("engagement", "recency"), "help": "What 'top' ranks by."}),
+    ("Override", ("--attention",), {"type": _choice("sdpa", "eager"), "help": "Attention implementation."}),
+    ("Override", ("--gradient-checkpointing/--no-gradient-checkpointing",), {"default": None, "help": "Less memory, more time."}),
+    ("Override", ("--packing",), {"is_flag": True, "help": "Several examples in a row, kept apart; the same examples in each step."}),
+    ("Override", ("--seed",), {"type": click.IntRange(min=0, max=2**32 - 1), "metavar": "N", "help": "Order, sampling and initial weights [42]."}),
+    ("Device", ("--device",), {"type": _choice("cuda", "mps", "cpu"), "help": "Where to run [the GPU, if there is one]."}),
+    ("Device", ("--devices", "num_devices"), {"type": click.IntRange(min=1, max=1024), "metavar": "N", "help": "Number of GPUs (processes on a CPU)."}),
+    ("Device", ("--threads", "num_threads"), {"type": click.IntRange(min=1, max=1024), "metavar": "N", "help": "CPU threads."}),
+    ("Device", ("--accelerate-config",), {"type": click.Path(path_type=Path, exists=True, dir_okay=False), "metavar": "FILE", "help": "Accelerate's own configuration, passed on."}),
+    ("Device", ("--tracker",), {"metavar": "NAME", "help": "Also log to tensorboard, wandb, ... through Accelerate."}),
+    ("Device", ("--trust-remote-code",), {"is_flag": True, "help": "Run code that comes with a model."}),
+    ("Device", ("--debug",), {"is_flag": True, "help": "Show tracebacks."}),
+)  # fmt: skip
+
+
+def _with_options(function: F) -> F:
+    for _, names, settings in reversed(_OPTIONS):
+        function = click.option(*names, **settings)(function)
+    return function
+
+
+@click.group(
+    cls=_Group,
+    invoke_without_command=True,
+    epilog=EXAMPLES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@_with_options
+@click.version_option(package_name="training-planner", prog_name="plan")
+@click.pass_context
+def cli(ctx: click.Context, /, **given: Any) -> None:
+    """How long will each training configuration take on this machine, does it fit, and which one to choose?
+
+    Measures real seconds per step with the code that trains, prints the comparison, and trains the one you choose.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    if given["run"] and given["resume"]:
+        raise click.UsageError("--run and --resume do not go together: --resume goes on with a run that exists.")
+    if given["resume"]:
+        ctx.exit(_resume(given["resume"], given["accelerate_config"]))
+    from planner.resolve import Options, option_fields
+    from presets.env import read_settings
+
+    settings = read_settings(Path.cwd(), os.environ)
+    for warning in settings.warnings:
+        _say(warning)
+    options = Options(**{name: given[name] for name in option_fields() if name in given})
+    if given["step_time"] is not None:
+        _published(options, settings, given)
+    elif given["run"]:
+        ctx.exit(_run(options, settings, given))
+    else:
+        _table(options, settings, given)
+
+
+def _published(options: Options, settings: Settings, given: dict[str, Any]) -> None:
+    from planner.report import published_report, published_text
+    from planner.resolve import presets_to_compare, resolve_count
+
+    presets = presets_to_compare(settings, given["preset_names"])
+    try:
+        report = published_report(resolve_count(options, settings), given["step_time"], presets)
+    except ValueError as reason:
+        raise SettingsError(f"{reason}") from None
+    click.echo(report.to_json(), nl=False) if given["as_json"] else click.echo(
+        published_text(report, width=_width(), ascii_only=_ascii_only())
+    )
+
+
+def _table(options: Options, settings: Settings, given: dict[str, Any]) -> None:
+    from planner.compare import compare, run_command
+    from planner.report import measured_text
+
+    comparison = compare(
+        options, settings, _measuring(given), names=given["preset_names"], say=_say
+    )
+    if given["as_json"]:
+        click.echo(comparison.report.to_json(), nl=False)
+        return
+    now = datetime.now().astimezone()
+    click.echo(measured_text(comparison.report, now=now, width=_width(), ascii_only=_ascii_only()))
+    command = run_command(comparison, _same_options(given))
+    if command:
+        click.echo(f"\nStart the recommended one:\n  {command}")
+
+
+def _measuring(given: dict[str, Any]) -> Any:
+    from planner.compare import MeasureSettings
+
+    text = given["precision_target"].strip()
+    try:
+        target = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        target = -1.0
+    if not 0 < target < 1:
+        raise SettingsError(f"--precision-target is '{text}'; it must be a share above 0 and below 1, such as 2% or 0.02.")
+    return MeasureSettings(budget_seconds=given["budget"], precision_target=target)
+
+
+def _same_options(given: dict[str, Any]) -> str:
+    """The options of this call that a run needs too, as text; a count is left out, since a run needs messages."""
+    skipped = {"run", "resume", "output", "as_json", "budget", "precision_target", "preset_names", "debug", "step_time"}
+    words = []
+    for _, names, settings in _OPTIONS:
+        flag = names[0].split("/")[0]
+        name = names[1] if len(names) > 1 else flag.removeprefix("--").replace("-", "_")
+        value = given[name]
+        if name in skipped or value in (None, False) or value == settings.get("default"):
+            continue
+        if name == "tokens_per_example" or (name == "dataset" and value.replace(",", "").isdigit()):
+            continue
+        words += [flag] if value is True else [flag, shlex.quote(str(value))]
+    return "".join(f" {word}" for word in words)
+
+
+def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
+    from dataclasses import replace
+
+    from planner.compare import compare, predicted_of
+    from planner.launch import check_output, command, make_run_folder, start, with_checkpoint_interval
+    from planner.report import measured_text
+    from planner.resolve import presets_to_compare
+
+    output = given["output"] or (Path(settings.output) if settings.output else None)
+    check_output(output)
+    presets_to_compare(settings, (given["run"],))
+    comparison = compare(options, settings, _measuring(given), names=(given["run"],), running=True, say=_say)
+    candidate = comparison.candidates[0]
+    if candidate.planned is None:
+        raise RunError(candidate.error or "this configuration cannot be planned.")
+    found = comparison.estimates[given["run"]]
+    now = datetime.now().astimezone()
+    if not given["as_json"]:
+        click.echo(measured_text(comparison.report, now=now, width=_width(), ascii_only=_ascii_only()))
+    if found.fits is False:
+        raise RunError(f"'{given['run']}' does not fit on this device: {found.error or 'out of memory'}.")
+    job = with_checkpoint_interval(candidate.planned.job, found.num_steps, found.seconds_per_step)
+    folder = make_run_folder(output, replace(job), candidate.planned.plan, predicted_of(found), now)
+    _say(f"run folder: {folder}")
+    code = start(command(folder, job, accelerate_config=given["accelerate_config"]))
+    return _ended(folder, code, as_json=given["as_json"])
+
+
+def _resume(folder: Path, accelerate_config: Path | None) -> int:
+    from planner.launch import command, open_run, read_record, start
+
+    job = open_run(folder)
+    record = read_record(folder)
+    if record is not None and record.status == "finished":
+        _say(f"'{folder}' is finished: there is nothing to resume.")
+        return 0
+    return _ended(folder, start(command(folder.absolute(), job, resume=True, accelerate_config=accelerate_config)))
+
+
+def _ended(folder: Path, code: int, *, as_json: bool = False) -> int:
+    from planner.launch import read_record
+    from planner.outcome import outcome_text
+
+    record = read_record(folder)
+    if record is not None and record.status == "finished":
+        click.echo((folder / "record.json").read_text(encoding="utf-8") if as_json else outcome_text(record, folder))
+    elif code not in (0, 1, 130, 143):
+        _say(f"Error: the trainer ended with code {code}. Its log: {folder / 'train.log'}. Go on with: plan --resume {folder}")
+        return 1
+    return code
+
+
+@cli.group()
+def presets() -> None:
+    """What can be run: list the presets, or show one.
+
+    \b
+    Examples:
+      plan presets list
+      plan presets show aggressive
+    """
+
+
+@presets.command("list")
+def presets_list() -> None:
+    """One line per preset."""
+    from presets.schema import load_preset, preset_names
+
+    for name in preset_names():
+        click.echo(f"{name:<12} {load_preset(name).summary}")
+
+
+@presets.command("show")
+@click.argument("name")
+def presets_show(name: str) -> None:
+    """The preset's own file."""
+    from importlib import resources
+
+    from presets.schema import load_preset
+
+    load_preset(name)
+    click.echo((resources.files("presets") / f"{name}.toml").read_text(encoding="utf-8"), nl=False)
+
+
+def _say(text: str) -> None:
+    """Progress and warnings, on stderr, free of control sequences."""
+    from planner.report import printable
+
+    click.echo(printable(text), err=True)
+
+
+def _width() -> int | None:
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def _ascii_only() -> bool:
+    try:
+        "┌–".encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return True
+    return False
+
+
+def main() -> None:
+    """Entry point `plan`: the one place where errors become exit codes."""
+    debug = "--debug" in sys.argv
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = 130
+    except KeyboardInterrupt:
+        code = 130
+    except click.ClickException as reason:
+        reason.show()
+        code = reason.exit_code
+    except PlanError as reason:
+        if debug:
+            raise
+        lines = str(reason).splitlines() or [type(reason).__name__]
+        for line in lines:
+            _say(f"Error: {line}")
+        code = 1
+    except BrokenPipeError:
+        # The reader (head, say) has seen enough; Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as reason:
+        if debug:
+            raise
+        _say(f"Error: {type(reason).__name__}: {reason}. This is a defect of plan itself; --debug shows where.")
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

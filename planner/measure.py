@@ -1,0 +1,602 @@
+"""Decides what to time and gathers samples. Which worker, which micro-batches, in which order, and when it is enough."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from planner.estimate import Estimator, PlanWork, plan_work, reference_job, split_warmup
+from planner.measurement import (
+    FixedSamples,
+    Measurement,
+    Measurements,
+    MicroSample,
+    PlannedRow,
+    Round,
+    RowVerdict,
+    StepSignature,
+    WindowSample,
+)
+from planner.prober import DoesNotFit, LoadReply, MicroRows, Prober, ProberFactory
+from planner.strata import Strata, keys, make_strata
+from presets.errors import MeasurementError, PlanError
+from trainer.batching import BatchPlan, MicroShapes
+from trainer.evaluate import answerable, evaluation_batches
+from trainer.tokens import TokenizedDataset
+
+STRATA = (11, 8, 6, 4, 3, 2)  # tried from the left until three rounds fit the budget
+LEAST_ROUNDS = 5  # before the interval is believed narrow enough to stop
+MOST_ROUNDS = 1000
+POOL = 50_000  # micro-batches of a plan that a draw can come from, plus its longest
+LONGEST = 200
+WINDOW_MICROS = 16  # micro-batches of a window timed as a whole; a longer window is cut
+WINDOW_AFTER = (2, 5, 10, 20, 40)  # rounds after which one is timed
+WINDOW_SHARE = 0.2  # of the budget that is left, at most, for one window
+SAME_SHAPE = 0.95  # a worst micro-batch this near to a larger one is judged by the larger one's peak
+EVALUATION_BATCHES = 5
+ANSWER_TOKENS = 16
+
+Progress = Callable[[str, float], None]  # (what is being done, share of the budget spent)
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """A step signature while it is measured."""
+
+    signature: StepSignature
+    rows: list[PlannedRow]
+    prober: Prober | None = None
+    load: LoadReply | None = None
+    verdicts: dict[str, RowVerdict] = field(default_factory=dict)
+    reserved: int = 0  # bytes, at the largest micro-batch that fits
+    largest_key: float = 0.0  # of the micro-batches that fit
+    seconds_per_padded_token: float = 0.0  # at the worst micro-batch: a first idea of what a round costs
+    rounds: list[Round] = field(default_factory=list)  # the first of them may be warm-up
+    windows: list[WindowSample] = field(default_factory=list)
+    fixed: FixedSamples = FixedSamples()
+    warmed_up: bool = False
+    spent: float = 0.0
+    ended_by: str = ""
+    error: str | None = None
+
+    @property
+    def fitting(self) -> list[PlannedRow]:
+        return [row for row in self.rows if self.verdicts[row.name].fits]
+
+    @property
+    def is_live(self) -> bool:
+        return self.error is None and bool(self.fitting)
+
+    @property
+    def is_reference(self) -> bool:
+        return all(row.is_reference for row in self.rows)
+
+    def close(self) -> None:
+        if self.prober is not None:
+            self.prober.stop()
+            self.prober = None
+
+
+def with_references(rows: list[PlannedRow]) -> list[PlannedRow]:
+    """The rows, and one in fp32 for each step signature whose fp32 twin is not among them: for the speed factor."""
+    signatures = {StepSignature.of(row.job) for row in rows}
+    added = []
+    for row in rows:
+        job = reference_job(row.job)
+        signature = StepSignature.of(job)
+        if signature not in signatures:
+            signatures.add(signature)
+            added.append(PlannedRow(name=f"{row.name} at fp32", job=job, plan=row.plan, is_reference=True))
+    return [*rows, *added]
+
+
+def measure(
+    plans: list[PlannedRow],
+    data: TokenizedDataset,
+    prober_factory: ProberFactory,
+    budget_seconds: float = 60.0,
+    precision_target: float = 0.02,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> Measurements:
+    """Time the step signatures of some rows over their own batch plans.
+
+    Args:
+        plans: the rows, with distinct names; see `with_references` for the speed factor.
+        budget_seconds: bounds the seconds spent timing. Process starts, memory and fixed parts come on top.
+        precision_target: stop once the 90 % interval of every row's total is this narrow (half of it, relative).
+        progress: told what is being done and the share of the budget spent.
+
+    Raises:
+        MeasurementError: nothing could be measured, for a reason other than memory.
+    """
+    return _Measuring(plans, data, prober_factory, budget_seconds, precision_target, clock, progress, seed).measure()
+
+
+class _Measuring:
+    """One call of `measure`: its settings, and what it has found so far."""
+
+    def __init__(
+        self,
+        rows: list[PlannedRow],
+        data: TokenizedDataset,
+        prober_factory: ProberFactory,
+        budget: float,
+        target: float,
+        clock: Callable[[], float],
+        progress: Progress | None,
+        seed: int,
+    ) -> None:
+        if not rows:
+            raise MeasurementError("there is nothing to measure: no configuration was given.")
+        self.data = data
+        self.factory = prober_factory
+        self.budget = budget
+        self.target = target
+        self.clock = clock
+        self.tell = progress or (lambda text, share: None)
+        self.random = np.random.default_rng([seed, 0x4D])
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+        self.spent = 0.0
+        self.shapes: dict[int, MicroShapes] = {}  # by the plan's identity: rows can share one
+        lengths = data.lengths
+        for row in rows:
+            if id(row.plan) not in self.shapes:
+                self.shapes[id(row.plan)] = row.plan.micro_shapes(lengths)
+        groups: dict[StepSignature, list[PlannedRow]] = {}
+        for row in rows:
+            groups.setdefault(StepSignature.of(row.job), []).append(row)
+        self.groups = [_Group(signature, members) for signature, members in groups.items()]
+        self.rows = rows
+        self.strata = Strata(sizes=())
+        self.work: dict[str, PlanWork] = {}
+
+    def measure(self) -> Measurements:
+        together = False
+        try:
+            for group in self.groups:
+                self._probe_memory(group)
+            live = [group for group in self.groups if group.is_live]
+            if live:
+                self._stratify(live)
+                together = len(live) > 1 and self._fit_together(live)
+                if together or len(live) == 1:
+                    self._time([group for group in live if self._ensure_worker(group)], self.budget)
+                    for group in live:
+                        self._measure_fixed(group)
+                else:
+                    self._one_after_another(live)
+        finally:
+            for group in self.groups:
+                group.close()
+        errors = [group.error for group in self.groups if group.error is not None]
+        if errors and len(errors) == len(self.groups):
+            raise MeasurementError(errors[0])
+        return Measurements(
+            strata=self.strata,
+            measurements=tuple(self._result(group) for group in self.groups),
+            rows=tuple(self._verdict(group, row) for group in self.groups for row in group.rows),
+            in_turns=together,
+            notes=tuple(self.notes),
+            warnings=tuple(self.warnings),
+        )
+
+    # --- memory -------------------------------------------------------------------------------------------------------
+
+    def _probe_memory(self, group: _Group) -> None:
+        """Whether each row fits at its worst micro-batch: the smallest worst first, up to the first that does not.
+
+        Ascending, since a process's peak never falls: each row's own peak is read before a larger one covers it.
+        """
+        self._make_room_beside(group)
+        group.verdicts = {row.name: RowVerdict(name=row.name, signature=group.signature) for row in group.rows}
+        trials = self._worst_micro_batches(group.rows)
+        failed: DoesNotFit | None = None
+        for plan, micro, members in trials:
+            shapes = self.shapes[id(plan)]
+            shape = {"worst_rows": int(shapes.rows[micro]), "worst_width": int(shapes.width[micro])}
+            if failed is None:
+                self.tell(f"memory: {members[0].name}", 0.0)
+                accumulates = any(
+                    bool((np.diff(row.plan.window_offsets) > row.plan.num_devices).any()) for row in members
+                )
+                try:
+                    reply = self._try_alone(group, _rows_of(plan, micro), accumulates)
+                    group.reserved = reply.reserved_bytes
+                    group.largest_key = max(group.largest_key, float(keys(shapes)[micro]))
+                    padded = int(shapes.padded_tokens[micro])
+                    group.seconds_per_padded_token = reply.micro_step_seconds / max(1, padded)
+                    for row in members:
+                        group.verdicts[row.name] = replace(
+                            group.verdicts[row.name],
+                            fits=True,
+                            peak_allocated_bytes=reply.allocated_bytes,
+                            peak_reserved_bytes=reply.reserved_bytes,
+                            **shape,
+                        )
+                    continue
+                except DoesNotFit as reason:
+                    failed = reason
+                    group.close()  # what is left of it is not a clean place to time in
+                except PlanError as reason:
+                    group.error = str(reason)
+                    group.close()
+                    return
+            for row in members:
+                text = f"does not fit: {failed}"
+                group.verdicts[row.name] = replace(group.verdicts[row.name], fits=False, error=text, **shape)
+
+    def _try_alone(self, group: _Group, rows: MicroRows, accumulates: bool):  # type: ignore[no-untyped-def]
+        """The memory reply; out of memory is believed only of a worker that had the device to itself."""
+        try:
+            self._start(group)
+            assert group.prober is not None
+            return group.prober.memory(rows, accumulates)
+        except DoesNotFit:
+            others = [other for other in self.groups if other is not group and other.prober is not None]
+            if not others:
+                raise
+            for other in others:
+                other.close()
+            group.close()
+            self._start(group)
+            assert group.prober is not None
+            return group.prober.memory(rows, accumulates)
+
+    def _worst_micro_batches(self, rows: list[PlannedRow]) -> list[tuple[BatchPlan, int, list[PlannedRow]]]:
+        """(plan, micro-batch, rows judged by it), ascending. Rows whose worst ones are nearly alike share the largest."""
+        worst = []
+        for row in rows:
+            shapes = self.shapes[id(row.plan)]
+            micro = int(keys(shapes).argmax())  # most padded tokens; of equals the widest
+            worst.append((float(keys(shapes)[micro]), int(shapes.rows[micro]), micro, row))
+        worst.sort(key=lambda entry: entry[0], reverse=True)
+        trials: list[tuple[float, int, BatchPlan, int, list[PlannedRow]]] = []
+        for key, count, micro, row in worst:
+            if trials and trials[-1][1] == count and key >= SAME_SHAPE * trials[-1][0]:
+                trials[-1][4].append(row)
+            else:
+                trials.append((key, count, row.plan, micro, [row]))
+        return [(plan, micro, members) for _, _, plan, micro, members in reversed(trials)]
+
+    def _make_room_beside(self, group: _Group) -> None:
+        """Stop the other workers unless there is plainly room: a third of what is free would hold another like them."""
+        idle = [other for other in self.groups if other is not group and other.prober is not None]
+        if not idle:
+            return
+        try:
+            assert idle[0].prober is not None
+            roomy = idle[0].prober.free() > 3 * max(other.reserved for other in idle)
+        except (DoesNotFit, MeasurementError):
+            roomy = False
+        if not roomy:
+            for other in idle:
+                other.close()
+
+    def _start(self, group: _Group) -> None:
+        if group.prober is None:
+            self.tell(f"start: {group.rows[0].name}", 0.0)
+            group.prober = self.factory(group.rows[0].job)
+            reply = group.prober.load()
+            group.load = group.load or reply
+
+    def _ensure_worker(self, group: _Group) -> bool:
+        """Whether the group has a worker; starts one where it was stopped for room."""
+        try:
+            self._start(group)
+        except (PlanError, DoesNotFit) as reason:
+            self._give_up(group, reason)
+        return group.is_live
+
+    def _fit_together(self, live: list[_Group]) -> bool:
+        """Whether all workers may stand on the device at once: reserved peaks still to come against what is free."""
+        standing = [group for group in live if group.prober is not None]
+        if not standing:
+            return False
+        try:
+            assert standing[0].prober is not None
+            free = standing[0].prober.free()
+        except (PlanError, DoesNotFit) as reason:
+            self._give_up(standing[0], reason)
+            return False
+        # Workers that stand hold their peak already, or nearly: on a GPU the allocator keeps what it reserved.
+        return sum(group.reserved for group in live if group.prober is None) < free
+
+    # --- timing -------------------------------------------------------------------------------------------------------
+
+    def _one_after_another(self, live: list[_Group]) -> None:
+        self.notes.append("the configurations do not fit on the device together: timed one after another, not in turns")
+        live = sorted(live, key=lambda group: group.prober is None)
+        for number, group in enumerate(live):
+            for other in live:
+                if other is not group and group.prober is None:
+                    other.close()
+            if self._ensure_worker(group):
+                self._time([group], max(0.0, self.budget - self.spent) / (len(live) - number))
+                self._measure_fixed(group)
+            group.close()
+
+    def _stratify(self, live: list[_Group]) -> None:
+        """Choose strata few enough for a warm-up and two rounds within the budget."""
+        populations = []
+        for group in live:
+            for row in group.fitting:
+                populations.append((row.job.micro_batch_size, self._part_of(self.shapes[id(row.plan)])[1]))
+        for count in STRATA:
+            self.strata = make_strata(populations, count)
+            if 3 * self._first_guess(live, populations) <= self.budget:
+                break
+        if count != STRATA[0]:
+            self.warnings.append(
+                f"micro-steps are slow for a budget of {self.budget:g} s: {self.strata.count} classes of micro-batches are "
+                f"timed instead of about {STRATA[0]}. Give more time with --budget."
+            )
+        self.work = {
+            row.name: plan_work(row, self.shapes[id(row.plan)], self.strata) for group in live for row in group.fitting
+        }
+
+    def _first_guess(self, live: list[_Group], populations: list[tuple[int, MicroShapes]]) -> float:
+        """Seconds of a round over all signatures, at the rate seen while probing memory."""
+        tokens = 0.0
+        for size in self.strata.sizes:
+            stratum = np.concatenate([self.strata.of(of, s) for of, s in populations if of == size.micro_batch_size])
+            padded = np.concatenate([s.padded_tokens for of, s in populations if of == size.micro_batch_size])
+            for number in range(size.first, size.first + size.count):
+                members = padded[stratum == number]
+                tokens += float(members.mean()) if len(members) else 0.0
+        return sum(group.seconds_per_padded_token for group in live) * tokens
+
+    def _part_of(self, shapes: MicroShapes) -> tuple[np.ndarray, MicroShapes]:  # type: ignore[type-arg]
+        """Indices and shapes of a random part of a plan, its longest micro-batches always among them."""
+        total = len(shapes.rows)
+        if total <= POOL + LONGEST:
+            return np.arange(total), shapes
+        longest = np.argpartition(keys(shapes), total - LONGEST)[total - LONGEST :]
+        part = np.random.default_rng([total, 0x50]).choice(total, POOL, replace=False)
+        chosen = np.union1d(part, longest)
+        return chosen, MicroShapes(rows=shapes.rows[chosen], width=shapes.width[chosen], tokens=shapes.tokens[chosen])
+
+    def _time(self, groups: list[_Group], budget: float) -> None:
+        """Rounds until every row's interval is narrow enough, or the budget is spent. In turns: A B, B A, A B ..."""
+        groups = [group for group in groups if group.is_live]
+        if not groups:
+            return
+        decks = _Decks(self, groups)
+        begun = self.spent
+        for number in range(MOST_ROUNDS):
+            left = budget - (self.spent - begun)
+            done = number - (1 if groups[0].warmed_up else 0)
+            if number and not self._another_round(groups, left, done):
+                break
+            draw = decks.draw(self.random)
+            for group in groups if number % 2 == 0 else groups[::-1]:
+                self._guarded(group, lambda group=group, draw=draw: self._round(group, draw))  # type: ignore[misc]
+            if number == 0 and left - (self.spent - begun) >= 2 * self.spent:
+                for group in groups:
+                    group.warmed_up = True
+            groups = [group for group in groups if group.is_live]
+            if not groups:
+                return
+            if number + 1 in WINDOW_AFTER:
+                for group in groups:
+                    self._guarded(group, lambda group=group: self._window(group, budget - (self.spent - begun)))  # type: ignore[misc]
+            self.tell(f"timing, round {number + 1}", min(1.0, self.spent / max(self.budget, 1e-9)))
+
+    def _another_round(self, groups: list[_Group], left: float, done: int) -> bool:
+        """Whether to go on, and if not, why: written to the groups."""
+        if done >= LEAST_ROUNDS and all(self._is_precise(group) for group in groups):
+            for group in groups:
+                group.ended_by = "precision"
+            return False
+        expected = sum(_seconds_of(group.rounds[-1]) for group in groups)
+        if left < expected and (done >= 2 or left < 0.5 * expected):
+            for group in groups:
+                group.ended_by = "budget"
+            return False
+        return True
+
+    def _is_precise(self, group: _Group) -> bool:
+        rounds = self._kept(group)
+        if len(rounds) < LEAST_ROUNDS:
+            return False
+        estimator = Estimator(rounds, self.strata)
+        works = [self.work[row.name] for row in group.fitting]
+        return all(estimator.total(work).relative_half_width <= self.target for work in works)
+
+    def _kept(self, group: _Group) -> tuple[Round, ...]:
+        """The rounds without warm-up."""
+        first = 1 if group.warmed_up and len(group.rounds) > 1 else 0
+        rounds = tuple(group.rounds[first:])
+        if len(rounds) <= LEAST_ROUNDS:
+            return rounds
+        totals = Estimator(rounds, self.strata).total(self.work[group.fitting[0].name]).replicates
+        return rounds[split_warmup(totals, LEAST_ROUNDS) :]
+
+    def _round(self, group: _Group, draw: list[_Drawn]) -> None:
+        prober = group.prober
+        assert prober is not None
+        drawn = [one for one in draw if one.key <= group.largest_key]
+        started = self.clock()
+        seconds = prober.run([_rows_of(one.plan, one.micro) for one in drawn])
+        optimizer = prober.optimizer(1)
+        self._spend(group, started)
+        samples = tuple(replace(one.sample, seconds=value) for one, value in zip(drawn, seconds, strict=True))
+        group.rounds.append(Round(started=started, samples=samples, optimizer_seconds=tuple(optimizer)))
+
+    def _window(self, group: _Group, left: float) -> None:
+        """Time one window as a whole, where it takes no more than its share of what is left of the budget."""
+        prober = group.prober
+        assert prober is not None
+        row = group.fitting[int(self.random.integers(len(group.fitting)))]
+        plan, shapes = row.plan, self.shapes[id(row.plan)]
+        window = int(self.random.integers(plan.num_steps))
+        first, last = int(plan.window_offsets[window]), int(plan.window_offsets[window + 1])
+        micros = [micro for micro in range(first, last, plan.num_devices) if shapes.rows[micro] > 0]
+        if len(micros) > WINDOW_MICROS:  # evenly over the window: its longest stand first
+            micros = [micros[i * len(micros) // WINDOW_MICROS] for i in range(WINDOW_MICROS)]
+        samples = tuple(self._sample(row, micro) for micro in micros)
+        if Estimator(self._kept(group), self.strata).window_seconds(samples) > WINDOW_SHARE * left:
+            return
+        started = self.clock()
+        seconds = prober.window([_rows_of(plan, micro) for micro in micros])
+        self._spend(group, started)
+        group.windows.append(WindowSample(samples=samples, seconds=seconds))
+
+    def _sample(self, row: PlannedRow, micro: int) -> MicroSample:
+        shapes = self.shapes[id(row.plan)]
+        one = MicroShapes(
+            rows=shapes.rows[micro : micro + 1],
+            width=shapes.width[micro : micro + 1],
+            tokens=shapes.tokens[micro : micro + 1],
+        )
+        return MicroSample(
+            stratum=int(self.strata.of(row.job.micro_batch_size, one)[0]),
+            rows=int(one.rows[0]),
+            width=int(one.width[0]),
+            tokens=int(one.tokens[0]),
+        )
+
+    def _spend(self, group: _Group, started: float) -> None:
+        seconds = self.clock() - started
+        group.spent += seconds
+        self.spent += seconds
+
+    def _guarded(self, group: _Group, action: Callable[[], None]) -> None:
+        """Run an action of one group so that its failure is its own."""
+        try:
+            action()
+        except (PlanError, DoesNotFit) as reason:
+            self._give_up(group, reason)
+
+    def _give_up(self, group: _Group, reason: Exception) -> None:
+        group.close()
+        if isinstance(reason, DoesNotFit):
+            for row in group.rows:
+                group.verdicts[row.name] = replace(
+                    group.verdicts[row.name], fits=False, error=f"does not fit: {reason}"
+                )
+        else:
+            group.error = str(reason)
+
+    # --- fixed parts --------------------------------------------------------------------------------------------------
+
+    def _measure_fixed(self, group: _Group) -> None:
+        """Evaluation, checkpoint, adapter and sample answers. What fails stays unknown; the timings stand."""
+        prober = group.prober
+        if prober is None or not group.is_live or group.is_reference:
+            return
+        self.tell("evaluation and checkpoint", 1.0)
+        held_out = group.fitting[0].plan.evaluation
+        spec = group.fitting[0].job.evaluation
+        try:
+            if len(held_out):
+                batches = evaluation_batches(self.data, held_out)
+                places = np.unique(np.linspace(0, len(batches) - 1, EVALUATION_BATCHES).round().astype(int))
+                chosen = [batches[place] for place in places]
+                # The first one again at the end: as the first of a process it is slow.
+                seconds = prober.evaluate([batch.tolist() for batch in (*chosen, chosen[0])])
+                seconds[0] = seconds.pop()
+                samples = tuple(
+                    MicroSample(
+                        stratum=-1,
+                        rows=len(batch),
+                        width=int(self.data.lengths[batch].max()),
+                        tokens=int(self.data.lengths[batch].sum()),
+                        seconds=value,
+                    )
+                    for batch, value in zip(chosen, seconds, strict=True)
+                )
+                group.fixed = replace(group.fixed, evaluation=samples)
+            group.fixed = replace(group.fixed, save=prober.save())
+            asked = answerable(self.data, held_out, 1)
+            tokens = min(ANSWER_TOKENS, spec.max_new_tokens)
+            if len(asked) and spec.num_samples and tokens and group.load is not None and group.load.has_tokenizer:
+                seconds_of_answer = prober.answer(asked.tolist(), tokens)
+                group.fixed = replace(group.fixed, answer_seconds=seconds_of_answer, answer_tokens=tokens)
+        except (PlanError, DoesNotFit) as reason:
+            self.notes.append(f"{group.fitting[0].name}: not every fixed part could be measured ({reason})")
+
+    # --- results ------------------------------------------------------------------------------------------------------
+
+    def _result(self, group: _Group) -> Measurement:
+        kept = self._kept(group) if group.rounds and group.is_live else tuple(group.rounds)
+        if group.is_live and kept and group.ended_by == "budget" and not self._is_precise(group):
+            work = self.work[group.fitting[0].name]
+            width = Estimator(kept, self.strata).total(work).relative_half_width
+            self.warnings.append(
+                f"{group.rows[0].name}: the budget of {self.budget:g} s was spent at a range of ±{width:.1%}, wider than the "
+                f"±{self.target:.1%} asked for. Give more time with --budget."
+            )
+        return Measurement(
+            signature=group.signature,
+            load=group.load,
+            warmup=tuple(group.rounds[: len(group.rounds) - len(kept)]),
+            rounds=kept,
+            windows=tuple(group.windows),
+            fixed=group.fixed,
+            seconds_spent=group.spent,
+            ended_by=group.ended_by,
+            error=group.error,
+        )
+
+    def _verdict(self, group: _Group, row: PlannedRow) -> RowVerdict:
+        verdict = group.verdicts[row.name]
+        return verdict if group.error is None else replace(verdict, error=group.error)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Drawn:
+    """One micro-batch of a round."""
+
+    plan: BatchPlan
+    micro: int
+    key: float
+    sample: MicroSample
+
+
+class _Decks:
+    """For each stratum the micro-batches of all plans, shuffled and dealt without repeats until all were dealt.
+
+    Every signature of a round gets the same micro-batches, so that their ratio is one of like with like.
+    """
+
+    def __init__(self, measuring: _Measuring, groups: list[_Group]) -> None:
+        self._measuring = measuring
+        self._rows = list({id(row.plan): row for group in groups for row in group.fitting}.values())
+        members: dict[int, list[tuple[int, int]]] = {}
+        for number, row in enumerate(self._rows):
+            chosen, shapes = measuring._part_of(measuring.shapes[id(row.plan)])
+            stratum = measuring.strata.of(row.job.micro_batch_size, shapes)
+            for micro, where in zip(chosen.tolist(), stratum.tolist(), strict=True):
+                if where >= 0:
+                    members.setdefault(where, []).append((number, micro))
+        self._members = members
+        self._left: dict[int, list[int]] = {}
+
+    def draw(self, random: np.random.Generator) -> list[_Drawn]:
+        """One micro-batch of each stratum, in random order."""
+        drawn = []
+        for stratum in random.permutation(sorted(self._members)).tolist():
+            members = self._members[stratum]
+            left = self._left.get(stratum) or random.permutation(len(members)).tolist()
+            number, micro = members[left.pop()]
+            self._left[stratum] = left
+            row = self._rows[number]
+            sample = self._measuring._sample(row, micro)
+            key = sample.rows * sample.width + sample.width / 2.0**20
+            drawn.append(_Drawn(row.plan, micro, key, sample))
+        return drawn
+
+
+def _rows_of(plan: BatchPlan, micro: int) -> MicroRows:
+    return [row.tolist() for row in plan.rows_of_micro_batch(micro)]
+
+
+def _seconds_of(one: Round) -> float:
+    return sum(sample.seconds or 0.0 for sample in one.samples) + sum(one.optimizer_seconds)
