@@ -13,7 +13,7 @@ from pathlib import Path
 from planner.estimate import Estimate, accumulation_saving, estimate, mean_micro_seconds
 from planner.hardware import DeviceFacts, detect_device
 from planner.launch import with_checkpoint_interval
-from planner.measure import measure
+from planner.measure import measure, with_references
 from planner.measurement import Measurements, PlannedRow, StepSignature
 from planner.prober import LoadReply, ProberFactory, ProcessProber
 from planner.report import (
@@ -107,7 +107,7 @@ def compare(
     candidates = _candidates(presets, options, settings, facts, spec, say)
     if all(candidate.planned is None for candidate in candidates):
         raise DataError(" ".join(dict.fromkeys(candidate.error or "" for candidate in candidates)))
-    found = _measure_all(candidates, measuring, facts, say, factory)
+    found = _measure_all(candidates, measuring, say, factory)
     estimates = {
         candidate.planned.name: estimate(
             candidate.planned,
@@ -176,7 +176,6 @@ def _prepare(job: Job, say: Say) -> tuple[TokenizedDataset, float]:
 def _measure_all(
     candidates: tuple[Candidate, ...],
     measuring: MeasureSettings,
-    facts: DeviceFacts,
     say: Say,
     factory: Callable[[Path], ProberFactory],
 ) -> dict[int, Measurements]:
@@ -193,16 +192,28 @@ def _measure_all(
             saved = Path(folder) / "data"
             saved.mkdir()
             data.save(saved)
+            rows = [member.planned for member in members if member.planned is not None]
             found[length] = measure(
-                [member.planned for member in members if member.planned is not None],
+                rows if len(rows) == 1 else with_references(rows),  # a single row that will run needs no comparison
                 data,
                 factory(saved),
                 budget_seconds=measuring.budget_seconds / len(groups),
                 precision_target=measuring.precision_target,
-                facts=facts,
-                progress=say,
+                progress=_each_once(say),
             )
     return found
+
+
+def _each_once(say: Say) -> Callable[[str, float], None]:
+    """Progress as lines: each text once, however often it is told."""
+    told: set[str] = set()
+
+    def tell(text: str, _share: float) -> None:
+        if text not in told:
+            told.add(text)
+            say(text)
+
+    return tell
 
 
 def _report(

@@ -152,7 +152,7 @@ def fit_cost(rounds: tuple[Round, ...]) -> CostModel:
 
 def _sum_seconds(fit: CostModel, work: PlanWork) -> FloatArray:
     """Fitted seconds of a plan's micro-batches per stratum: the fit is linear, so the sums are enough."""
-    return fit.base * work.count + fit.per_token * work.padded + fit.per_token_width * work.padded_width
+    return np.asarray(fit.base * work.count + fit.per_token * work.padded + fit.per_token_width * work.padded_width)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -442,7 +442,7 @@ def fixed_seconds(
 
 
 def evaluations_and_checkpoints(row: PlannedRow) -> tuple[int, int]:
-    """How often a run evaluates (before, between, after) and writes a checkpoint (at each of those, and every so often)."""
+    """How often a run evaluates (before, between, after) and writes a checkpoint (then, and every so many steps)."""
     steps, times = row.plan.num_steps, row.job.evaluation.times_during_training
     between = {round(steps * part / (times + 1)) for part in range(1, times + 1)} - {0, steps}
     every = row.job.checkpoint_every or max(1, math.ceil(steps / 10))

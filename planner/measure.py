@@ -1,7 +1,8 @@
-"""Decides what to time and gathers samples. Which worker, which micro-batches, in which order, and when it is enough."""
+"""Decides what to time and gathers samples: which worker, which micro-batches, in which order, until when."""
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,12 +21,12 @@ from planner.measurement import (
     StepSignature,
     WindowSample,
 )
-from planner.prober import DoesNotFit, LoadReply, MicroRows, Prober, ProberFactory
+from planner.prober import DoesNotFit, LoadReply, MemoryReply, MicroRows, Prober, ProberFactory
 from planner.strata import Strata, keys, make_strata
 from presets.errors import MeasurementError, PlanError
 from trainer.batching import BatchPlan, MicroShapes
 from trainer.evaluate import answerable, evaluation_batches
-from trainer.tokens import TokenizedDataset
+from trainer.tokens import IntArray, TokenizedDataset
 
 STRATA = (11, 8, 6, 4, 3, 2)  # tried from the left until three rounds fit the budget
 LEAST_ROUNDS = 5  # before the interval is believed narrow enough to stop
@@ -56,11 +57,12 @@ class _Group:
     seconds_per_padded_token: float = 0.0  # at the worst micro-batch: a first idea of what a round costs
     rounds: list[Round] = field(default_factory=list)  # the first of them may be warm-up
     windows: list[WindowSample] = field(default_factory=list)
-    fixed: FixedSamples = FixedSamples()
+    fixed: FixedSamples = field(default_factory=FixedSamples)
     warmed_up: bool = False
     spent: float = 0.0
     ended_by: str = ""
     error: str | None = None
+    is_postponed: bool = False  # ran out of memory beside others; to be timed alone
 
     @property
     def fitting(self) -> list[PlannedRow]:
@@ -68,7 +70,7 @@ class _Group:
 
     @property
     def is_live(self) -> bool:
-        return self.error is None and bool(self.fitting)
+        return self.error is None and not self.is_postponed and bool(self.fitting)
 
     @property
     def is_reference(self) -> bool:
@@ -171,7 +173,18 @@ class _Measuring:
                     for group in live:
                         self._measure_fixed(group)
                 else:
+                    self.notes.append(
+                        "the configurations do not fit on the device together: timed one after another, not in turns"
+                    )
                     self._one_after_another(live)
+                postponed = [group for group in live if group.is_postponed]
+                if postponed:
+                    names = ", ".join(group.rows[0].name for group in postponed)
+                    self.notes.append(f"{names}: ran out of memory beside another configuration; timed alone")
+                    for group in live:
+                        group.is_postponed = False
+                        group.close()
+                    self._one_after_another(postponed)
         finally:
             for group in self.groups:
                 group.close()
@@ -200,12 +213,13 @@ class _Measuring:
         failed: DoesNotFit | None = None
         for plan, micro, members in trials:
             shapes = self.shapes[id(plan)]
-            shape = {"worst_rows": int(shapes.rows[micro]), "worst_width": int(shapes.width[micro])}
+            for row in members:
+                group.verdicts[row.name] = replace(
+                    group.verdicts[row.name], worst_rows=int(shapes.rows[micro]), worst_width=int(shapes.width[micro])
+                )
             if failed is None:
                 self.tell(f"memory: {members[0].name}", 0.0)
-                accumulates = any(
-                    bool((np.diff(row.plan.window_offsets) > row.plan.num_devices).any()) for row in members
-                )
+                accumulates = any(_accumulates(row.plan) for row in members)
                 try:
                     reply = self._try_alone(group, _rows_of(plan, micro), accumulates)
                     group.reserved = reply.reserved_bytes
@@ -218,7 +232,6 @@ class _Measuring:
                             fits=True,
                             peak_allocated_bytes=reply.allocated_bytes,
                             peak_reserved_bytes=reply.reserved_bytes,
-                            **shape,
                         )
                     continue
                 except DoesNotFit as reason:
@@ -230,9 +243,9 @@ class _Measuring:
                     return
             for row in members:
                 text = f"does not fit: {failed}"
-                group.verdicts[row.name] = replace(group.verdicts[row.name], fits=False, error=text, **shape)
+                group.verdicts[row.name] = replace(group.verdicts[row.name], fits=False, error=text)
 
-    def _try_alone(self, group: _Group, rows: MicroRows, accumulates: bool):  # type: ignore[no-untyped-def]
+    def _try_alone(self, group: _Group, rows: MicroRows, accumulates: bool) -> MemoryReply:
         """The memory reply; out of memory is believed only of a worker that had the device to itself."""
         try:
             self._start(group)
@@ -305,17 +318,18 @@ class _Measuring:
         except (PlanError, DoesNotFit) as reason:
             self._give_up(standing[0], reason)
             return False
-        # Workers that stand hold their peak already, or nearly: on a GPU the allocator keeps what it reserved.
-        return sum(group.reserved for group in live if group.prober is None) < free
+        # On a GPU a worker that stands holds its peak: the allocator keeps what it reserved. On a CPU it gave it back.
+        holds = live[0].signature.device == "cuda"
+        return sum(group.reserved for group in live if not (holds and group.prober is not None)) < free
 
     # --- timing -------------------------------------------------------------------------------------------------------
 
     def _one_after_another(self, live: list[_Group]) -> None:
-        self.notes.append("the configurations do not fit on the device together: timed one after another, not in turns")
+        """Time each alone, with an equal share of what is left of the budget."""
         live = sorted(live, key=lambda group: group.prober is None)
         for number, group in enumerate(live):
             for other in live:
-                if other is not group and group.prober is None:
+                if other is not group:
                     other.close()
             if self._ensure_worker(group):
                 self._time([group], max(0.0, self.budget - self.spent) / (len(live) - number))
@@ -334,8 +348,8 @@ class _Measuring:
                 break
         if count != STRATA[0]:
             self.warnings.append(
-                f"micro-steps are slow for a budget of {self.budget:g} s: {self.strata.count} classes of micro-batches are "
-                f"timed instead of about {STRATA[0]}. Give more time with --budget."
+                f"micro-steps are slow for a budget of {self.budget:g} s: {self.strata.count} classes of micro-batches "
+                f"are timed instead of about {STRATA[0]}. Give more time with --budget."
             )
         self.work = {
             row.name: plan_work(row, self.shapes[id(row.plan)], self.strata) for group in live for row in group.fitting
@@ -352,7 +366,7 @@ class _Measuring:
                 tokens += float(members.mean()) if len(members) else 0.0
         return sum(group.seconds_per_padded_token for group in live) * tokens
 
-    def _part_of(self, shapes: MicroShapes) -> tuple[np.ndarray, MicroShapes]:  # type: ignore[type-arg]
+    def _part_of(self, shapes: MicroShapes) -> tuple[IntArray, MicroShapes]:
         """Indices and shapes of a random part of a plan, its longest micro-batches always among them."""
         total = len(shapes.rows)
         if total <= POOL + LONGEST:
@@ -364,7 +378,7 @@ class _Measuring:
 
     def _time(self, groups: list[_Group], budget: float) -> None:
         """Rounds until every row's interval is narrow enough, or the budget is spent. In turns: A B, B A, A B ..."""
-        groups = [group for group in groups if group.is_live]
+        groups = [group for group in groups if group.is_live and group.prober is not None]
         if not groups:
             return
         decks = _Decks(self, groups)
@@ -376,8 +390,10 @@ class _Measuring:
                 break
             draw = decks.draw(self.random)
             for group in groups if number % 2 == 0 else groups[::-1]:
-                self._guarded(group, lambda group=group, draw=draw: self._round(group, draw))  # type: ignore[misc]
-            if number == 0 and left - (self.spent - begun) >= 2 * self.spent:
+                self._guarded(group, functools.partial(self._round, group, draw))
+            if number == 0 and budget >= 3 * (self.spent - begun):
+                # The first round meets every class of shapes for the first time. With a tight budget it has to count:
+                # the memory probe has then been the warm-up.
                 for group in groups:
                     group.warmed_up = True
             groups = [group for group in groups if group.is_live]
@@ -385,12 +401,12 @@ class _Measuring:
                 return
             if number + 1 in WINDOW_AFTER:
                 for group in groups:
-                    self._guarded(group, lambda group=group: self._window(group, budget - (self.spent - begun)))  # type: ignore[misc]
+                    self._guarded(group, functools.partial(self._window, group, budget - (self.spent - begun)))
             self.tell(f"timing, round {number + 1}", min(1.0, self.spent / max(self.budget, 1e-9)))
 
     def _another_round(self, groups: list[_Group], left: float, done: int) -> bool:
         """Whether to go on, and if not, why: written to the groups."""
-        if done >= LEAST_ROUNDS and all(self._is_precise(group) for group in groups):
+        if done >= LEAST_ROUNDS and all(self._is_precise(group) for group in groups if not group.is_reference):
             for group in groups:
                 group.ended_by = "precision"
             return False
@@ -421,7 +437,8 @@ class _Measuring:
     def _round(self, group: _Group, draw: list[_Drawn]) -> None:
         prober = group.prober
         assert prober is not None
-        drawn = [one for one in draw if one.key <= group.largest_key]
+        sizes = {row.job.micro_batch_size for row in group.fitting}
+        drawn = [one for one in draw if one.micro_batch_size in sizes and one.key <= group.largest_key]
         started = self.clock()
         seconds = prober.run([_rows_of(one.plan, one.micro) for one in drawn])
         optimizer = prober.optimizer(1)
@@ -476,7 +493,11 @@ class _Measuring:
 
     def _give_up(self, group: _Group, reason: Exception) -> None:
         group.close()
-        if isinstance(reason, DoesNotFit):
+        if isinstance(reason, DoesNotFit) and any(other.prober is not None for other in self.groups):
+            group.is_postponed = True
+            group.rounds.clear()
+            group.windows.clear()
+        elif isinstance(reason, DoesNotFit):
             for row in group.rows:
                 group.verdicts[row.name] = replace(
                     group.verdicts[row.name], fits=False, error=f"does not fit: {reason}"
@@ -530,8 +551,8 @@ class _Measuring:
             work = self.work[group.fitting[0].name]
             width = Estimator(kept, self.strata).total(work).relative_half_width
             self.warnings.append(
-                f"{group.rows[0].name}: the budget of {self.budget:g} s was spent at a range of ±{width:.1%}, wider than the "
-                f"±{self.target:.1%} asked for. Give more time with --budget."
+                f"{group.rows[0].name}: the budget of {self.budget:g} s was spent at a range of ±{width:.1%}, wider than "
+                f"the ±{self.target:.1%} asked for. Give more time with --budget."
             )
         return Measurement(
             signature=group.signature,
@@ -556,6 +577,7 @@ class _Drawn:
 
     plan: BatchPlan
     micro: int
+    micro_batch_size: int
     key: float
     sample: MicroSample
 
@@ -590,8 +612,12 @@ class _Decks:
             row = self._rows[number]
             sample = self._measuring._sample(row, micro)
             key = sample.rows * sample.width + sample.width / 2.0**20
-            drawn.append(_Drawn(row.plan, micro, key, sample))
+            drawn.append(_Drawn(row.plan, micro, row.job.micro_batch_size, key, sample))
         return drawn
+
+
+def _accumulates(plan: BatchPlan) -> bool:
+    return bool((np.diff(plan.window_offsets) > plan.num_devices).any())
 
 
 def _rows_of(plan: BatchPlan, micro: int) -> MicroRows:

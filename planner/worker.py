@@ -74,7 +74,8 @@ class Worker:
         import torch
         import transformers  # noqa: F401
 
-        from trainer.model import inspect_model, load_model, load_tokenizer
+        from trainer.data import load_tokenizer
+        from trainer.model import inspect_model, load_model
         from trainer.step import make_stepper
 
         imported = time.perf_counter()
