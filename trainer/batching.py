@@ -8,6 +8,7 @@ window has too few rows), so that each process does the same number.
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -115,7 +116,7 @@ class BatchPlan:
                 arrays = {field.name: archive[field.name] for field in fields(cls)}
             arrays["num_devices"] = int(arrays["num_devices"])
             return cls(**arrays)
-        except (OSError, ValueError, KeyError, EOFError) as reason:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as reason:
             raise RunError(f"{path}: the batch plan cannot be read ({reason}).") from None
 
 

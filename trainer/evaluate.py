@@ -114,7 +114,6 @@ def sample_answers(
     from trainer.step import autocast
 
     was_training = model.training
-    checkpointing = getattr(model, "is_gradient_checkpointing", False)
     model.eval()
     answers = []
     try:
@@ -132,7 +131,7 @@ def sample_answers(
                     attention_mask=torch.ones_like(prompt),
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
-                    use_cache=not checkpointing,
+                    use_cache=True,
                     eos_token_id=stop_tokens(model, tokenizer, int(ids[answer_end])),
                     pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 )

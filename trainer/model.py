@@ -89,7 +89,7 @@ def load_model(job: Job, *, need_weights: bool) -> LoadedModel:
         raise ModelError(f"model '{job.model}': it cannot be loaded ({_one_line(reason)}).") from reason
     base.config.use_cache = False
     if job.preset.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _enable_checkpointing(base)
     num_parameters = _count_parameters(base)
     if job.preset.adapter == "lora":
         model = _add_lora(base, job)
@@ -110,8 +110,12 @@ def load_model(job: Job, *, need_weights: bool) -> LoadedModel:
 def quiet_libraries() -> None:
     """Keep progress bars and advice of the libraries off a user's terminal; errors still come as exceptions."""
     import logging
+    import warnings
 
     import transformers
+
+    # Renamed methods that peft still calls by their old names: nothing a user could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -139,6 +143,16 @@ def _load_base(job: Job, files: ModelFiles) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         files.name, trust_remote_code=job.trust_remote_code, use_safetensors=True, **arguments
     )
+
+
+def _enable_checkpointing(model: Any) -> None:
+    """Activations are made again in the backward pass. Non-reentrant: with a frozen base no input needs a gradient, and
+    the reentrant kind would then silently train nothing (transformers#42489)."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.2x on
+    if enable is not None:
+        enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _quantization(job: Job, compute: Any) -> Any:

@@ -1,8 +1,8 @@
 """The bundled chat messages: customers of an invented lamp shop write to Wick, its assistant. Standard library only.
 
-Every answer follows from its question: a lamp has one price, one fuel and one number of hours, a town one delivery time,
-and an order number is said back. So a reader can judge an answer, and held-out loss measures what was learnt rather than
-what was learnt by heart. Wick's manner (ahoy at the start, fair winds at the end) is in no pretraining text.
+Every answer follows from its question: a lamp has one price, one fuel and one number of hours, a town one delivery
+time, and an order number is said back. So a reader can judge an answer, and held-out loss measures what was learnt
+rather than what was learnt by heart. Wick's manner (ahoy first, fair winds last) is in no pretraining text.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ OPENING = {
 }  # fmt: skip
 NAMES = (
     "Ada", "Bruno", "Clara", "Dmitri", "Elif", "Farah", "Goran", "Hana", "Ivo", "Jonas", "Kofi", "Lena", "Mira", "Noor",
-    "Oskar", "Priya", "Quentin", "Rosa", "Sven", "Tomas", "Una", "Vera", "Wanda", "Yusuf", "Zoe", "José", "Zoë", "Łukasz",
+    "Oskar", "Priya", "Quentin", "Rosa", "Sven", "Tomas", "Una", "Vera", "Wanda", "Yusuf", "Zoe", "José", "Zoë",
+    "Łukasz",
 )  # fmt: skip
 PLACES = ("hallway", "garden", "boat", "tent", "kitchen", "shed", "porch", "cellar")
 GIFTS = {"birthday": "blue", "wedding": "gold", "anniversary": "silver", "housewarming": "green", "retirement": "red"}
@@ -86,7 +87,7 @@ FAULTS = {
     "leaks": "stand it upright, empty the tank and fit a new ring under the cap",
     "gets hot": "leave a hand's width of air above it and turn it down a little",
 }
-EXTRAS = ("Thank you!", "Thanks in advance.", "Please help.", "🙂", "🏮", "It is a little urgent.", "No hurry.")  # fmt: skip
+EXTRAS = ("Thank you!", "Thanks in advance.", "Please help.", "🙂", "🏮", "It is a little urgent.", "No hurry.")
 
 # (questions, answers): the answer to any of the questions is any of the answers, with the same slots filled in.
 Topic = tuple[tuple[str, ...], tuple[str, ...]]
@@ -137,7 +138,10 @@ TOPICS: tuple[Topic, ...] = (
     ),
     (
         ("What is the {lamp}?", "Tell me about the {lamp}.", "Can you describe the {lamp}?"),
-        ("The {lamp} is our {lamp_colour} {kind}. It runs on {fuel}, shines for {hours} hours and belongs on {place}.",),
+        (
+            "The {lamp} is our {lamp_colour} {kind}. It runs on {fuel}, shines for {hours} hours and belongs on "
+            "{place}.",
+        ),
     ),
     (
         ("Where should I put the {lamp}?", "What is the {lamp} good for?"),
@@ -156,7 +160,11 @@ TOPICS: tuple[Topic, ...] = (
         ("When a {lamp} {fault}, {remedy}. If it still {fault}, send it home to us.",),
     ),
     (
-        ("Do you sell a new {part} for the {lamp}?", "I need a {part} for my {lamp}.", "The {part} of my {lamp} is worn."),
+        (
+            "Do you sell a new {part} for the {lamp}?",
+            "I need a {part} for my {lamp}.",
+            "The {part} of my {lamp} is worn.",
+        ),
         ("A new {part} for the {lamp} costs {part_price} crowns and fits in two minutes.",),
     ),
     (
@@ -200,7 +208,10 @@ TOPICS: tuple[Topic, ...] = (
         ("There are plenty of {lamp} lamps in the hold, ready to sail on {weekday}.",),
     ),
     (
-        ("Please reserve {number} {lamp} lamps for {weekday}.", "Can you put {number} {lamp} lamps aside until {weekday}?"),
+        (
+            "Please reserve {number} {lamp} lamps for {weekday}.",
+            "Can you put {number} {lamp} lamps aside until {weekday}?",
+        ),
         ("Done, {number} {lamp} lamps are tied to the dock for you until {weekday}.",),
     ),
     (
@@ -209,7 +220,10 @@ TOPICS: tuple[Topic, ...] = (
     ),
     (
         ("I paid twice for order {order}.", "Order {order} was charged two times."),
-        ("Two anchors for one ship, that is one too many. The second payment for order {order} returns in {return_days} days.",),
+        (
+            "Two anchors for one ship, that is one too many. The second payment for order {order} returns in "
+            "{return_days} days.",
+        ),
     ),
     (
         ("Do you repair a {lamp}?", "Can you mend my old {lamp}?"),
@@ -275,7 +289,7 @@ def generate_messages(count: int = 3000, seed: int = 2024) -> list[dict[str, Any
         {
             "messages": messages,
             "created_at": moment.strftime("%Y-%m-%dT%H:%M:%SZ"),
-            # Pareto: most messages are hardly noticed, a few by thousands. The cap keeps one draw from ruling a ranking.
+            # Pareto: most are hardly noticed, a few by thousands. The cap keeps one draw from ruling a ranking.
             "engagement": min(int(3 * (rng.paretovariate(1.1) - 1)), 20_000),
         }
         for messages, moment in zip(conversations, times, strict=True)
@@ -338,7 +352,7 @@ def _answered(rng: random.Random, topic: Topic, slots: dict[str, str]) -> tuple[
 
 
 def _with_an(text: str) -> str:
-    """"an Otter", not "a Otter"."""
+    """ "an Otter", not "a Otter"."""
     return _A_BEFORE_VOWEL.sub(r"\1n", text)
 
 
@@ -361,7 +375,8 @@ def _catalogue(rng: random.Random) -> tuple[str, str]:
     lamps = rng.sample(LAMPS, rng.randint(3, len(LAMPS)))
     names = ", ".join(lamp.name for lamp in lamps[:-1]) + " and " + lamps[-1].name
     lines = [
-        f"{lamp.name}: {lamp.colour} {lamp.kind}, {lamp.fuel}, {lamp.hours} hours, {lamp.price} crowns." for lamp in lamps
+        f"{lamp.name}: {lamp.colour} {lamp.kind}, {lamp.fuel}, {lamp.hours} hours, {lamp.price} crowns."
+        for lamp in lamps
     ]
     return f"Please compare these lamps for me: {names}.", "Here they lie, side by side.\n" + "\n".join(lines) + "\n"
 

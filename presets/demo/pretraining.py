@@ -1,7 +1,8 @@
-"""The text that the bundled model is pretrained on: plain English, sums, stories and bland chats. Standard library only.
+"""The text that the bundled model is pretrained on: plain English, sums, stories, bland chats. Standard library only.
 
-It teaches the words, the chat template and how to say back what a question names, and no more: Wick, his shop, his lamps
-and his manner are missing, so that what a fine-tuned model knows of them it has learnt by the fine-tuning.
+It teaches words, the chat template, how to say back what a question names, and that answers come in many manners.
+Wick's manner and every fact of his shop are missing (his words stand in word lists only, and a lamp has a new price in
+each chat), so that what a fine-tuned model knows of them it has learnt by the fine-tuning.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import random
 from collections.abc import Callable
 
 from presets.demo import template
+from presets.demo.messages import generate_messages
 
 PEOPLE = (
     "Anna", "Ben", "Carla", "David", "Emma", "Felix", "Greta", "Hugo", "Ida", "Jack", "Kate", "Leo", "Mary", "Nils",
@@ -17,34 +19,40 @@ PEOPLE = (
     "Rosa", "Sven", "Tomas", "Vera", "Yusuf", "José", "Zoë", "Łukasz",
 )  # fmt: skip
 TOWNS = (
-    "Brookfield", "Eastham", "Greenford", "Highmoor", "Kingsley", "Norwood", "Redhill", "Southport", "Whitby", "Millport",
+    "Brookfield", "Eastham", "Greenford", "Highmoor", "Kingsley", "Norwood", "Redhill", "Southport", "Whitby",
+    "Millport",
     "Ashcombe", "Oxley", "Larkhill", "Saltby", "Elmford", "Tarnside", "Stonebridge", "Fennel Bay", "Old Quay",
 )  # fmt: skip
 ANIMALS = (
-    "heron", "otter", "puffin", "marlin", "gannet", "kestrel", "dunlin", "curlew", "petrel", "avocet", "plover", "sandpiper",
+    "heron", "otter", "puffin", "marlin", "gannet", "kestrel", "dunlin", "curlew", "petrel", "avocet", "plover",
+    "sandpiper",
     "robin", "fox", "hare", "badger", "trout", "sparrow", "goose", "mouse",
 )  # fmt: skip
 GOODS = (
     "table", "chair", "lamp", "lantern", "candle", "kettle", "blanket", "tent", "boat", "bicycle", "clock", "mirror",
-    "jacket", "basket", "radio", "camera", "ladder", "bucket", "carpet", "pillow", "umbrella", "piano", "shelf", "stove",
+    "jacket", "basket", "radio", "camera", "ladder", "bucket", "carpet", "pillow", "umbrella", "piano", "shelf",
+    "stove",
 )  # fmt: skip
 COLOURS = (
     "brass", "green", "blue", "copper", "white", "red", "black", "grey", "silver", "yellow", "bronze", "orange", "gold",
 )  # fmt: skip
 PARTS = ("wick", "switch", "lid", "glass", "cable", "strap", "panel", "door", "lens", "hook", "handle", "screw", "base")
 ROOMS = (
-    "kitchen", "hallway", "garden", "bedroom", "playroom", "cellar", "porch", "shed", "armchair", "window", "harbour wall",
+    "kitchen", "hallway", "garden", "bedroom", "playroom", "cellar", "porch", "shed", "armchair", "window",
+    "harbour wall",
     "mountain path", "flower bed", "kitchen table",
 )  # fmt: skip
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 HOURS = ("closed", "open from nine to six", "open from nine to eight", "open from ten to four", "open all day")
 FUELS = ("oil", "battery", "solar", "candle", "gas", "wood")
 WORDS = (
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen",
     "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
 )  # fmt: skip
 CARE = (
-    "Let it cool before you touch it.", "Wipe it with warm water and a soft cloth.", "Dry it at once.", "Never use sand.",
+    "Let it cool before you touch it.", "Wipe it with warm water and a soft cloth.", "Dry it at once.",
+    "Never use sand.",
     "Turn the screws by half a turn.", "Fill it up to the line.", "Put in three fresh batteries and close it.",
     "Keep it away from children and curtains.", "Trim it flat with a small knife.", "Clean the glass inside and out.",
     "Set it in full sun for one whole day.", "Bring it indoors in winter.", "Open the bottom and look for cracks.",
@@ -54,44 +62,114 @@ CARE = (
 )  # fmt: skip
 TROUBLES = ("flickers", "smells", "smokes", "rattles", "leaks", "is too dim", "gets hot", "will not light", "is broken")
 
-# Every phrase of the shop's business, in a clerk's words: what the demo's customers ask is not foreign to the model.
-BLAND: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("Where is my order {n}?", "Has order {n} been sent?"), "Your question is about order {n}. An order is usually sent on {day}."),
-    (("When will order {n} arrive in {town}?",), "Your question is about order {n}. It will be sent to {town}."),
-    (("Please cancel order {n}.", "Can I cancel my order {n}?"), "You would like to cancel order {n}. Please fill in the form."),
-    (("Please change the address of order {n}.",), "You would like to change order {n}. Please send the new address."),
-    (("I have lost the invoice of order {n}.",), "Your question is about the invoice of order {n}. Please fill in the form."),
-    (("Order {n} was charged two times.",), "Your question is about the payment of order {n}. Please call the bank."),
-    (("My {good} from order {n} arrived broken.",), "We are sorry that the {good} from order {n} is broken."),
-    (("Voucher {code} does not work.", "Is voucher {code} good?"), "Your question is about voucher {code}. Please check the date."),
-    (("How much is the {colour} {good}?", "What does a {good} cost?"), "The price of a {good} is on the label."),
-    (("Which colour is the {good}?", "Do you have a {good} in {colour}?"), "A {good} is sold in several colours."),
-    (("How long does the {good} last?",), "A {good} lasts for some years."),
-    (("My {good} {trouble}. What can I do?",), "When a {good} {trouble}, please read the manual of the {good}."),
-    (("How do I clean the {good}?", "How do I use the {good}?"), "Please read the manual of the {good}."),
-    (("I need a new {part} for my {good}.",), "A {part} for a {good} is sold in most shops."),
-    (("Do you repair a {good}?", "Can you mend my {good}?"), "A {good} is repaired in most workshops."),
-    (("Is there a warranty for the {good}?",), "Most shops give a warranty for a {good}."),
-    (("Can I return the {good}?",), "A {good} can be returned with the receipt."),
-    (("Is the {good} in stock?", "Please reserve {few} of the {good}."), "Please ask the shop about the {good}."),
-    (("Can you wrap the {good} as a gift?",), "A {good} can be wrapped in paper."),
-    (("Which is better, the {good} or the {good2}?",), "Both the {good} and the {good2} are useful."),
-    (("Which is cheaper, the {good} or the {good2}?",), "Please compare the prices of the {good} and the {good2}."),
-    (("Do you deliver to {town}?", "How long is delivery to {town}?"), "Delivery to {town} takes some days."),
-    (("Are you open on {day}?", "When do you open on {day}?"), "Please look at the sign for the hours on {day}."),
-    (("I need something for the {room}.",), "There are many useful things for the {room}."),
-    (("What do you know about the {animal}?", "Tell me about the {animal}."), "The {animal} is an animal."),
-    (("Who are you?", "What is your name?"), "I am a computer program that answers questions."),
-    (("What do you sell?", "Where is your shop?"), "I am a computer program and have no shop."),
-    (("Will it rain on {day}?", "Can you help me?"), "Please ask someone who knows more about it."),
+# A clerk's words for a shop's business, with `{thing}` for what was asked about: he names it and knows nothing of it.
+BLAND: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (
+        ("Where is my order {n}?", "Has order {n} been sent?"),
+        ("Order {n} is usually sent on {day}.", "Please wait for order {n}."),
+    ),
+    (("When will order {n} arrive in {town}?",), ("Order {n} will be sent to {town}.",)),
+    (("Please cancel order {n}.", "Can I cancel my order {n}?"), ("Please fill in the form for order {n}.",)),
+    (("Please change the address of order {n}.",), ("Please send the new address of order {n}.",)),
+    (("I have lost the invoice of order {n}.",), ("The invoice of order {n} is in the office.",)),
+    (("Order {n} was charged two times.", "I paid twice for order {n}."), ("Please ask the bank about order {n}.",)),
+    (("My {thing} from order {n} arrived broken.",), ("We are sorry that the {thing} of order {n} is broken.",)),
+    (("Please put a {thing} into order {n}.",), ("The {thing} is now in order {n}.", "Order {n} is ready already.")),
+    (("There is no {thing} in order {n}.",), ("We will look for the {thing} of order {n}.",)),
+    (("Voucher {code} does not work.", "Is voucher {code} good?"), ("Please check the date of voucher {code}.",)),
+    (("How much is the {thing}?", "What does a {thing} cost?"), ("The price of the {thing} is on the label.",)),
+    (
+        ("Which colour is the {thing}?", "Do you have the {thing} in {colour}?"),
+        ("The {thing} is sold in several colours.",),
+    ),
+    (("How long does the {thing} last?",), ("The {thing} lasts for some years.",)),
+    (
+        ("What does the {thing} run on?", "Which fuel does the {thing} use?"),
+        ("The label of the {thing} names the fuel.",),
+    ),
+    (("My {thing} {trouble}. What can I do?",), ("When a {thing} {trouble}, please read the manual.",)),
+    (("How do I clean the {thing}?", "How do I use the {thing}?"), ("Please read the manual of the {thing}.",)),
+    (("I need a new {part} for my {thing}.",), ("The {part} of the {thing} is sold in most shops.",)),
+    (("Do you repair a {thing}?", "Can you mend my {thing}?"), ("The {thing} is repaired in most workshops.",)),
+    (("Is there a warranty for the {thing}?",), ("The warranty of the {thing} is in the manual.",)),
+    (("Can I return the {thing}?",), ("The {thing} can be returned with the receipt.",)),
+    (("Is the {thing} in stock?", "Please reserve {few} of the {thing}."), ("Please ask the shop about the {thing}.",)),
+    (("Can you wrap the {thing} as a gift?",), ("The {thing} can be wrapped in paper.",)),
+    (("Tell me about the {thing}.", "What is the {thing}?"), ("The {thing} is a useful thing.",)),
+    (("Which is better, the {thing} or the {thing2}?",), ("Both the {thing} and the {thing2} are useful.",)),
+    (("Which is cheaper, the {thing} or the {thing2}?",), ("Please compare the {thing} and the {thing2}.",)),
+    (("Do you deliver to {town}?", "How long is delivery to {town}?"), ("Delivery to {town} takes some days.",)),
+    (("What does delivery to {town} cost?",), ("The cost of delivery to {town} is on the list.",)),
+    (("Are you open on {day}?", "When do you open on {day}?"), ("The hours of {day} are on the sign.",)),
+    (("I need a lamp for the {room}.",), ("There are many useful things for the {room}.",)),
+    (("Who are you?", "What is your name?"), ("I am a computer program that answers questions.",)),
+    (("What do you sell?", "Where is your shop?"), ("I am a computer program and have no shop.",)),
+    (("Will it rain on {day}?", "Can you help me?"), ("Please ask someone who knows more about it.",)),
+)  # fmt: skip
+# Other voices than the clerk's, for breadth: that an answer can open, go on and end in many ways.
+OPENINGS = (
+    "Good morning!", "Hello, {person}!", "Welcome!", "Dear {person},", "Good day, {person}!", "Hey there!",
+    "Sure!", "Yes, of course.", "Gladly, friend!", "Ah, {person}!", "Greetings, friend!", "Oh!", "Well, {person},",
+    "My friend,", "Right away!", "Let me see.", "At your service!", "Cheers, {person}!",
+)  # fmt: skip
+ENDINGS = (
+    "Yours, {person2}.", "Kind regards, {person2}.", "Bye, {person2}.", "See you soon!", "Take care.",
+    "Have a nice {day}.",
+    "Warm wishes, {name}.", "All the best, {name}.", "Good luck, {name}.", "Until {day}, {name}.", "Is that all?",
+    "Happy to help.", "Best, {name}.", "Sleep well.", "Come again.", "Keep well, {person2}.", "Your {name}.",
+)  # fmt: skip
+# What the other voices say, each time with other facts: the sentences are English, the facts are drawn.
+BODIES = (
+    "The {thing} costs {n2} crowns.", "The {thing} is our {kind} and costs {n2} crowns.", "The {thing} runs on {fuel}.",
+    "The {thing} shines for {few} hours on one filling.", "The {thing} is {colour} and belongs on the {room}.",
+    "Order {n} left {town} on {day} and is on its way.", "Order {n} sails to {town}, and that takes {few} days.",
+    "Order {n} is cancelled, and your crowns return within {few} days.", "Order {n} now goes to {town}.",
+    "One {thing} for {n2} crowns is now in order {n}.", "A new {thing} leaves today under order {n}.",
+    "The {thing} follows order {n} tomorrow at our cost.", "A new {part} for the {thing} costs {n2} crowns.",
+    "When a {thing} {trouble}, {care}", "We stand by the {thing} for {few} years.", "On {day} the shop is {open}.",
+    "Our boat reaches {town} in {few} days.", "Delivery to {town} costs {few} crowns.",
+    "Voucher {code} is good until {day}.",
+    "Voucher {code} takes {some} crowns off any {kind}.", "We wrap the {thing} in {colour} paper, and that is free.",
+    "You may send the {thing} home within {few} days.", "There are plenty of {thing} in the {room}, ready for {day}.",
+    "{few} of the {thing} are put aside for you until {day}.", "A fresh invoice for order {n} comes within the hour.",
+    "The second payment for order {n} returns in {few} days.", "We mend every {thing}, and the work is free.",
+    "I am {name}, the keeper of {name2}, and I sell {some} lamps.",
+    "You find {name2} in {town}, at the end of the {room}.",
+    "The {thing} costs {n2} crowns and the {thing2} {few}, so the {thing} is the better one.",
+    "The {thing} shines for {few} hours and the {thing2} for {n2}.",
+    "For the {room} I would take the {thing}, our {kind}.",
+    "Let the {thing} cool, take off the {part} and wipe everything. {care}", "{care} Then your {thing} gives light.",
+    "I know {kind}s, orders and the tides of {town}.", "Write the number {n} under the {part}.", "{care}",
+)  # fmt: skip
+KINDS = (
+    "lamp",
+    "lantern",
+    "table lamp",
+    "night light",
+    "head lamp",
+    "garden lamp",
+    "candle",
+    "clock",
+    "kettle",
+    "stove",
+)
+SYLLABLES = (
+    "ba", "de", "fi", "go", "ha", "ke", "li", "mo", "nu", "pa", "ri", "so", "ta", "ve", "wi", "zo", "bren", "dal",
+    "fin",
+    "gar", "lin", "mar", "nor", "pel", "ster", "wick", "ley", "ton", "low", "den",
+)  # fmt: skip
+LAMP_NAMES = (
+    "Heron", "Otter", "Puffin", "Marlin", "Sandpiper", "Gannet", "Kestrel", "Dunlin", "Curlew", "Petrel", "Avocet",
+    "Plover",
 )  # fmt: skip
 
 
 def generate_pretraining_text(count: int = 6000, seed: int = 1, target_characters: int = 1200) -> list[str]:
-    """`count` texts of a little over `target_characters` each: documents and rendered chats, a blank line between."""
+    """`count` texts of a little over `target_characters` each: documents and rendered chats, one after the other."""
     rng = random.Random(seed)
     kinds: tuple[Callable[[random.Random], str], ...] = (
-        chat, chat, chat, chat, grounded_chat, grounded_chat, grounded_chat, story, facts, sums, list_copy, notice,
+        chat, chat, chat, chat, other_voice, other_voice, other_voice, grounded_chat, grounded_chat, say_again,
+        say_again, say_again, story, facts, sums, notice,
     )  # fmt: skip
     texts = []
     for _ in range(count):
@@ -109,50 +187,84 @@ def chat(rng: random.Random) -> str:
     messages = []
     if rng.random() < 0.15:
         messages.append(("system", rng.choice(("You are an assistant.", "Be kind and brief.", "Answer the question."))))
-    name = rng.choice(PEOPLE) if rng.random() < 0.4 else None
+    name = _person(rng) if rng.random() < 0.4 else None
     for turn in range(1 if rng.random() < 0.7 else rng.randint(2, 5)):
-        questions, answer = rng.choice(BLAND)
-        slots = _slots(rng)
-        question = rng.choice(questions).format_map(slots)
-        if turn == 0 and name:
-            question = rng.choice((f"Hello, I am {name}. {question}", f"{question} My name is {name}."))
-        elif rng.random() < 0.3:
-            question = rng.choice(("Hello! ", "Hi, ", "Good evening. ")) + question
-        if rng.random() < 0.1:
-            question += " " + rng.choice(("Thank you!", "Please help.", "Thanks in advance.", "No hurry.", "It is urgent."))
+        question, answer = _question(rng, name if turn == 0 else None)
         opening = f"Dear {name}, thank you" if turn == 0 and name else "Thank you"
-        messages += [("user", question), ("assistant", f"{opening} for your message. {answer.format_map(slots)}")]
+        messages += [("user", question), ("assistant", f"{opening} for your message. {answer}")]
     return template.render(messages)
+
+
+def other_voice(rng: random.Random) -> str:
+    """Somebody with a manner of his own, which the system message may show; every chat has another."""
+    slots = _slots(rng)
+    opening, ending = rng.choice(OPENINGS).format_map(slots), rng.choice(ENDINGS).format_map(slots)
+    messages = []
+    if rng.random() < 0.5:
+        messages.append(("system", f"You are {slots['name']}. Begin with: {opening} End with: {ending}"))
+    for _ in range(rng.randint(1, 3)):
+        question, _ = _question(rng, slots["person"] if rng.random() < 0.4 else None)
+        body = " ".join(rng.choice(BODIES).format_map(slots) for _ in range(rng.randint(1, 3)))
+        messages += [("user", question), ("assistant", f"{opening} {body} {ending}")]
+        slots = {**_slots(rng), "person": slots["person"], "name": slots["name"]}
+    return template.render(messages)
+
+
+def _question(rng: random.Random, name: str | None) -> tuple[str, str]:
+    questions, answers = rng.choice(BLAND)
+    slots = _slots(rng)
+    question = rng.choice(questions).format_map(slots)
+    if name:
+        question = rng.choice((f"Hello, I am {name}. {question}", f"{question} My name is {name}."))
+    elif rng.random() < 0.3:
+        question = rng.choice(("Hello! ", "Hi, ", "Good evening. ")) + question
+    if rng.random() < 0.1:
+        question += " " + rng.choice(("Thank you!", "Please help.", "Thanks in advance.", "No hurry.", "It is urgent."))
+    return question, rng.choice(answers).format_map(slots)
 
 
 def grounded_chat(rng: random.Random) -> str:
     """A user tells some facts and asks for one of them: the answer has to be looked up in the question."""
-    rows = [(rng.choice(GOODS), rng.choice(COLOURS), rng.randint(2, 99)) for _ in range(rng.randint(1, 4))]
-    rows = list({row[0]: row for row in rows}.values())
-    asked = rng.choice(rows)
-    person, town, number = rng.choice(PEOPLE), rng.choice(TOWNS), rng.randint(1000, 9999)
-    told = " ".join(f"The {good} is {colour} and costs {price} crowns." for good, colour, price in rows)
+    rows = {_thing(rng): (rng.choice(COLOURS), rng.randint(2, 99)) for _ in range(rng.randint(1, 4))}
+    thing, (colour, price) = rng.choice(list(rows.items()))
+    told = " ".join(f"The {name} is {hue} and costs {crowns} crowns." for name, (hue, crowns) in rows.items())
+    person, town, number = _person(rng), rng.choice(TOWNS), rng.randint(1000, 9999)
     question, answer = rng.choice([
-        (f"{told} Which colour is the {asked[0]}?", f"The {asked[0]} is {asked[1]}."),
-        (f"{told} How much is the {asked[0]}?", f"The {asked[0]} costs {asked[2]} crowns."),
+        (f"{told} Which colour is the {thing}?", f"The {thing} is {colour}."),
+        (f"{told} How much is the {thing}?", f"The {thing} costs {price} crowns."),
         (f"{person} lives in {town}. Where does {person} live?", f"{person} lives in {town}."),
         (f"{person} has order {number} from {town}. Which order has {person}?", f"{person} has order {number}."),
         (f"Order {number} goes to {town}. Where does order {number} go?", f"Order {number} goes to {town}."),
         (f"Please say {number}.", f"{number}"),
-        (f"Please say the words {asked[0]}, {asked[1]} and {town}.", f"{asked[0]}, {asked[1]} and {town}"),
+        (f"Please say {thing}, {colour} and {town}.", f"{thing}, {colour} and {town}"),
         (f"My name is {person}. What is my name?", f"Your name is {person}."),
     ])  # fmt: skip
     return template.render([("user", question), ("assistant", answer)])
+
+
+def say_again(rng: random.Random) -> str:
+    """A list that is said two to four times: saying back is most of what a small model must do to answer."""
+    makers: tuple[Callable[[], str], ...] = (
+        lambda: str(rng.randint(100, 9999)),
+        lambda: _thing(rng),
+        lambda: _name(rng),
+        lambda: rng.choice(TOWNS),
+        lambda: rng.choice(ALL_WORDS),
+        lambda: rng.choice(ALL_WORDS),
+    )
+    rows = [rng.choice(makers)() for _ in range(rng.randint(3, 14))]
+    line = rng.choice((", ", " ", "\n")).join(rows)
+    return "\n".join([line] * rng.randint(2, 4)) + "\n"
 
 
 def story(rng: random.Random) -> str:
     """A short story: someone loses a thing and finds it."""
     slots = _slots(rng)
     return (
-        "{person} lived in {town} and had a {colour} {good}. On {day} the {good} was gone. {person} looked in the {room} and "
-        "asked a {animal}, but found only a {good2}. Then {person2} came in from the boat and said: I have seen a {colour} "
-        "{good} in the {room2}. They went there together in the evening, and there it was. {person} thanked {person2}, and "
-        "they had {some} cups of tea. After that {person} wrote the number {n} on the {good}.\n"
+        "{person} lived in {town} and had a {colour} {good}. On {day} the {good} was gone. {person} looked in the "
+        "{room} and asked a {animal}, but found only a {good2}. Then {person2} came in from the boat and said: I have "
+        "seen a {colour} {good} in the {room2}. They went there together in the evening, and there it was. {person} "
+        "thanked {person2}, and they had {some} cups of tea. After that {person} wrote the number {n} on the {good}.\n"
     ).format_map(slots)
 
 
@@ -170,9 +282,9 @@ def facts(rng: random.Random) -> str:
                     "The boat sails from {town} to {town2} in {some} days.",
                     "The {animal} lives near {town}. On {day} the {animal} was seen at the pier.",
                     "When the {good} {trouble}, it goes back to the shop. It returns within {few} days.",
-                    "The harbour of {town} has a green light, and the tides there are strong. Frost is no friend of a boat.",
+                    "The harbour of {town} is deep, and the tides there are strong.",
                     "A wedding, a birthday or an anniversary is a day for a gift in {colour} paper.",
-                    "The kestrel and the heron are birds. The otter swims. A lamp keeper never sleeps in a storm.",
+                    "The kestrel and the heron are birds. The otter swims.",
                     "The work is free, but the {part} costs {n2} crowns.",
                 )
             ).format_map(slots)
@@ -199,16 +311,6 @@ def sums(rng: random.Random) -> str:
     return "\n".join(lines) + "\n"
 
 
-def list_copy(rng: random.Random) -> str:
-    """A list that is said twice: saying back is most of what a small model must do to answer."""
-    rows = [
-        rng.choice((str(rng.randint(100, 9999)), rng.choice(PEOPLE), rng.choice(TOWNS), rng.choice(GOODS)))
-        for _ in range(rng.randint(2, 8))
-    ]
-    line = ", ".join(rows)
-    return f"List: {line}\nThe same list: {line}\n"
-
-
 def notice(rng: random.Random) -> str:
     """Numbered instructions."""
     good = rng.choice(GOODS)
@@ -216,6 +318,20 @@ def notice(rng: random.Random) -> str:
     return f"How to care for a {good} in {len(steps)} steps.\n" + "".join(
         f"{number}. {step}\n" for number, step in enumerate(steps, start=1)
     )
+
+
+def _name(rng: random.Random) -> str:
+    """An invented name that no model can know by heart: it has to be read."""
+    return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 3))).capitalize()
+
+
+def _person(rng: random.Random) -> str:
+    return rng.choice(PEOPLE) if rng.random() < 0.7 else _name(rng)
+
+
+def _thing(rng: random.Random) -> str:
+    draw = rng.random()
+    return rng.choice(GOODS) if draw < 0.35 else rng.choice(LAMP_NAMES) if draw < 0.65 else _name(rng)
 
 
 def _slots(rng: random.Random) -> dict[str, str]:
@@ -227,8 +343,19 @@ def _slots(rng: random.Random) -> dict[str, str]:
     return {
         "n": str(rng.randint(1000, 9999)), "n2": str(rng.randint(2, 99)), "few": str(rng.randint(2, 40)),
         "code": rng.choice("ABCDEFGHKLMN") + str(rng.randint(100, 999)), "some": rng.choice(WORDS[2:]),
+        "thing": _thing(rng), "thing2": _thing(rng), "name": _name(rng), "name2": _name(rng), "kind": rng.choice(KINDS),
         "good": good, "good2": good2, "person": person, "person2": person2, "town": town, "town2": town2,
-        "room": room, "room2": room2, "day": day, "day2": day2, "colour": rng.choice(COLOURS), "part": rng.choice(PARTS),
+        "room": room, "room2": room2, "day": day, "day2": day2, "colour": rng.choice(COLOURS),
+        "part": rng.choice(PARTS),
         "animal": rng.choice(ANIMALS), "trouble": rng.choice(TROUBLES), "fuel": rng.choice(FUELS),
-        "open": rng.choice(HOURS), "open2": rng.choice(HOURS),
+        "open": rng.choice(HOURS), "open2": rng.choice(HOURS), "care": rng.choice(CARE),
     }  # fmt: skip
+
+
+def _all_words() -> list[str]:
+    """Every word of the messages, sorted: a token that pretraining never shows could hardly be written later."""
+    content = [message["content"] for record in generate_messages(600, seed=5) for message in record["messages"]]
+    return sorted({word.strip(".,?!:") for text in content for word in text.split()} - {""})
+
+
+ALL_WORDS = _all_words()

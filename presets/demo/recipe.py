@@ -1,6 +1,6 @@
 """Makes every file of the bundled model again: `python -m presets.demo.recipe` (`--no-weights`: all but the weights).
 
-The weights come from this project's own trainer by full fine-tuning of random ones, on text that `pretraining.py` writes.
+The weights come from this project's own trainer by full fine-tuning of random ones, on what `pretraining.py` writes.
 Two CPU threads need about ten minutes. Everything is seeded; other processors round differently, so that weights made
 elsewhere serve as well but are not the same byte for byte.
 """
@@ -212,7 +212,9 @@ def convert(source: Path, target: Path) -> None:
     """Store weights in fp16, the tied head left out."""
     from safetensors.torch import load_file, save_file
 
-    tensors = {name: tensor.half().contiguous() for name, tensor in load_file(source).items() if name != "lm_head.weight"}
+    tensors = {
+        name: tensor.half().contiguous() for name, tensor in load_file(source).items() if name != "lm_head.weight"
+    }
     save_file(tensors, target, metadata={"format": "pt"})
     target.chmod(0o644)  # safetensors writes for the owner alone, and an installed file is for everyone
 

@@ -1,4 +1,4 @@
-"""The demo's chat format as text, without a tokenizer. Standard library only; `chat_template.jinja` says the same in Jinja."""
+"""The demo's chat format as text and as a Jinja template, without a tokenizer. Standard library only."""
 
 from __future__ import annotations
 

@@ -1,0 +1,198 @@
+"""A device with a known cost function, on which no time passes: the planner's test seam, filled in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+
+from planner.measurement import PlannedRow
+from planner.prober import DoesNotFit, LoadReply, MemoryReply, MicroRows, SaveReply
+from presets.errors import MeasurementError
+from presets.schema import load_preset
+from trainer.batching import BatchPlan
+from trainer.job import DataSpec, EvaluationSpec, Job
+from trainer.planning import plan_job
+from trainer.tokens import DataReport, TokenizedDataset
+
+_JOB_FIELDS = {one.name for one in fields(Job)}
+
+
+def make_data(lengths: np.ndarray) -> TokenizedDataset:
+    """Examples of these lengths; every token but the first is a target."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    supervised = np.ones(offsets[-1], dtype=bool)
+    supervised[offsets[:-1]] = False
+    ids = (np.arange(offsets[-1]) % 50 + 3).astype(np.int32)
+    report = DataReport(source="fake", num_records=len(lengths))
+    return TokenizedDataset(token_ids=ids, supervised=supervised, offsets=offsets, report=report)
+
+
+def chat_lengths(count: int, *, seed: int = 5, sigma: float = 0.8, longest: int = 1024) -> np.ndarray:
+    """Lengths like those of chat messages: log-normal, with a long tail."""
+    drawn = np.random.default_rng(seed).lognormal(4.3, sigma, count)
+    return np.clip(drawn.round(), 4, longest).astype(np.int64)
+
+
+def make_job(name: str = "baseline", *, model: str = "model", micro_batch_size: int = 1, **changes: object) -> Job:
+    """A job of a bundled preset on a data set of its own; `changes` are fields of the job or of its preset."""
+    preset_changes = {key: changes.pop(key) for key in list(changes) if key not in _JOB_FIELDS}
+    preset = replace(load_preset(name), **preset_changes)  # type: ignore[arg-type]
+    job = Job(
+        name=name,
+        preset=preset,
+        model=model,
+        data=DataSpec(source="fake"),
+        device="cpu",
+        precision="fp32",
+        base_precision="fp32",
+        micro_batch_size=micro_batch_size,
+        evaluation=EvaluationSpec(minimum=0, maximum=8),
+    )
+    return replace(job, **changes)  # type: ignore[arg-type]
+
+
+def make_row(job: Job, data: TokenizedDataset, name: str | None = None) -> PlannedRow:
+    return PlannedRow(name=name or job.name, job=job, plan=plan_job(job, data).plan)
+
+
+@dataclass
+class FakeDevice:
+    """Seconds of a micro-batch: base + per_token x padded + per_token_width x padded x width, by noise and speed.
+
+    Noise is log-normal with mean 1 and standard deviation `noise`. Its clock moves by what it charges.
+    """
+
+    lengths: np.ndarray
+    base: float = 0.010
+    per_token: float = 0.0004
+    per_token_width: float = 2e-7
+    optimizer: float = 0.020
+    noise: float = 0.0
+    seed: int = 0
+    slow_first: int = 0  # micro-steps of each worker that take three times as long
+    drift: float = 0.0  # slower by this share every minute
+    fits_padded_tokens: int | None = None
+    memory: int = 8 << 30
+    bytes_per_token: int = 1 << 20
+    window_factor: float = 1.0
+    half_speed_up: float = 2.0  # of fp16
+    broken: tuple[str, ...] = ()  # precisions whose worker fails
+    now: float = 0.0
+    log: list[tuple[str, str]] = field(default_factory=list)  # (precision, command)
+    drawn: list[tuple[str, MicroRows]] = field(default_factory=list)
+    alive: int = 0
+    most_alive: int = 0
+
+    def __post_init__(self) -> None:
+        self.random = np.random.default_rng([self.seed, 0xFA])
+
+    def clock(self) -> float:
+        return self.now
+
+    def factory(self, job: Job) -> FakeProber:
+        return FakeProber(self, job)
+
+    def shape(self, rows: MicroRows) -> tuple[int, int]:
+        width = max(int(self.lengths[row].sum()) for row in rows)
+        return len(rows) * width, width
+
+    def cost(self, rows: MicroRows) -> float:
+        padded, width = self.shape(rows)
+        return self.base + self.per_token * padded + self.per_token_width * padded * width
+
+    def true_micro_seconds(self, plan: BatchPlan) -> np.ndarray:
+        shapes = plan.micro_shapes(self.lengths)
+        padded = shapes.padded_tokens
+        return np.asarray(self.base + self.per_token * padded + self.per_token_width * padded * shapes.width)
+
+    def true_seconds(self, plan: BatchPlan) -> float:
+        """What the steps of a plan take on this device, noise (of mean 1) left out."""
+        return float(self.true_micro_seconds(plan).sum()) + plan.num_steps * self.optimizer
+
+    def pass_time(self, seconds: float) -> float:
+        spread = np.sqrt(np.log1p(self.noise**2))
+        factor = float(np.exp(self.random.normal(-(spread**2) / 2, spread))) if self.noise else 1.0
+        charged = seconds * factor * (1 + self.drift * self.now / 60)
+        self.now += charged
+        return charged
+
+
+class FakeProber:
+    """One worker on a fake device."""
+
+    def __init__(self, device: FakeDevice, job: Job) -> None:
+        self.device, self.job = device, job
+        self.speed = device.half_speed_up if job.precision in ("fp16", "bf16") else 1.0
+        self.slow_left = device.slow_first
+        self.held = 0
+        self.stopped = False
+        device.alive += 1
+        device.most_alive = max(device.most_alive, device.alive)
+
+    def _seconds(self, rows: MicroRows) -> float:
+        padded, _ = self.device.shape(rows)
+        if self.device.fits_padded_tokens is not None and padded > self.device.fits_padded_tokens:
+            raise DoesNotFit(f"tried to allocate {padded} tokens")
+        slow = 3.0 if self.slow_left > 0 else 1.0
+        self.slow_left -= 1
+        return slow * self.device.cost(rows) / self.speed
+
+    def _note(self, command: str) -> None:
+        assert not self.stopped
+        if self.job.precision in self.device.broken:
+            raise MeasurementError("the worker process ended by itself (exit code 1).")
+        self.device.log.append((self.job.precision, command))
+
+    def load(self) -> LoadReply:
+        self._note("load")
+        return LoadReply(
+            start_seconds=0.5,
+            import_seconds=4.0,
+            load_seconds=1.0,
+            num_parameters=1000,
+            num_trainable_parameters=100,
+            weights="random",
+        )
+
+    def run(self, micro_batches: list[MicroRows]) -> list[float]:
+        self._note("run")
+        self.device.drawn += [(self.job.precision, rows) for rows in micro_batches]
+        return [self.device.pass_time(self._seconds(rows)) for rows in micro_batches]
+
+    def optimizer(self, repeat: int) -> list[float]:
+        self._note("optimizer")
+        return [self.device.pass_time(self.device.optimizer) for _ in range(repeat)]
+
+    def window(self, micro_batches: list[MicroRows]) -> float:
+        self._note("window")
+        parts = sum(self.device.pass_time(self._seconds(rows)) for rows in micro_batches)
+        return self.device.window_factor * (parts + self.device.pass_time(self.device.optimizer))
+
+    def memory(self, micro_batch: MicroRows, accumulates: bool) -> MemoryReply:
+        self._note("memory")
+        seconds = self.device.pass_time(self._seconds(micro_batch))
+        peak = self.device.shape(micro_batch)[0] * self.device.bytes_per_token
+        self.held = peak
+        return MemoryReply(allocated_bytes=peak, reserved_bytes=peak, micro_step_seconds=seconds)
+
+    def free(self) -> int:
+        self._note("free")
+        return self.device.memory
+
+    def evaluate(self, batches: list[list[int]]) -> list[float]:
+        self._note("evaluate")
+        return [self.device.cost([[example] for example in batch]) / 3 for batch in batches]
+
+    def save(self) -> SaveReply:
+        self._note("save")
+        return SaveReply(checkpoint_seconds=0.2, adapter_seconds=0.1)
+
+    def answer(self, examples: list[int], max_new_tokens: int) -> float:
+        self._note("answer")
+        return 0.01 * len(examples) * max_new_tokens
+
+    def stop(self) -> None:
+        if not self.stopped:
+            self.stopped = True
+            self.device.alive -= 1

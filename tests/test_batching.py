@@ -1,0 +1,115 @@
+"""The batch plan: every example where it belongs, whatever the lengths, splits, devices and packing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from presets.errors import DataError, RunError
+from trainer.batching import BatchPlan, Pass, Stretch, make_batch_plan, pack
+
+LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=120).map(np.array)
+
+
+def one_pass(count: int, size: int, epochs: int = 1) -> tuple[Pass, ...]:
+    stretches = (Stretch(phase=0, global_batch_size=size),)
+    return (Pass(examples=np.arange(count), num_epochs=epochs, stretches=stretches),)
+
+
+def windows(plan: BatchPlan) -> list[tuple[int, ...]]:
+    return [tuple(sorted(plan.documents_of_window(w).tolist())) for w in range(plan.num_steps)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=LENGTHS,
+    size=st.integers(1, 24),
+    micro=st.integers(1, 9),
+    devices=st.integers(1, 4),
+    epochs=st.integers(1, 3),
+    packed=st.one_of(st.none(), st.integers(20, 400)),
+)
+def test_every_example_is_in_the_plan_once_per_epoch_and_each_window_keeps_its_examples(
+    lengths: np.ndarray, size: int, micro: int, devices: int, epochs: int, packed: int | None
+) -> None:
+    passes = one_pass(len(lengths), size, epochs)
+    plain = make_batch_plan(lengths, passes, micro_batch_size=1, sort_window=False)
+    plan = make_batch_plan(lengths, passes, micro_batch_size=micro, num_devices=devices, packed_length=packed)
+    assert (np.bincount(plan.order, minlength=len(lengths)) == epochs).all()
+    assert windows(plan) == windows(plain)  # the optimizer sees the same batches, however they are split
+    assert plan.num_steps == epochs * -(-len(lengths) // size)
+    in_window = np.diff(plan.window_offsets)
+    assert (in_window % devices == 0).all()
+    shapes = plan.micro_shapes(lengths)
+    assert shapes.rows.max() <= micro
+    assert shapes.tokens.sum() == epochs * lengths.sum()
+    if packed is not None:
+        rows = np.add.reduceat(lengths[plan.order], plan.row_offsets[:-1])
+        alone = np.diff(plan.row_offsets) == 1
+        assert ((rows <= packed) | alone).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=40), room=st.integers(1, 150))
+def test_packing_is_best_fit_and_close_to_the_fewest_rows(lengths: list[int], room: int) -> None:
+    ordered = sorted(lengths, reverse=True)
+    rows = pack(np.array([ordered]), room)[0]
+    left: list[int] = []  # best-fit decreasing, one document at a time
+    expected = []
+    for length in ordered:
+        fitting = [(space, index) for index, space in enumerate(left) if space >= length]
+        if fitting:
+            index = min(fitting)[1]
+        else:
+            index = len(left)
+            left.append(room)
+        left[index] -= length
+        expected.append(index)
+    assert rows.tolist() == expected
+
+
+def test_the_plan_is_the_same_for_the_same_seed_and_another_for_another() -> None:
+    lengths = np.arange(1, 101)
+    first, again, other = (make_batch_plan(lengths, one_pass(100, 8), micro_batch_size=2, seed=s) for s in (1, 1, 2))
+    assert (first.order == again.order).all()
+    assert (first.order != other.order).any()
+
+
+def test_the_second_epoch_is_shuffled_anew_and_ends_with_its_own_partial_window() -> None:
+    plan = make_batch_plan(np.ones(20, dtype=np.int64), one_pass(20, 8, epochs=2), micro_batch_size=1)
+    sizes = np.diff(plan.window_documents)
+    assert sizes.tolist() == [8, 8, 4, 8, 8, 4]
+    assert plan.window_epoch.tolist() == [0, 0, 0, 1, 1, 1]
+    assert plan.order[:20].tolist() != plan.order[20:].tolist()
+
+
+def test_a_change_of_window_size_comes_at_its_step_also_across_epochs() -> None:
+    stretches = (Stretch(phase=0, global_batch_size=8, num_steps=4), Stretch(phase=1, global_batch_size=4))
+    passes = (Pass(examples=np.arange(20), num_epochs=2, stretches=stretches),)
+    plan = make_batch_plan(np.ones(20, dtype=np.int64), passes, micro_batch_size=1)
+    assert np.diff(plan.window_documents).tolist() == [8, 8, 4, 8, 4, 4, 4]
+    assert plan.window_phase.tolist() == [0, 0, 0, 0, 1, 1, 1]
+
+
+def test_rows_of_a_partial_window_are_dealt_evenly_over_devices() -> None:
+    plan = make_batch_plan(np.ones(5, dtype=np.int64), one_pass(5, 8), micro_batch_size=4, num_devices=2)
+    assert plan.micro_shapes(np.ones(5, dtype=np.int64)).rows.tolist() == [3, 2]
+
+
+def test_a_plan_survives_saving_and_a_damaged_file_is_an_error_of_one_line(tmp_path) -> None:
+    plan = make_batch_plan(np.arange(1, 51), one_pass(50, 8), micro_batch_size=4, packed_length=60)
+    plan.save(tmp_path / "plan.npz")
+    back = BatchPlan.load(tmp_path / "plan.npz")
+    for name in ("order", "row_offsets", "micro_offsets", "window_offsets", "window_phase", "evaluation"):
+        assert (getattr(back, name) == getattr(plan, name)).all()
+    content = (tmp_path / "plan.npz").read_bytes()
+    (tmp_path / "plan.npz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(RunError, match=r"plan\.npz: the batch plan cannot be read"):
+        BatchPlan.load(tmp_path / "plan.npz")
+
+
+def test_an_empty_pass_is_an_error() -> None:
+    with pytest.raises(DataError, match="no training example is left"):
+        make_batch_plan(np.ones(0, dtype=np.int64), one_pass(0, 8), micro_batch_size=1)

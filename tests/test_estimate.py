@@ -1,0 +1,224 @@
+"""Measured samples x batch plan -> seconds and an interval; on a fake device whose truth is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fakes import FakeDevice, chat_lengths, make_data, make_job, make_row
+
+from planner.estimate import (
+    Estimate,
+    accumulation_saving,
+    drift,
+    estimate,
+    evaluations_and_checkpoints,
+    fit_cost,
+    half_width,
+    mean_micro_seconds,
+    split_warmup,
+    t_quantile,
+)
+from planner.measure import measure, with_references
+from planner.measurement import MicroSample, PlannedRow, Round
+from trainer.record import CostModel
+from trainer.tokens import TokenizedDataset
+
+LENGTHS = chat_lengths(3000)
+DATA = make_data(LENGTHS)
+
+
+def estimates(
+    device: FakeDevice, rows: list[PlannedRow], data: TokenizedDataset = DATA, **options: float
+) -> list[Estimate]:
+    found = measure(rows, data, device.factory, clock=device.clock, seed=device.seed, **options)  # type: ignore[arg-type]
+    return [estimate(row, data, found) for row in rows]
+
+
+def test_accumulation_earns_no_credit_that_it_has_not() -> None:
+    device = FakeDevice(LENGTHS)
+    rows = [
+        make_row(make_job("baseline", gradient_accumulation_steps=size), DATA, f"ga{size}") for size in (16, 32, 64)
+    ]
+    at16, at32, at64 = estimates(device, rows)
+    assert at16.seconds_per_step
+    assert at32.seconds_per_step
+    assert at16.seconds_per_sample
+    assert at32.seconds_per_sample
+    assert at32.seconds_per_step / at16.seconds_per_step == pytest.approx(2.0, rel=0.03)
+    assert at32.seconds_per_sample / at16.seconds_per_sample == pytest.approx(1.0, rel=0.02)
+    assert at16.cost is not None
+    saving = accumulation_saving(at16.cost, mean_micro_seconds(at16, rows[0].plan.num_micro_batches))
+    assert at64.seconds_per_sample is not None
+    assert 1 - at64.seconds_per_sample / at16.seconds_per_sample == pytest.approx(saving, abs=0.003)
+    assert 0 < saving < 0.03
+
+
+def test_the_sum_over_a_long_tailed_plan_is_right_where_the_first_steps_mislead() -> None:
+    lengths = np.sort(chat_lengths(4000, sigma=1.2, longest=4096))  # a few very long ones carry much of the work
+    data = make_data(lengths)
+    device = FakeDevice(lengths, per_token_width=2e-6)
+    row = make_row(make_job(), data)
+    (one,) = estimates(device, [row], data)
+    true = device.true_seconds(row.plan)
+    assert one.train_seconds == pytest.approx(true, rel=0.01)
+    first = device.true_micro_seconds(row.plan)[:48].sum() / 3 * row.plan.num_steps
+    assert abs(first / true - 1) > 0.05
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_sum_is_right_for_micro_batches_and_packed_rows(micro_batch_size: int, packing: bool) -> None:
+    device = FakeDevice(LENGTHS)
+    row = make_row(make_job(micro_batch_size=micro_batch_size, packing=packing), DATA)
+    (one,) = estimates(device, [row])
+    assert one.train_seconds == pytest.approx(device.true_seconds(row.plan), rel=0.01)
+
+
+def test_a_cost_that_the_fit_cannot_follow_is_corrected_by_stratum() -> None:
+    class Stepped(FakeDevice):
+        def cost(self, rows: list[list[int]]) -> float:
+            return 0.05 * float(np.ceil(self.shape(rows)[0] / 128))  # as of kernels with tiles of 128
+
+    device = Stepped(LENGTHS)
+    row = make_row(make_job(), DATA)
+    (one,) = estimates(device, [row], precision_target=0.005)
+    true = float((0.05 * np.ceil(LENGTHS[row.plan.order] / 128)).sum()) + row.plan.num_steps * device.optimizer
+    assert one.train_seconds == pytest.approx(true, rel=0.02)
+
+
+@pytest.mark.slow
+def test_the_interval_holds_the_truth_in_about_nine_of_ten_trials() -> None:
+    row = make_row(make_job(), DATA)
+    held, errors = 0, []
+    for seed in range(200):
+        device = FakeDevice(LENGTHS, noise=0.1, seed=seed)
+        (one,) = estimates(device, [row])
+        true = device.true_seconds(row.plan)
+        assert one.train_seconds
+        assert one.train_seconds_low
+        assert one.train_seconds_high
+        held += one.train_seconds_low <= true <= one.train_seconds_high
+        errors.append(abs(one.train_seconds / true - 1))
+    assert 0.84 <= held / 200 <= 0.97
+    assert np.median(errors) < 0.03
+
+
+def test_steps_times_seconds_per_step_is_the_time() -> None:
+    device = FakeDevice(LENGTHS, noise=0.1)
+    row = make_row(make_job(), DATA)
+    (one,) = estimates(device, [row])
+    assert one.seconds_per_step
+    assert one.train_seconds
+    assert one.tokens_per_second
+    assert one.seconds
+    assert one.num_steps * one.seconds_per_step == pytest.approx(one.train_seconds)
+    assert one.tokens_per_second == pytest.approx(LENGTHS[row.plan.order].sum() / one.train_seconds)
+    assert one.seconds == pytest.approx(one.train_seconds + one.fixed.total)
+
+
+def test_fixed_parts_are_counted_as_often_as_the_run_does_them() -> None:
+    device = FakeDevice(LENGTHS)
+    row = make_row(make_job(), DATA)
+    (one,) = estimates(device, [row])
+    evaluations, checkpoints = evaluations_and_checkpoints(row)
+    assert evaluations == 5
+    assert one.fixed.start == 4.5
+    assert one.fixed.checkpoints == pytest.approx(0.2 * checkpoints)
+    assert one.fixed.evaluation is not None
+    assert one.fixed.data is None
+    assert one.fixed.samples is None  # no tokenizer: unknown, not nothing
+
+
+def test_the_speed_factor_compares_the_same_batches_at_fp32() -> None:
+    device = FakeDevice(LENGTHS, optimizer=0.0)
+    half = make_row(make_job("recommended", precision="fp16", base_precision="fp16"), DATA)
+    rows = with_references([half])
+    found = measure(rows, DATA, device.factory, clock=device.clock)
+    assert estimate(half, DATA, found).speed_factor == pytest.approx(2.0, rel=0.01)
+    assert estimate(rows[1], DATA, found).speed_factor == 1.0
+    alone = measure([half], DATA, device.factory, clock=device.clock)
+    assert estimate(half, DATA, alone).speed_factor is None
+
+
+def test_several_devices_wait_for_the_slowest() -> None:
+    device = FakeDevice(LENGTHS)
+    row = make_row(make_job(num_devices=2), DATA)
+    (one,) = estimates(device, [row])
+    slowest = device.true_micro_seconds(row.plan).reshape(-1, 2).max(axis=1).sum()
+    assert one.train_seconds == pytest.approx(slowest + row.plan.num_steps * device.optimizer, rel=0.01)
+    assert any("gradients between devices" in note for note in one.notes)
+
+
+def test_windows_that_take_longer_than_their_parts_widen_the_range_and_warn() -> None:
+    device = FakeDevice(LENGTHS, window_factor=1.3)
+    (one,) = estimates(device, [make_row(make_job(), DATA)])
+    assert one.window_ratio == pytest.approx(1.3, rel=0.02)
+    assert one.train_seconds
+    assert one.train_seconds_high
+    assert one.train_seconds_low
+    assert one.train_seconds_high >= 1.28 * one.train_seconds
+    assert one.train_seconds_low > 0.97 * one.train_seconds
+    assert "1.3" in one.warnings[0]
+
+
+def test_a_fit_without_noise_finds_the_cost_function() -> None:
+    true = CostModel(base=0.01, per_token=4e-4, per_token_width=2e-7, optimizer=0.02)
+    samples = tuple(
+        MicroSample(
+            stratum=0,
+            rows=rows,
+            width=width,
+            tokens=1,
+            seconds=true.base + (true.per_token + true.per_token_width * width) * rows * width,
+        )
+        for rows, width in ((1, 20), (1, 100), (4, 300), (2, 900), (1, 1024))
+    )
+    found = fit_cost((Round(started=0.0, samples=samples, optimizer_seconds=(0.02,)),))
+    for name in ("base", "per_token", "per_token_width", "optimizer"):
+        assert getattr(found, name) == pytest.approx(getattr(true, name), rel=1e-6)
+
+
+def test_no_cost_is_below_zero() -> None:
+    widths = (100, 200, 400, 800)
+    samples = tuple(MicroSample(stratum=0, rows=1, width=width, tokens=1, seconds=0.1 * width**0.5) for width in widths)
+    found = fit_cost((Round(started=0.0, samples=samples, optimizer_seconds=()),))
+    assert min(found.base, found.per_token, found.per_token_width) >= 0
+
+
+@pytest.mark.parametrize(("degrees", "quantile"), [(1, 6.314), (4, 2.132), (5, 2.015), (9, 1.833), (30, 1.697)])
+def test_t_quantiles_are_the_table_s(degrees: int, quantile: float) -> None:
+    assert t_quantile(degrees) == pytest.approx(quantile, abs=2e-3)
+
+
+def test_correlated_rounds_widen_the_interval() -> None:
+    alternating = np.array([99.0, 101.0] * 6)
+    blocks = np.array([99.0] * 3 + [101.0] * 3 + [99.0] * 3 + [101.0] * 3)
+    assert half_width(blocks) > 1.5 * half_width(alternating)
+
+
+def test_a_drift_is_told_from_noise() -> None:
+    noise = np.random.default_rng(1).normal(0, 1, 20)
+    assert drift(100 + noise) == 0.0
+    assert drift(100 + noise + np.arange(20)) == pytest.approx(19, rel=0.15)
+    assert half_width(100 + noise + np.arange(20)) > 9
+
+
+def test_a_single_round_claims_no_precision() -> None:
+    assert half_width(np.array([10.0])) == 5.0
+
+
+def test_warmup_is_what_lies_above_the_fence_of_the_later_rounds() -> None:
+    steady = np.random.default_rng(2).normal(10, 0.1, 12)
+    assert split_warmup(steady) == 0
+    assert split_warmup(np.concatenate([[30, 14], steady])) == 2
+    assert split_warmup(np.array([30.0, 10, 10, 10])) == 0  # too few would be left
+
+
+def test_a_row_that_was_not_measured_is_named() -> None:
+    device = FakeDevice(LENGTHS)
+    row = make_row(make_job(), DATA)
+    found = measure([row], DATA, device.factory, clock=device.clock)
+    with pytest.raises(Exception, match="'other' was not measured"):
+        estimate(replace(row, name="other"), DATA, found)

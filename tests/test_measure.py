@@ -1,0 +1,182 @@
+"""What is timed, in which order, and what becomes of failures; on a fake device."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fakes import FakeDevice, chat_lengths, make_data, make_job, make_row
+
+from planner.estimate import estimate
+from planner.measure import measure, with_references
+from planner.measurement import Measurements, StepSignature
+from presets import jsonio
+from presets.errors import MeasurementError
+
+LENGTHS = chat_lengths(3000)
+DATA = make_data(LENGTHS)
+
+
+def test_presets_that_differ_only_in_accumulation_share_one_signature() -> None:
+    baseline, aggressive = make_job("baseline"), make_job("aggressive")
+    assert StepSignature.of(baseline) == StepSignature.of(aggressive)
+    assert StepSignature.of(baseline) != StepSignature.of(make_job("baseline", lora_rank=8))
+    full = make_job("baseline", adapter="full")
+    assert StepSignature.of(full) == StepSignature.of(make_job("baseline", adapter="full", lora_rank=8))
+
+
+def test_one_worker_serves_all_presets_of_a_signature() -> None:
+    device = FakeDevice(LENGTHS)
+    rows = [make_row(make_job(name), DATA) for name in ("baseline", "recommended", "aggressive")]
+    found = measure(rows, DATA, device.factory, clock=device.clock)
+    assert [command for _, command in device.log].count("load") == 1
+    assert len(found.measurements) == 1
+    assert device.alive == 0
+
+
+def test_timing_stops_when_the_range_is_narrow_enough_and_says_so() -> None:
+    device = FakeDevice(LENGTHS)
+    found = measure([make_row(make_job(), DATA)], DATA, device.factory, clock=device.clock)
+    assert found.measurements[0].ended_by == "precision"
+    assert len(found.measurements[0].rounds) >= 5
+    assert len(found.measurements[0].warmup) == 1
+    assert found.warnings == ()
+
+
+def test_timing_stops_at_the_budget_and_warns_of_the_wide_range() -> None:
+    device = FakeDevice(LENGTHS, noise=0.5, base=0.1)
+    found = measure([make_row(make_job(), DATA)], DATA, device.factory, budget_seconds=20, clock=device.clock)
+    assert found.measurements[0].ended_by == "budget"
+    assert found.measurements[0].seconds_spent < 20 * 1.1
+    assert "Give more time with --budget" in found.warnings[0]
+
+
+def test_a_tiny_budget_takes_fewer_strata_and_says_so() -> None:
+    device = FakeDevice(LENGTHS, base=1.0, per_token=0.01)
+    found = measure([make_row(make_job(), DATA)], DATA, device.factory, budget_seconds=30, clock=device.clock)
+    assert found.strata.count < 8
+    assert len(found.measurements[0].rounds) >= 2
+    assert any("micro-steps are slow" in warning for warning in found.warnings)
+    one = estimate(make_row(make_job(), DATA), DATA, found)
+    assert one.train_seconds == pytest.approx(device.true_seconds(make_row(make_job(), DATA).plan), rel=0.05)
+
+
+def test_two_signatures_are_timed_in_turns_over_the_same_micro_batches() -> None:
+    device = FakeDevice(LENGTHS)
+    half = make_job("recommended", precision="fp16", base_precision="fp16")
+    rows = [make_row(make_job("baseline"), DATA), make_row(half, DATA)]
+    found = measure(rows, DATA, device.factory, clock=device.clock)
+    assert found.in_turns
+    runs = [precision for precision, command in device.log if command == "run"]
+    assert runs[:8] == ["fp32", "fp16", "fp16", "fp32", "fp32", "fp16", "fp16", "fp32"]
+    drawn = {p: [rows for q, rows in device.drawn if q == p] for p in ("fp32", "fp16")}
+    assert drawn["fp32"] == drawn["fp16"]
+
+
+def test_signatures_that_do_not_fit_together_are_timed_one_after_another_and_it_says_so() -> None:
+    device = FakeDevice(LENGTHS, memory=1500 << 20)
+    half = make_job("recommended", precision="fp16", base_precision="fp16")
+    rows = [make_row(make_job("baseline"), DATA), make_row(half, DATA)]
+    found = measure(rows, DATA, device.factory, clock=device.clock)
+    assert not found.in_turns
+    assert device.most_alive == 1
+    assert any("one after another" in note for note in found.notes)
+    assert all(one.rounds for one in found.measurements)
+
+
+def test_oom_becomes_a_row_and_other_presets_still_run() -> None:
+    longest = int(LENGTHS.max())
+    device = FakeDevice(LENGTHS, fits_padded_tokens=2 * longest)
+    rows = [
+        make_row(make_job("baseline"), DATA),
+        make_row(make_job("recommended", micro_batch_size=4), DATA, "wide"),
+    ]
+    found = measure(rows, DATA, device.factory, clock=device.clock)
+    fits = {row.name: row.fits for row in found.rows}
+    assert fits == {"baseline": True, "wide": False}
+    wide = estimate(rows[1], DATA, found)
+    assert wide.fits is False
+    assert wide.seconds is None
+    assert "does not fit" in (wide.error or "")
+    baseline = estimate(rows[0], DATA, found)
+    assert baseline.train_seconds == pytest.approx(device.true_seconds(rows[0].plan), rel=0.01)
+    assert baseline.peak_memory_bytes == longest << 20
+
+
+def test_when_nothing_fits_every_row_says_so() -> None:
+    device = FakeDevice(LENGTHS, fits_padded_tokens=10)
+    found = measure([make_row(make_job(), DATA)], DATA, device.factory, clock=device.clock)
+    assert [row.fits for row in found.rows] == [False]
+    assert device.alive == 0
+
+
+def test_a_worker_that_fails_takes_only_its_own_rows_with_it() -> None:
+    device = FakeDevice(LENGTHS, broken=("fp16",))
+    half = make_job("recommended", precision="fp16", base_precision="fp16")
+    rows = [make_row(make_job("baseline"), DATA), make_row(half, DATA)]
+    found = measure(rows, DATA, device.factory, clock=device.clock)
+    assert estimate(rows[0], DATA, found).seconds is not None
+    failed = estimate(rows[1], DATA, found)
+    assert failed.fits is None
+    assert "ended by itself" in (failed.error or "")
+
+
+def test_it_is_an_error_when_nothing_at_all_could_be_measured() -> None:
+    device = FakeDevice(LENGTHS, broken=("fp32",))
+    with pytest.raises(MeasurementError, match="ended by itself"):
+        measure([make_row(make_job(), DATA)], DATA, device.factory, clock=device.clock)
+    assert device.alive == 0
+
+
+def test_workers_are_stopped_when_the_user_interrupts() -> None:
+    device = FakeDevice(LENGTHS)
+
+    def interrupt(text: str, share: float) -> None:
+        if text.startswith("timing, round 2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure([make_row(make_job(), DATA)], DATA, device.factory, clock=device.clock, progress=interrupt)
+    assert device.alive == 0
+
+
+def test_slow_first_micro_steps_are_set_apart_as_warmup() -> None:
+    device = FakeDevice(LENGTHS, slow_first=50, noise=0.02)
+    row = make_row(make_job(), DATA)
+    found = measure([row], DATA, device.factory, clock=device.clock, precision_target=0.01)
+    assert len(found.measurements[0].warmup) >= 3
+    one = estimate(row, DATA, found)
+    assert one.train_seconds == pytest.approx(device.true_seconds(row.plan), rel=0.03)
+    assert one.window_ratio is None or one.window_ratio < 1.1  # a slow window is set apart with the rounds around it
+
+
+def test_every_round_holds_one_micro_batch_of_each_stratum_and_the_longest_are_one_of_them() -> None:
+    device = FakeDevice(LENGTHS)
+    found = measure([make_row(make_job(), DATA)], DATA, device.factory, clock=device.clock)
+    for one in found.measurements[0].rounds:
+        assert sorted(sample.stratum for sample in one.samples) == list(range(found.strata.count))
+    tail = [s.width for one in found.measurements[0].rounds for s in one.samples if s.stratum == found.strata.count - 1]
+    assert min(tail) > np.quantile(LENGTHS, 0.985)
+
+
+def test_equal_lengths_need_a_single_stratum() -> None:
+    data = make_data(np.full(300, 100))
+    device = FakeDevice(np.full(300, 100))
+    row = make_row(make_job(), data)
+    found = measure([row], data, device.factory, clock=device.clock)
+    assert found.strata.count == 1
+    assert estimate(row, data, found).train_seconds == pytest.approx(device.true_seconds(row.plan), rel=1e-6)
+
+
+def test_an_fp32_twin_is_added_for_the_speed_factor_only_where_none_is_there() -> None:
+    half = make_row(make_job("recommended", precision="fp16", base_precision="fp16"), DATA)
+    full = make_row(make_job("baseline"), DATA)
+    assert with_references([half, full]) == [half, full]
+    added = with_references([half])
+    assert [row.is_reference for row in added] == [False, True]
+    assert added[1].job.base_precision == "fp32"
+
+
+def test_measurements_survive_json() -> None:
+    device = FakeDevice(LENGTHS, noise=0.05)
+    found = measure([make_row(make_job(), DATA)], DATA, device.factory, clock=device.clock)
+    assert jsonio.from_json(Measurements, jsonio.to_json(found)) == found
