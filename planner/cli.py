@@ -40,8 +40,11 @@ class _Group(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and self.get_command(ctx, args[0]) is None:
-            known = self.list_commands(ctx)
-            raise click.UsageError(f"no command '{args[0]}'.{did_you_mean(args[0], known)} See 'plan --help'.", ctx)
+            from presets.schema import preset_names
+
+            command = did_you_mean(args[0], self.list_commands(ctx))
+            preset = did_you_mean(args[0], preset_names()).replace("'", "'--run ", 1) if not command else ""
+            raise click.UsageError(f"no command '{args[0]}'.{command or preset} See 'plan --help'.", ctx)
         return super().resolve_command(ctx, args)
 
 
@@ -275,6 +278,81 @@ def presets_show(name: str) -> None:
 
     load_preset(name)
     click.echo((resources.files("presets") / f"{name}.toml").read_text(encoding="utf-8"), nl=False)
+
+
+RUN = click.argument("run", type=click.Path(path_type=Path))
+
+
+@cli.command()
+@RUN
+def check(run: Path) -> None:
+    """Check the quality of a finished RUN: held-out loss and sample answers, before and after.
+
+    \b
+    Example:
+      plan check runs/recommended-20260101-120000
+    """
+    from planner.launch import open_run
+    from planner.outcome import check_text
+
+    job = open_run(run)
+    from trainer.finished import check as check_run
+
+    click.echo(check_text(check_run(run), job))
+
+
+@cli.command()
+@RUN
+@click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", help="The merged model [RUN/merged].")
+def merge(run: Path, output: Path | None) -> None:
+    """Write the base model and the adapter of a finished RUN as one model (safetensors).
+
+    \b
+    Example:
+      plan merge runs/recommended-20260101-120000 --output my-model
+    """
+    from planner.launch import open_run
+
+    open_run(run)
+    from trainer.finished import merge as merge_run
+
+    click.echo(f"merged model: {merge_run(run, output or run / 'merged')}")
+
+
+@cli.command()
+@RUN
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N")
+@click.option("--temperature", type=click.FloatRange(min=0, max=10), default=0.0, show_default=True, help="0: the likeliest word.")
+@click.option("--system", metavar="TEXT", help="A system message to start with.")
+def chat(run: Path, max_new_tokens: int, temperature: float, system: str | None) -> None:
+    """Talk to the result of a finished RUN in the terminal. An empty line or Ctrl-D ends it.
+
+    \b
+    Example:
+      plan chat runs/recommended-20260101-120000
+    """
+    from planner.launch import open_run
+    from planner.report import printable
+
+    open_run(run)
+    from trainer.finished import open_finished, reply
+
+    finished = open_finished(run)
+    messages = [("system", system)] if system else []
+    while True:
+        click.echo("you> ", nl=False)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        messages.append(("user", line))
+        click.echo("model> ", nl=False)
+        pieces = []
+        for piece in reply(finished, messages, max_new_tokens=max_new_tokens, temperature=temperature):
+            pieces.append(piece)
+            # A model may write anything; only text and line ends reach the terminal.
+            click.echo("\n".join(printable(part) for part in piece.split("\n")), nl=False)
+        click.echo()
+        messages.append(("assistant", "".join(pieces).strip() or "..."))
 
 
 def _say(text: str) -> None:

@@ -272,11 +272,11 @@ def _row(candidate: Candidate, estimates: dict[str, Estimate], now: datetime) ->
             PhaseRow(gradient_accumulation_steps=steps, learning_rate=phase.learning_rate, num_steps=phase.num_steps)
             for steps, phase in zip(accumulation, preset.phases, strict=False)
         ),
-        "note": "; ".join(candidate.notes) or None,
+        "note": "\n".join(candidate.notes) or None,
     }
     if found is None or candidate.planned is None:
         return Row(**common, error=candidate.error)  # type: ignore[arg-type]
-    warnings = "; ".join((*candidate.notes, *found.notes, *found.warnings))
+    warnings = "\n".join((*candidate.notes, *found.notes, *found.warnings))
     common["note"] = warnings or None
     return Row(
         **common,  # type: ignore[arg-type]

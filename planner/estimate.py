@@ -20,6 +20,8 @@ CONFIDENCE = 0.90
 MIN_RELATIVE_HALF_WIDTH = 0.002  # no two runs of one machine agree better, whatever the samples say
 TIMER_SECONDS = 1e-6  # what reading the clock adds to each timed call
 UNKNOWN_RELATIVE_HALF_WIDTH = 0.5  # from a single round, which says nothing of its own spread
+MOST_WARMUP = 2  # rounds, beside the very first
+STEADY = 0.10  # standard deviation of the rounds, relative, above which the machine is called unsteady
 WINDOW_TOLERANCE = 0.10  # a window that differs more from the sum of its parts is worth a note
 
 
@@ -333,17 +335,17 @@ def split_warmup(totals: FloatArray, least: int = 5) -> int:
     """How many leading rounds are warm-up: pyperf's rule, first values are while they lie above the fence of the rest.
 
     The fence is the third quartile of the later rounds plus 1.5 interquartile ranges, and at least 5 % above their
-    median (without noise the range is nothing, and every first value an outlier). At least `least` rounds stay, and
-    never more than a third is taken.
+    median (without noise the range is nothing, and every first value an outlier). At least `least` rounds stay. Where
+    more than `MOST_WARMUP` would have to go, none does: that is no warm-up but a machine that changed its speed, which
+    the run may meet again and the interval has to show.
     """
-    most = min(len(totals) - least, len(totals) // 3)
     dropped = 0
-    while dropped < most:
+    while dropped <= MOST_WARMUP and len(totals) - dropped > least:
         low, middle, high = np.quantile(totals[dropped + 1 :], [0.25, 0.5, 0.75])
         if totals[dropped] <= max(high + 1.5 * (high - low), 1.05 * middle):
             break
         dropped += 1
-    return dropped
+    return dropped if dropped <= MOST_WARMUP else 0
 
 
 def reference_job(job: Job) -> Job:
@@ -384,7 +386,8 @@ def estimate(
     estimator = Estimator(measurement.rounds, found.strata)
     total = estimator.total(work)
     half = max(total.half_width(), TIMER_SECONDS * work.num_micro_batches)
-    low, high = max(0.0, total.seconds - half), total.seconds + half
+    # As far down in proportion as up: where the noise is large, a time of nothing or less is no answer.
+    low, high = total.seconds / (1 + half / total.seconds), total.seconds + half
     notes, warnings = [], []
     ratio = window_ratio(measurement, estimator)
     if ratio is not None and abs(ratio - 1) > WINDOW_TOLERANCE:
@@ -393,6 +396,14 @@ def estimate(
         warnings.append(
             f"whole windows took {ratio:.2f} x the sum of their parts, more than {WINDOW_TOLERANCE:.0%} apart: the "
             "range is widened. Measure again on a quiet machine, or with a longer --budget."
+        )
+    spread = float(total.replicates.std(ddof=1)) / total.seconds if len(measurement.rounds) > 2 else 0.0
+    moved = drift(total.replicates) / total.seconds
+    if spread > STEADY or moved > STEADY:
+        what = f"its speed moved by {moved:.0%}" if moved > spread else f"the rounds scatter by {spread:.0%}"
+        warnings.append(
+            f"this machine is not steady: {what} while it was timed, more than {STEADY:.0%}; the range holds only if the run "
+            "meets the same conditions. Close other programs and measure again, or give more time with --budget."
         )
     if len(measurement.rounds) < 2:
         warnings.append("only one round could be timed, so the range is a guess (±50 %). Give more time with --budget.")

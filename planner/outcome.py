@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
 from planner.report import UNKNOWN, duration, duration_range, gib, printable
+from trainer.job import Job
 from trainer.record import RunRecord
+
+if TYPE_CHECKING:
+    from trainer.finished import Check
 
 
 def outcome_text(record: RunRecord, folder: Path) -> str:
@@ -41,3 +46,28 @@ def _outcome(
     known = predicted is not None and actual is not None and predicted > 0
     difference = f"{actual / predicted - 1:+.0%}" if known and actual is not None and predicted is not None else UNKNOWN
     return name, text(predicted), text(actual), difference
+
+
+def check_text(check: Check, job: Job) -> str:
+    """The quality of a finished run, and what the published guide advises where it is poor."""
+    before, after = check.before, check.after
+    rows = [
+        ("held-out loss", f"{before.loss:.4f}", f"{after.loss:.4f}"),
+        ("perplexity", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}"),
+    ]
+    lines = [
+        tabulate(rows, headers=(f"{after.num_examples} examples", "before", "after"), tablefmt="simple", disable_numparse=True)
+    ]
+    for first, second in check.answers:
+        lines += ["", *(f"{title:<9}{_flat(text)}" for title, text in (
+            ("prompt", first.prompt), ("before", first.answer), ("after", second.answer), ("expected", first.expected)
+        ))]  # fmt: skip
+    advice = "If the quality is poor: "
+    if max(job.gradient_accumulation_steps) > 32:
+        advice += "reduce gradient accumulation to 32, or "
+    lines += ["", advice + f"raise the learning rate slightly (it was {job.preset.learning_rate:g})."]
+    return "\n".join(lines)
+
+
+def _flat(text: str) -> str:
+    return printable(" ".join(text.split()))

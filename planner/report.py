@@ -91,7 +91,7 @@ class Row:
     finish_at: str | None = None  # ISO, local time with offset
     phases: tuple[PhaseRow, ...] = ()
     published: PublishedFigures | None = None
-    note: str | None = None
+    note: str | None = None  # one remark a line
     error: str | None = None  # why there is no time, e.g. "does not fit"
 
     def to_plain(self) -> dict[str, Any]:
@@ -304,7 +304,11 @@ def measured_text(report: PlanReport, *, now: datetime, width: int | None = None
     """
     rows = tuple(map(_cleaned, report.rows))
     columns = _measured_columns(now)
-    lines = [f"{row.name}: {text}" for row in rows for text in _under_the_table(row)]
+    said: dict[str, list[str]] = {}  # what several rows have to say is said once
+    for row in rows:
+        for text in _under_the_table(row):
+            said.setdefault(text, []).append(row.name)
+    lines = [f"{', '.join(names)}: {text}" for text, names in said.items()]
     cached = [row.name for row in rows if row.basis == "cached" and row.error is None]
     if cached:
         lines.append(f"Measured earlier on this device, not now: {', '.join(cached)}.")
@@ -361,7 +365,7 @@ def _cleaned(row: Row) -> Row:
         name=printable(row.name),
         quality=Quality(text=_printable_or_none(row.quality.text), source=_printable_or_none(row.quality.source)),
         risk=_printable_or_none(row.risk),
-        note=_printable_or_none(row.note),
+        note=None if row.note is None else "\n".join(map(printable, row.note.split("\n"))),
         error=_printable_or_none(row.error),
     )
 
@@ -434,7 +438,7 @@ def _published_time(row: Row) -> str:
 
 def _under_the_table(row: Row) -> list[str]:
     error = row.error if row.error is not None and len(row.error) > _LONGEST_ERROR_IN_A_CELL else None
-    return [text for text in (error, row.note) if text]
+    return [text for text in (error, *(row.note or "").split("\n")) if text]
 
 
 def _text(

@@ -166,9 +166,13 @@ def parse_columns(text: str | None) -> tuple[tuple[str, str], ...]:
 
 
 def resolve_job(preset: Preset, options: Options, settings: Settings, facts: DeviceFacts, data: DataSpec) -> Resolved:
-    """One configuration as a job on this device. What is wrong with it becomes its error, so that others still show."""
+    """One configuration as a job on this device. What cannot be done with it becomes its error, so that others still show.
+
+    Raises:
+        PresetError: an option's value is out of range for any configuration.
+    """
+    applied, notes = _with_options(preset, options)  # an option's value that no preset may have is an error at once
     try:
-        applied, notes = _with_options(preset, options)
         precision, note = resolve_precision(applied.precision, facts)
         job = Job(
             name=preset.name,
@@ -187,8 +191,8 @@ def resolve_job(preset: Preset, options: Options, settings: Settings, facts: Dev
             trust_remote_code=options.trust_remote_code,
             tracker=options.tracker,
         )
-    except (SettingsError, PresetError) as reason:
-        return Resolved(preset=preset, job=None, error=str(reason))
+    except SettingsError as reason:
+        return Resolved(preset=applied, job=None, error=str(reason))
     return Resolved(preset=applied, job=job, notes=(*notes, *((note,) if note else ())))
 
 

@@ -216,6 +216,19 @@ def test_warmup_is_what_lies_above_the_fence_of_the_later_rounds() -> None:
     assert split_warmup(np.array([30.0, 10, 10, 10])) == 0  # too few would be left
 
 
+def test_many_slow_rounds_are_a_machine_that_changed_and_not_warmup() -> None:
+    steady = np.random.default_rng(2).normal(10, 0.1, 12)
+    assert split_warmup(np.concatenate([[14] * 4, steady])) == 0
+
+
+def test_an_unsteady_machine_is_warned_of_and_a_steady_one_is_not() -> None:
+    row = make_row(make_job(), DATA)
+    (unsteady,) = estimates(FakeDevice(LENGTHS, noise=0.02, drift=1.0), [row], precision_target=0.001)
+    assert any("not steady" in warning for warning in unsteady.warnings)
+    (steady,) = estimates(FakeDevice(LENGTHS, noise=0.05), [row])
+    assert steady.warnings == ()
+
+
 def test_a_row_that_was_not_measured_is_named() -> None:
     device = FakeDevice(LENGTHS)
     row = make_row(make_job(), DATA)

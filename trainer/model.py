@@ -107,6 +107,18 @@ def load_model(job: Job, *, need_weights: bool) -> LoadedModel:
     return LoadedModel(model, num_parameters, trainable, "loaded" if files.has_weights else "random")
 
 
+def load_base(job: Job) -> Any:
+    """The base model alone, with its weights, as `load_model` loads it before it adds anything.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    files = inspect_model(job.model)
+    if not files.has_weights:
+        raise ModelError(f"model '{job.model}': no weights (*.safetensors) to load.")
+    return _load_base(job, files)
+
+
 def quiet_libraries() -> None:
     """Keep progress bars and advice of the libraries off a user's terminal; errors still come as exceptions."""
     import logging
