@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from planner.options import OPTIONS
 from presets.errors import PlanError, RunError, SettingsError, did_you_mean
 
 if TYPE_CHECKING:
@@ -48,55 +49,8 @@ class _Group(click.Group):
         return super().resolve_command(ctx, args)
 
 
-def _choice(*words: str) -> click.Choice[str]:
-    return click.Choice(list(words))
-
-
-# One declaration per option. Those named like a field of planner.resolve.Options are passed on by that name.
-_OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
-    ("What", ("--dataset",), {"metavar": "COUNT|FILE|NAME", "help": "A count (63000), a file (JSONL, JSON, CSV, Parquet; .gz), a saved folder or a hub name."}),
-    ("What", ("--model",), {"metavar": "FOLDER|NAME", "help": "Model folder (config.json is enough to plan) or hub name."}),
-    ("What", ("--run",), {"metavar": "PRESET", "help": "Train this configuration, then show predicted beside actual."}),
-    ("What", ("--resume",), {"metavar": "RUN", "type": click.Path(path_type=Path), "help": "Go on with a stopped run folder."}),
-    ("What", ("--output",), {"metavar": "FOLDER", "type": click.Path(path_type=Path), "help": "The run folder itself [runs/PRESET-TIME]."}),
-    ("What", ("--preset", "preset_names"), {"metavar": "PRESET", "multiple": True, "help": "Compare only these (repeat it)."}),
-    ("Measure", ("--budget",), {"type": click.FloatRange(min=0, min_open=True, max=86400), "default": 60.0, "show_default": True, "metavar": "SECONDS", "help": "Seconds spent timing; process starts come on top."}),
-    ("Measure", ("--precision-target",), {"metavar": "PERCENT", "default": "2%", "show_default": True, "help": "Stop timing when the range is as narrow as ± this."}),
-    ("Measure", ("--step-time",), {"type": click.FloatRange(min=0, min_open=True), "metavar": "SECONDS", "help": "Measure nothing: fill the published formula with this step time."}),
-    ("Measure", ("--json", "as_json"), {"is_flag": True, "help": "Print one JSON object and nothing else."}),
-    ("Data", ("--columns",), {"metavar": "ROLE=NAME,...", "help": "Name the columns: prompt=q,completion=a,engagement=likes."}),
-    ("Data", ("--tokens-per-example",), {"type": click.IntRange(min=2), "metavar": "N", "help": "With a count: every example has N tokens."}),
-    ("Data", ("--train-on",), {"type": _choice("assistant", "all"), "default": "assistant", "show_default": True, "help": "Which tokens count for the loss."}),
-    ("Data", ("--limit",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Use only the first N records."}),
-    ("Data", ("--skip-bad-lines",), {"is_flag": True, "help": "Leave out records that cannot be read, and count them."}),
-    ("Data", ("--eval-fraction",), {"type": click.FloatRange(min=0, max=1, max_open=True), "metavar": "F", "help": "Held-out share [0.02, at least 8, at most 1,000 examples]."}),
-    ("Override", ("--micro-batch-size",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Sequences per forward pass; the global batch stays."}),
-    ("Override", ("--gradient-accumulation-steps",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Changes the global batch."}),
-    ("Override", ("--precision",), {"type": _choice("fp32", "tf32", "fp16", "bf16"), "help": "Compute precision."}),
-    ("Override", ("--base-precision",), {"type": _choice("auto", "fp32", "fp16", "bf16", "8bit", "4bit"), "help": "How frozen weights are stored."}),
-    ("Override", ("--learning-rate",), {"type": float, "metavar": "LR", "help": "Peak learning rate."}),
-    ("Override", ("--epochs",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Passes over the data."}),
-    ("Override", ("--max-length",), {"type": click.IntRange(min=2), "metavar": "TOKENS", "help": "Longer examples keep their head."}),
-    ("Override", ("--sample-size",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Use the top N examples."}),
-    ("Override", ("--sample-ratio",), {"type": click.FloatRange(min=0, min_open=True, max=1), "metavar": "R", "help": "Use this share of the examples."}),
-    ("Override", ("--sampling-strategy",), {"type": _choice("random", "top", "prioritized"), "help": "How the sample is chosen."}),
-    ("Override", ("--sample-score",), {"type": _choice("engagement", "recency"), "help": "What 'top' ranks by."}),
-    ("Override", ("--attention",), {"type": _choice("sdpa", "eager"), "help": "Attention implementation."}),
-    ("Override", ("--gradient-checkpointing/--no-gradient-checkpointing",), {"default": None, "help": "Less memory, more time."}),
-    ("Override", ("--packing",), {"is_flag": True, "help": "Several examples in a row, kept apart; the same examples in each step."}),
-    ("Override", ("--seed",), {"type": click.IntRange(min=0, max=2**32 - 1), "metavar": "N", "help": "Order, sampling and initial weights [42]."}),
-    ("Device", ("--device",), {"type": _choice("cuda", "mps", "cpu"), "help": "Where to run [the GPU, if there is one]."}),
-    ("Device", ("--devices", "num_devices"), {"type": click.IntRange(min=1, max=1024), "metavar": "N", "help": "Number of GPUs (processes on a CPU)."}),
-    ("Device", ("--threads", "num_threads"), {"type": click.IntRange(min=1, max=1024), "metavar": "N", "help": "CPU threads."}),
-    ("Device", ("--accelerate-config",), {"type": click.Path(path_type=Path, exists=True, dir_okay=False), "metavar": "FILE", "help": "Accelerate's own configuration, passed on."}),
-    ("Device", ("--tracker",), {"metavar": "NAME", "help": "Also log to tensorboard, wandb, ... through Accelerate."}),
-    ("Device", ("--trust-remote-code",), {"is_flag": True, "help": "Run code that comes with a model."}),
-    ("Device", ("--debug",), {"is_flag": True, "help": "Show tracebacks."}),
-)  # fmt: skip
-
-
 def _with_options(function: F) -> F:
-    for _, names, settings in reversed(_OPTIONS):
+    for _, names, settings in reversed(OPTIONS):
         function = click.option(*names, **settings)(function)
     return function
 
@@ -154,9 +108,7 @@ def _table(options: Options, settings: Settings, given: dict[str, Any]) -> None:
     from planner.compare import compare, run_command
     from planner.report import measured_text
 
-    comparison = compare(
-        options, settings, _measuring(given), names=given["preset_names"], say=_say
-    )
+    comparison = compare(options, settings, _measuring(given), names=given["preset_names"], say=_say)
     if given["as_json"]:
         click.echo(comparison.report.to_json(), nl=False)
         return
@@ -176,7 +128,9 @@ def _measuring(given: dict[str, Any]) -> Any:
     except ValueError:
         target = -1.0
     if not 0 < target < 1:
-        raise SettingsError(f"--precision-target is '{text}'; it must be a share above 0 and below 1, such as 2% or 0.02.")
+        raise SettingsError(
+            f"--precision-target is '{text}'; it must be a share above 0 and below 1, such as 2% or 0.02."
+        )
     return MeasureSettings(budget_seconds=given["budget"], precision_target=target)
 
 
@@ -184,7 +138,7 @@ def _same_options(given: dict[str, Any]) -> str:
     """The options of this call that a run needs too, as text; a count is left out, since a run needs messages."""
     skipped = {"run", "resume", "output", "as_json", "budget", "precision_target", "preset_names", "debug", "step_time"}
     words = []
-    for _, names, settings in _OPTIONS:
+    for _, names, settings in OPTIONS:
         flag = names[0].split("/")[0]
         name = names[1] if len(names) > 1 else flag.removeprefix("--").replace("-", "_")
         value = given[name]
@@ -243,7 +197,10 @@ def _ended(folder: Path, code: int, *, as_json: bool = False) -> int:
     if record is not None and record.status == "finished":
         click.echo((folder / "record.json").read_text(encoding="utf-8") if as_json else outcome_text(record, folder))
     elif code not in (0, 1, 130, 143):
-        _say(f"Error: the trainer ended with code {code}. Its log: {folder / 'train.log'}. Go on with: plan --resume {folder}")
+        _say(
+            f"Error: the trainer ended with code {code}. Its log: {folder / 'train.log'}. "
+            f"Go on with: plan --resume {folder}"
+        )
         return 1
     return code
 
@@ -322,7 +279,9 @@ def merge(run: Path, output: Path | None) -> None:
 @cli.command()
 @RUN
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N")
-@click.option("--temperature", type=click.FloatRange(min=0, max=10), default=0.0, show_default=True, help="0: the likeliest word.")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0, max=10), default=0.0, show_default=True, help="0: the likeliest word."
+)
 @click.option("--system", metavar="TEXT", help="A system message to start with.")
 def chat(run: Path, max_new_tokens: int, temperature: float, system: str | None) -> None:
     """Talk to the result of a finished RUN in the terminal. An empty line or Ctrl-D ends it.

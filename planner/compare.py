@@ -1,20 +1,18 @@
-"""The chain, in one place: presets -> jobs -> batch plans -> measurement -> estimates -> rows. No torch in this process."""
+"""The chain, in one place: presets -> jobs -> batch plans -> measurement -> estimates -> rows. No torch here."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from planner.estimate import Estimate, accumulation_saving, estimate, mean_micro_seconds
 from planner.hardware import DeviceFacts, detect_device
-from planner.launch import with_checkpoint_interval
 from planner.measure import measure, with_references
-from planner.measurement import Measurements, PlannedRow, StepSignature
+from planner.measurement import Measurements, PlannedRow
 from planner.prober import LoadReply, ProberFactory, ProcessProber
 from planner.report import (
     DatasetInfo,
@@ -32,7 +30,7 @@ from presets.env import Settings
 from presets.errors import DataError, ModelError
 from presets.schema import DEFAULT_PRESET, Preset
 from trainer.data import prepare_data
-from trainer.job import DataSpec, EvaluationSpec, Job
+from trainer.job import DataSpec, Job
 from trainer.model import inspect_model
 from trainer.planning import plan_job, with_evaluation_on_top
 from trainer.record import CostModel, Predicted
@@ -92,7 +90,7 @@ def compare(
         factory: makes probers for a folder of tokenised data; tests put a fake device here.
 
     Raises:
-        PlanError: nothing can be compared: bad options, unreadable data or model, or no configuration could be measured.
+        PlanError: nothing can be compared: bad options, unreadable data or model, or nothing could be measured.
     """
     facts = facts or detect_device(options.device)
     presets = presets_to_compare(settings, names)
@@ -229,7 +227,8 @@ def _report(
     loads = [one.load for each in found.values() for one in each.measurements if one.load is not None]
     load: LoadReply | None = loads[0] if loads else None
     first = next(candidate for candidate in candidates if candidate.planned is not None)
-    assert first.planned is not None and first.data is not None
+    assert first.planned is not None
+    assert first.data is not None
     evaluation = first.planned.plan.evaluation
     training = len(first.data) - len(evaluation)
     tokens = int(first.data.lengths.sum()) - int(first.data.lengths[evaluation].sum())
@@ -305,14 +304,20 @@ def _notes(
 ) -> tuple[str, ...]:
     notes = []
     lengths = data.lengths
-    assumed = "lengths assumed, not measured: the bundled distribution" if data.report.lengths == "assumed" else "lengths measured"
+    assumed = (
+        "lengths assumed, not measured: the bundled distribution"
+        if data.report.lengths == "assumed"
+        else "lengths measured"
+    )
     notes.append(
         f"Data: {training:,} training examples, {evaluation:,} more for evaluation"
         f"{' on top' if data.report.lengths == 'assumed' else ' taken off'}; {assumed} "
         f"(median {int(sorted(lengths)[len(lengths) // 2]):,} tokens, longest {int(lengths.max()):,})."
     )
     notes += [f"Data: {note}." for note in data.report.notes]
-    notes += [f"{note[0].upper()}{note[1:].rstrip('.')}." for each in found.values() for note in (*each.notes, *each.warnings)]
+    notes += [
+        f"{note[0].upper()}{note[1:].rstrip('.')}." for each in found.values() for note in (*each.notes, *each.warnings)
+    ]
     saving = _accumulation_note(candidates, estimates)
     if saving:
         notes.append(saving)
@@ -342,8 +347,8 @@ def _accumulation_note(candidates: tuple[Candidate, ...], estimates: dict[str, E
         micro = mean_micro_seconds(found, plan.num_micro_batches // plan.num_devices)
         saving = accumulation_saving(found.cost, micro)
         return (
-            f"Accumulation alone saves {saving:.1%} here (measured): a message takes the same forward and backward at any "
-            f"GA, only the optimizer's {found.cost.optimizer * 1000:.1f} ms a step come less often (GA 64 against 16)."
+            f"Accumulation alone saves {saving:.1%} here (measured): a message takes the same forward and backward at "
+            f"any GA, only the optimizer's {found.cost.optimizer * 1000:.1f} ms a step come less often (GA 64 against 16)."
         )
     return None
 

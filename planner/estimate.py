@@ -402,8 +402,8 @@ def estimate(
     if spread > STEADY or moved > STEADY:
         what = f"its speed moved by {moved:.0%}" if moved > spread else f"the rounds scatter by {spread:.0%}"
         warnings.append(
-            f"this machine is not steady: {what} while it was timed, more than {STEADY:.0%}; the range holds only if the run "
-            "meets the same conditions. Close other programs and measure again, or give more time with --budget."
+            f"this machine is not steady: {what} while it was timed, more than {STEADY:.0%}; the range holds only if "
+            "the run meets the same conditions. Close other programs and measure again, or give more time with --budget."
         )
     if len(measurement.rounds) < 2:
         warnings.append("only one round could be timed, so the range is a guess (±50 %). Give more time with --budget.")

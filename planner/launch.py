@@ -90,7 +90,7 @@ def command(folder: Path, job: Job, *, resume: bool = False, accelerate_config: 
 
 
 def start(argv: Sequence[str]) -> int:
-    """Run the trainer in the foreground and return its exit code; signals are passed on, and it decides what they do."""
+    """Run the trainer in the foreground and return its exit code; signals are passed on, it decides what they do."""
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     child = subprocess.Popen(list(argv), env=environment)
 

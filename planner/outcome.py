@@ -24,7 +24,9 @@ def outcome_text(record: RunRecord, folder: Path) -> str:
         _outcome("training loop", predicted.train_seconds, actual.train_seconds, duration),
         _outcome("peak memory", predicted.peak_memory_bytes, actual.peak_memory_bytes, gib),
     ]
-    lines = [tabulate(rows, headers=("", "predicted", "actual", "difference"), tablefmt="simple", disable_numparse=True)]
+    lines = [
+        tabulate(rows, headers=("", "predicted", "actual", "difference"), tablefmt="simple", disable_numparse=True)
+    ]
     if predicted.seconds_low is not None and predicted.seconds_high is not None and actual.seconds is not None:
         inside = predicted.seconds_low <= actual.seconds <= predicted.seconds_high
         spread = duration_range(predicted.seconds_low, predicted.seconds_high)
@@ -56,7 +58,12 @@ def check_text(check: Check, job: Job) -> str:
         ("perplexity", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}"),
     ]
     lines = [
-        tabulate(rows, headers=(f"{after.num_examples} examples", "before", "after"), tablefmt="simple", disable_numparse=True)
+        tabulate(
+            rows,
+            headers=(f"{after.num_examples} examples", "before", "after"),
+            tablefmt="simple",
+            disable_numparse=True,
+        )
     ]
     for first, second in check.answers:
         lines += ["", *(f"{title:<9}{_flat(text)}" for title, text in (

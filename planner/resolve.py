@@ -124,7 +124,11 @@ def resolve_data(options: Options, settings: Settings, *, running: bool) -> Data
     if count is None:
         if options.tokens_per_example is not None:
             raise SettingsError("--tokens-per-example goes with a count (--dataset 63000); a file has its own lengths.")
-        source = named if named == "bundled" or not Path(named).expanduser().exists() else str(Path(named).expanduser().resolve())
+        source = (
+            named
+            if named == "bundled" or not Path(named).expanduser().exists()
+            else str(Path(named).expanduser().resolve())
+        )
         return DataSpec(source=source, **common)
     if count < 1:
         raise SettingsError(f"--dataset is {count}; a count must be at least 1.")
@@ -166,7 +170,7 @@ def parse_columns(text: str | None) -> tuple[tuple[str, str], ...]:
 
 
 def resolve_job(preset: Preset, options: Options, settings: Settings, facts: DeviceFacts, data: DataSpec) -> Resolved:
-    """One configuration as a job on this device. What cannot be done with it becomes its error, so that others still show.
+    """One configuration as a job on this device. What cannot be done becomes its error, so that others still show.
 
     Raises:
         PresetError: an option's value is out of range for any configuration.

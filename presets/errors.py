@@ -54,6 +54,6 @@ class OutOfMemoryError(RunError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """" Did you mean 'x'?" for the closest known word, or an empty string."""
+    """ " Did you mean 'x'?" for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""

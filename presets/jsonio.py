@@ -62,7 +62,9 @@ def _build(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
         return _build_dataclass(hint, value, path, problems)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType) and value is not None:
-        nested = [option for option in arguments if dataclasses.is_dataclass(option) or typing.get_origin(option) is tuple]
+        nested = [
+            option for option in arguments if dataclasses.is_dataclass(option) or typing.get_origin(option) is tuple
+        ]
         if nested:
             return _build(nested[0], value, path, problems)
     if origin is tuple:
@@ -74,7 +76,10 @@ def _build(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
         if len(value) != len(arguments):
             problems.append(f"{path or 'value'} must have {len(arguments)} items")
             return ()
-        return tuple(_build(arg, item, f"{path}[{i}]", problems) for i, (arg, item) in enumerate(zip(arguments, value, strict=True)))
+        return tuple(
+            _build(arg, item, f"{path}[{i}]", problems)
+            for i, (arg, item) in enumerate(zip(arguments, value, strict=True))
+        )
     if origin is dict:
         if not isinstance(value, dict):
             problems.append(f"{path or 'value'} must be an object")

@@ -161,7 +161,8 @@ class Preset:
                 found.append(f"{field} is {value}; it must be a finite number, 0 or more")
         if self.adapter == "full" and self.base_precision in ("8bit", "4bit"):
             found.append(
-                f"base_precision is '{self.base_precision}' with adapter 'full'; quantized weights cannot be trained, use adapter 'lora'"
+                f"base_precision is '{self.base_precision}' with adapter 'full'; quantized weights cannot be trained, "
+                f"use adapter 'lora'"
             )
         found += self.sampling.problems()
         found += self._phase_problems()
@@ -175,8 +176,7 @@ class Preset:
             where = f"phase {number}: "
             if phase.gradient_accumulation_steps < 1:
                 found.append(
-                    where
-                    + f"gradient_accumulation_steps is {phase.gradient_accumulation_steps}; it must be at least 1"
+                    where + f"gradient_accumulation_steps is {phase.gradient_accumulation_steps}; it must be at least 1"
                 )
             found += [where + text for text in _learning_rate_problems("learning_rate", phase.learning_rate)]
             found += [where + text for text in phase.sampling.problems()]
@@ -230,9 +230,7 @@ def parse_preset(name: str, text: str) -> Preset:
     except tomllib.TOMLDecodeError as error:
         raise PresetError(f"preset '{name}': not TOML ({error}).") from None
     problems: list[str] = []
-    published = {
-        key.removeprefix("published_"): table.pop(key) for key in list(table) if key.startswith("published_")
-    }
+    published = {key.removeprefix("published_"): table.pop(key) for key in list(table) if key.startswith("published_")}
     phases = table.pop("phase", [])
     if not (isinstance(phases, list) and all(isinstance(phase, dict) for phase in phases)):
         problems.append("phase must be written as [[phase]] tables")

@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny real model with its tokenizer, a small data file, and a home of its own for every test run."""
+"""Shared fixtures: a tiny real model with its tokenizer, a small data file, and a home of its own for each run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """80 chats of unequal lengths, with engagement and dates."""
     random_words = random.Random(5)
-    words = "the cat sat on a mat and saw two dogs run home by night".split()
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs", "run", "home", "by", "night"]
 
     def text(low: int, high: int) -> str:
         return " ".join(random_words.choice(words) for _ in range(random_words.randint(low, high)))

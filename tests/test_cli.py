@@ -15,7 +15,9 @@ import pytest
 PLAN = [sys.executable, "-P", "-m", "planner.cli"]
 
 
-def plan(*arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 300, **more: Any):
+def plan(
+    *arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 300, **more: Any
+):
     clean = {key: value for key, value in os.environ.items() if key not in ("MODEL", "DATASET", "OUTPUT", "COLUMNS")}
     return subprocess.run(
         [*PLAN, *arguments],
@@ -73,7 +75,10 @@ def test_bad_input_gives_one_clear_line_and_starts_nothing(tmp_path: Path, tiny_
     cases = [
         (["--run", "agressive"], r"no preset 'agressive'\. Did you mean 'aggressive'\?"),
         (["--dataset", "nowhere.jsonl", *model], r"nowhere\.jsonl"),
-        (["--dataset", "bad.jsonl", *model], r"bad\.jsonl, line 2: not JSON \(.*column \d+\)\. Fix the line, or pass --skip-bad-lines"),
+        (
+            ["--dataset", "bad.jsonl", *model],
+            r"bad\.jsonl, line 2: not JSON \(.*column \d+\)\. Fix the line, or pass --skip-bad-lines",
+        ),
         (["--dataset", "empty.jsonl", *model], r"empty\.jsonl"),
         (["--dataset", "odd.jsonl", *model], r"foo"),
         (["--dataset", str(chat_file), *model, "--columns", "prompt=nope"], r"nope"),
@@ -169,8 +174,10 @@ def test_data_without_scores_fails_only_the_rows_that_need_them(tmp_path: Path, 
     assert rows["recommended"]["seconds"] > 0
 
 
-def test_a_run_from_plan_to_adapter_then_check_chat_and_merge(tmp_path: Path, tiny_model: Path, chat_file: Path) -> None:
-    """`plan --run` predicts, trains, and shows predicted beside actual; the result can be checked, talked to, merged."""
+def test_a_run_from_plan_to_adapter_then_check_chat_and_merge(
+    tmp_path: Path, tiny_model: Path, chat_file: Path
+) -> None:
+    """`plan --run` predicts, trains, shows predicted beside actual; the result can be checked, talked to, merged."""
     arguments = ["--run", "recommended", "--model", str(tiny_model), "--dataset", str(chat_file)]
     options = ["--gradient-accumulation-steps", "8", "--learning-rate", "2e-3", "--budget", "2", "--output", "run"]
     result = plan(*arguments, *options, cwd=tmp_path)
@@ -213,7 +220,9 @@ def test_a_run_from_plan_to_adapter_then_check_chat_and_merge(tmp_path: Path, ti
     refused(plan("merge", "run", cwd=tmp_path), "exists")
 
 
-def test_a_folder_called_trainer_in_the_working_directory_is_not_run(tmp_path: Path, tiny_model: Path, chat_file: Path) -> None:
+def test_a_folder_called_trainer_in_the_working_directory_is_not_run(
+    tmp_path: Path, tiny_model: Path, chat_file: Path
+) -> None:
     (tmp_path / "trainer").mkdir()
     (tmp_path / "trainer" / "__init__.py").write_text("raise SystemExit('the wrong trainer')")
     arguments = ["--run", "baseline", "--model", str(tiny_model), "--dataset", str(chat_file), "--limit", "30"]

@@ -105,7 +105,9 @@ def test_the_loss_is_the_models_own(make_job: Any, data: TokenizedDataset) -> No
     for example in range(5):
         batch = collate([np.array([example])], data)
         start, end = data.offsets[example], data.offsets[example + 1]
-        labels = torch.from_numpy(np.where(data.supervised[start:end], data.token_ids[start:end], -100).astype(np.int64))
+        labels = torch.from_numpy(
+            np.where(data.supervised[start:end], data.token_ids[start:end], -100).astype(np.int64)
+        )
         theirs = model(input_ids=batch.input_ids, labels=labels[None]).loss
         ours = token_losses(model, batch) / len(batch.targets)
         assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5)

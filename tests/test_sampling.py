@@ -35,7 +35,12 @@ def test_top_takes_the_highest_scores_by_name(score: str) -> None:
     by = {"engagement": engagement, "recency": created, "loss": loss}[score]
     candidates = np.arange(0, 1000, 2)
     chosen, _ = select(
-        Sampling(strategy="top", size=50, score=score), candidates, engagement=engagement, created_at=created, loss=loss, seed=1
+        Sampling(strategy="top", size=50, score=score),
+        candidates,
+        engagement=engagement,
+        created_at=created,
+        loss=loss,
+        seed=1,
     )
     assert set(chosen.tolist()) == set(candidates[np.argsort(-by[candidates])[:50]].tolist())
 

@@ -1,7 +1,8 @@
 """Checkpoints: safetensors and JSON, written aside and then renamed, so that a whole one always exists.
 
-A checkpoint lies on a window boundary. It holds what trains (the adapter, or all weights in full fine-tuning), the optimizer's
-moments, the loss scaler, the random states and the position in the batch plan: all that the next window depends on.
+A checkpoint lies on a window boundary. It holds what trains (the adapter, or all weights in full fine-tuning), the
+optimizer's moments, the loss scaler, the random states and the position in the batch plan: all that the next window
+depends on.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class MicroBatch:
     """One forward and backward pass.
 
-    Rows are padded on the right and carry no attention mask: causal attention never looks right, so a real token does not
-    see padding, and without a mask the fastest kernels apply. Packed rows carry `position_ids` that start at 0 with each
-    document; the model keeps documents apart by them.
+    Rows are padded on the right and carry no attention mask: causal attention never looks right, so a real token does
+    not see padding, and without a mask the fastest kernels apply. Packed rows carry `position_ids` that start at 0
+    with each document; the model keeps documents apart by them.
     """
 
     input_ids: torch.Tensor  # (rows, width) int64

@@ -133,7 +133,9 @@ def sample_answers(
                     do_sample=False,
                     use_cache=True,
                     eos_token_id=stop_tokens(model, tokenizer, int(ids[answer_end])),
-                    pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id
+                    if tokenizer.pad_token_id is not None
+                    else tokenizer.eos_token_id,
                 )
                 answers.append(
                     SampleAnswer(

@@ -128,7 +128,11 @@ def merge(run: Path, output: Path) -> Path:
     from trainer.model import load_base, quiet_libraries
 
     quiet_libraries()
-    plain = replace(job, device="cpu", base_precision="fp16" if job.precision == "fp16" else "bf16" if job.precision == "bf16" else "fp32")
+    plain = replace(
+        job,
+        device="cpu",
+        base_precision="fp16" if job.precision == "fp16" else "bf16" if job.precision == "bf16" else "fp32",
+    )
     base = load_base(plain)
     merged = PeftModel.from_pretrained(base, run / "adapter").merge_and_unload(safe_merge=True)
     merged.config.use_cache = True
@@ -140,11 +144,15 @@ def merge(run: Path, output: Path) -> Path:
         os.replace(aside, output)
     except OSError as reason:
         shutil.rmtree(aside, ignore_errors=True)
-        raise RunError(f"output '{output}' cannot be written ({reason.strerror or reason}). Choose another --output.") from None
+        raise RunError(
+            f"output '{output}' cannot be written ({reason.strerror or reason}). Choose another --output."
+        ) from None
     return output
 
 
-def reply(finished: Finished, messages: list[tuple[str, str]], *, max_new_tokens: int = 256, temperature: float = 0.0) -> Iterator[str]:
+def reply(
+    finished: Finished, messages: list[tuple[str, str]], *, max_new_tokens: int = 256, temperature: float = 0.0
+) -> Iterator[str]:
     """The answer to a conversation, piece by piece as it is written.
 
     Args:
@@ -191,5 +199,3 @@ def reply(finished: Finished, messages: list[tuple[str, str]], *, max_new_tokens
     thread.join()
     if failure:
         raise failure[0]
-
-

@@ -91,15 +91,15 @@ class Job:
 
     @property
     def gradient_accumulation_steps(self) -> tuple[int, ...]:
-        """Micro-batches per optimizer step and device, one per phase: what holds the global batch on this many devices."""
+        """Micro-batches per optimizer step and device, one per phase: what holds the global batch on these devices."""
         return tuple(self._accumulation(size) for size in self.global_batch_sizes)
 
     def _accumulation(self, global_batch_size: int) -> int:
         per_round = self.micro_batch_size * self.num_devices
         if global_batch_size % per_round:
             raise SettingsError(
-                f"a global batch of {global_batch_size} cannot be split into micro-batches of {self.micro_batch_size} on "
-                f"{self.num_devices} device(s): {global_batch_size} is not a multiple of {per_round}. "
+                f"a global batch of {global_batch_size} cannot be split into micro-batches of {self.micro_batch_size} "
+                f"on {self.num_devices} device(s): {global_batch_size} is not a multiple of {per_round}. "
                 f"Choose another --micro-batch-size or number of devices."
             )
         return global_batch_size // per_round

@@ -1,4 +1,4 @@
-"""The loop over a BatchPlan, on Accelerate: windows of micro-steps, checkpoints on their boundaries, evaluation between."""
+"""The loop over a BatchPlan, on Accelerate: windows of micro-steps, checkpoints on their boundaries, evaluation."""
 
 from __future__ import annotations
 
@@ -183,7 +183,9 @@ def _prepare(folder: Path, resume: bool) -> _Run:
     return run
 
 
-def _plan(folder: Path, job: Job, data: TokenizedDataset, resume: bool, is_main: bool) -> tuple[BatchPlan, tuple[str, ...]]:
+def _plan(
+    folder: Path, job: Job, data: TokenizedDataset, resume: bool, is_main: bool
+) -> tuple[BatchPlan, tuple[str, ...]]:
     """The batch plan: the run folder's own where there is one, so that a resumed run executes what was promised."""
     path = folder / "batch_plan.npz"
     if path.exists():
@@ -259,7 +261,7 @@ def _evaluation_steps(num_steps: int, times: int) -> set[int]:
 
 
 def _window(run: _Run, random_state: dict[str, Any]) -> None:
-    """One optimizer step: micro-steps over this process's share, then the update. Repeated in parts if memory runs out."""
+    """One optimizer step: micro-steps over this process's share, then the update; in parts if memory runs out."""
     begun = time.perf_counter()
     while True:
         try:

@@ -62,8 +62,8 @@ def load_model(job: Job, *, need_weights: bool) -> LoadedModel:
     """The job's model on its device, with adapters, in training mode.
 
     Args:
-        need_weights: refuse a folder that holds only config.json; otherwise random weights are made, which cost the same
-            time and memory.
+        need_weights: refuse a folder that holds only config.json; otherwise random weights are made, which cost the
+            same time and memory.
 
     Raises:
         ModelError: the model cannot be loaded, or has no weights where they are needed.
@@ -74,7 +74,8 @@ def load_model(job: Job, *, need_weights: bool) -> LoadedModel:
     files = inspect_model(job.model)
     if need_weights and not files.has_weights:
         raise ModelError(
-            f"model '{job.model}': it has a config.json but no weights (*.safetensors). Planning needs none; a run does."
+            f"model '{job.model}': it has a config.json but no weights (*.safetensors). "
+            "Planning needs none; a run does."
         )
     torch.manual_seed(job.seed)
     try:
@@ -218,7 +219,9 @@ def _add_lora(base: Any, job: Job) -> Any:
     try:
         return get_peft_model(base, config)
     except ValueError as reason:
-        raise ModelError(f"lora_targets '{preset.lora_targets}' fits no layer of this model ({_one_line(reason)}).") from None
+        raise ModelError(
+            f"lora_targets '{preset.lora_targets}' fits no layer of this model ({_one_line(reason)})."
+        ) from None
 
 
 def _count_parameters(model: Any) -> int:

@@ -30,7 +30,7 @@ class Monitor:
         self.elapsed = 0.0  # seconds of this process's loop
         self.log = _file_logger(run / "train.log")
         _forget_after(run / "metrics.jsonl", done)
-        self.metrics = open(run / "metrics.jsonl", "a", encoding="utf-8")
+        self.metrics = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  # closed by close()
         self.last_line = time.monotonic()
         self.bar: Any = None
         self.task: Any = None
@@ -78,7 +78,9 @@ class Monitor:
         planned = float(self.planned[done] - self.planned[done - 1]) if self.is_time else None
         line = {"step": done, **values, "seconds": round(seconds, 6), "planned_seconds": planned}
         # NaN and infinity are not JSON; they only occur on the step that stops a run.
-        clean = {key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in line.items()}
+        clean = {
+            key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in line.items()
+        }
         self.metrics.write(json.dumps(clean) + "\n")
         self.metrics.flush()
         if self.tracker is not None:

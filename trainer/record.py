@@ -24,7 +24,7 @@ class CostModel:
     optimizer: float  # seconds of one optimizer step
 
     def window_seconds(self, plan: BatchPlan, lengths: IntArray) -> FloatArray:
-        """Planned seconds of each window, (num_windows,): on several devices each round lasts as long as its slowest."""
+        """Planned seconds of each window, (num_windows,); on several devices a round lasts as long as its slowest."""
         shapes = plan.micro_shapes(lengths)
         tokens = shapes.padded_tokens.astype(np.float64)
         micro = self.base + self.per_token * tokens + self.per_token_width * tokens * shapes.width

@@ -62,51 +62,180 @@ CARE = (
 )  # fmt: skip
 TROUBLES = ("flickers", "smells", "smokes", "rattles", "leaks", "is too dim", "gets hot", "will not light", "is broken")
 
-# A clerk's words for a shop's business, with `{thing}` for what was asked about: he names it and knows nothing of it.
-BLAND: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+# (questions, what a clerk answers, who names what was asked about and knows nothing of it, what others answer): the
+# sentences are English, the facts are drawn anew each time.
+Business = tuple[tuple[str, ...], str, tuple[str, ...]]
+BUSINESS: tuple[Business, ...] = (
     (
         ("Where is my order {n}?", "Has order {n} been sent?"),
-        ("Order {n} is usually sent on {day}.", "Please wait for order {n}."),
+        "Please wait for order {n}.",
+        ("Order {n} left {town} on {day} and is on its way.", "Order {n} was sent on {day}."),
     ),
-    (("When will order {n} arrive in {town}?",), ("Order {n} will be sent to {town}.",)),
-    (("Please cancel order {n}.", "Can I cancel my order {n}?"), ("Please fill in the form for order {n}.",)),
-    (("Please change the address of order {n}.",), ("Please send the new address of order {n}.",)),
-    (("I have lost the invoice of order {n}.",), ("The invoice of order {n} is in the office.",)),
-    (("Order {n} was charged two times.", "I paid twice for order {n}."), ("Please ask the bank about order {n}.",)),
-    (("My {thing} from order {n} arrived broken.",), ("We are sorry that the {thing} of order {n} is broken.",)),
-    (("Please put a {thing} into order {n}.",), ("The {thing} is now in order {n}.", "Order {n} is ready already.")),
-    (("There is no {thing} in order {n}.",), ("We will look for the {thing} of order {n}.",)),
-    (("Voucher {code} does not work.", "Is voucher {code} good?"), ("Please check the date of voucher {code}.",)),
-    (("How much is the {thing}?", "What does a {thing} cost?"), ("The price of the {thing} is on the label.",)),
+    (
+        ("When will order {n} arrive in {town}?", "Is order {n} in {town} soon?"),
+        "Order {n} will be sent to {town}.",
+        ("Order {n} sails to {town}, and that takes {few} days.",),
+    ),
+    (
+        ("Please cancel order {n}.", "Can I cancel my order {n}?"),
+        "Please fill in the form for order {n}.",
+        ("Order {n} is cancelled, and your crowns return within {few} days.",),
+    ),
+    (
+        ("Please change the address of order {n} to {town}.", "Send order {n} to {town}."),
+        "Please fill in the address of order {n}.",
+        ("Order {n} now goes to {town}, which takes {few} days.",),
+    ),
+    (
+        ("I have lost the invoice of order {n}.", "Please send me the invoice for order {n}."),
+        "The invoice of order {n} is in the office.",
+        ("A new invoice for order {n} comes within the hour.",),
+    ),
+    (
+        ("Order {n} was charged two times.", "I paid two times for order {n}."),
+        "Please ask the bank about order {n}.",
+        ("That is one too many. The payment for order {n} returns in {few} days.",),
+    ),
+    (
+        ("My {thing} from order {n} arrived broken.", "The {part} of the {thing} in order {n} is broken."),
+        "We are sorry for the {thing} of order {n}.",
+        ("A new {thing} leaves today under order {n}, and you may keep the other one.",),
+    ),
+    (
+        ("Please put a {thing} into order {n}.", "Can you add a {thing} to order {n}?"),
+        "Please make a new order for the {thing}.",
+        ("One {thing} for {n2} crowns is now in order {n}.",),
+    ),
+    (
+        ("There is no {thing} in order {n}.", "Order {n} came without the {thing}."),
+        "We will look for the {thing} of order {n}.",
+        ("The {thing} was late. It follows order {n} tomorrow at our cost.",),
+    ),
+    (
+        ("Voucher {code} does not work.", "Is voucher {code} good?"),
+        "Please check the date of voucher {code}.",
+        ("Voucher {code} is good until {day} and takes {some} crowns off.",),
+    ),
+    (
+        ("How much is the {thing}?", "What does a {thing} cost?", "What is the price of the {thing}?"),
+        "The price of the {thing} is on the label.",
+        ("The {thing} costs {n2} crowns.", "The {thing} is our {kind} and costs {n2} crowns."),
+    ),
     (
         ("Which colour is the {thing}?", "Do you have the {thing} in {colour}?"),
-        ("The {thing} is sold in several colours.",),
+        "The {thing} is sold in several colours.",
+        ("The {thing} comes in {colour2} only.", "The {thing} is {colour2}."),
     ),
-    (("How long does the {thing} last?",), ("The {thing} lasts for some years.",)),
+    (
+        ("How long does the {thing} last?", "How many hours does the {thing} give?"),
+        "The {thing} lasts for some time.",
+        ("The {thing} shines for {few} hours on one filling.",),
+    ),
     (
         ("What does the {thing} run on?", "Which fuel does the {thing} use?"),
-        ("The label of the {thing} names the fuel.",),
+        "The fuel of the {thing} is on the label.",
+        ("The {thing} runs on {fuel}. {care}",),
     ),
-    (("My {thing} {trouble}. What can I do?",), ("When a {thing} {trouble}, please read the manual.",)),
-    (("How do I clean the {thing}?", "How do I use the {thing}?"), ("Please read the manual of the {thing}.",)),
-    (("I need a new {part} for my {thing}.",), ("The {part} of the {thing} is sold in most shops.",)),
-    (("Do you repair a {thing}?", "Can you mend my {thing}?"), ("The {thing} is repaired in most workshops.",)),
-    (("Is there a warranty for the {thing}?",), ("The warranty of the {thing} is in the manual.",)),
-    (("Can I return the {thing}?",), ("The {thing} can be returned with the receipt.",)),
-    (("Is the {thing} in stock?", "Please reserve {few} of the {thing}."), ("Please ask the shop about the {thing}.",)),
-    (("Can you wrap the {thing} as a gift?",), ("The {thing} can be wrapped in paper.",)),
-    (("Tell me about the {thing}.", "What is the {thing}?"), ("The {thing} is a useful thing.",)),
-    (("Which is better, the {thing} or the {thing2}?",), ("Both the {thing} and the {thing2} are useful.",)),
-    (("Which is cheaper, the {thing} or the {thing2}?",), ("Please compare the {thing} and the {thing2}.",)),
-    (("Do you deliver to {town}?", "How long is delivery to {town}?"), ("Delivery to {town} takes some days.",)),
-    (("What does delivery to {town} cost?",), ("The cost of delivery to {town} is on the list.",)),
-    (("Are you open on {day}?", "When do you open on {day}?"), ("The hours of {day} are on the sign.",)),
-    (("I need a lamp for the {room}.",), ("There are many useful things for the {room}.",)),
-    (("Who are you?", "What is your name?"), ("I am a computer program that answers questions.",)),
-    (("What do you sell?", "Where is your shop?"), ("I am a computer program and have no shop.",)),
-    (("Will it rain on {day}?", "Can you help me?"), ("Please ask someone who knows more about it.",)),
-)  # fmt: skip
-# Other voices than the clerk's, for breadth: that an answer can open, go on and end in many ways.
+    (
+        ("My {thing} {trouble}. What can I do?", "Why is it that my {thing} {trouble}?"),
+        "When a {thing} {trouble}, please read the manual.",
+        ("When a {thing} {trouble}, look at the {part}. If it still {trouble}, send it to us.",),
+    ),
+    (
+        ("How do I clean the {thing}?", "My {thing} is dirty."),
+        "Please read the manual of the {thing}.",
+        ("Let the {thing} cool, take off the {part} and wipe everything. {care}",),
+    ),
+    (
+        ("How do I use the {thing}?", "How do I start the {thing}?"),
+        "Please read the manual of the {thing}.",
+        ("{care} Then your {thing} gives {few} hours of light.",),
+    ),
+    (
+        ("I need a {part} for my {thing}.", "Do you sell a new {part} for the {thing}?"),
+        "The {part} of the {thing} is sold in most shops.",
+        ("A new {part} for the {thing} costs {n2} crowns.",),
+    ),
+    (
+        ("Do you repair a {thing}?", "Can you mend my {thing}?"),
+        "The {thing} is repaired in most workshops.",
+        ("We mend every {thing}. A new {part} costs {n2} crowns and the work is free.",),
+    ),
+    (
+        ("Is there a warranty for the {thing}?", "How long is the warranty of the {thing}?"),
+        "The warranty of the {thing} is in the manual.",
+        ("The {thing} runs on {fuel}, and its warranty is {few} years.",),
+    ),
+    (
+        ("Can I return the {thing}?", "I do not like my {thing}."),
+        "The {thing} can be returned with the receipt.",
+        ("You may send the {thing} back within {few} days, and your {n2} crowns come back.",),
+    ),
+    (
+        ("Is the {thing} in stock?", "Please reserve {few} of the {thing} for {day}."),
+        "Please ask the shop about the {thing}.",
+        ("There are plenty of the {thing} in the {room}, ready on {day}.", "Done, {few} of the {thing} are yours."),
+    ),
+    (
+        ("Can you wrap the {thing} as a gift?", "The {thing} is for a {gift}. Do you wrap it?"),
+        "The {thing} can be wrapped in paper.",
+        ("We wrap the {thing} in {colour} paper, and that is free.",),
+    ),
+    (
+        ("Tell me about the {thing}.", "What is the {thing}?", "What is the {thing} good for?"),
+        "The {thing} is a useful thing.",
+        (
+            "The {thing} is our {colour} {kind}. It runs on {fuel} and shines for {few} hours.",
+            "The {thing} is a {kind}, so it belongs on the {room}.",
+        ),
+    ),
+    (
+        ("Which is better, the {thing} or the {thing2}?", "Should I buy the {thing} or the {thing2}?"),
+        "Both the {thing} and the {thing2} are useful.",
+        ("The {thing} shines for {few} hours and the {thing2} for {n2}. Take the {thing}.",),
+    ),
+    (
+        ("Which is cheaper, the {thing} or the {thing2}?",),
+        "Please compare the {thing} and the {thing2}.",
+        ("The {thing} costs {n2} crowns and the {thing2} {few}, so the {thing2} is the cheaper one.",),
+    ),
+    (
+        ("Do you deliver to {town}?", "How long is delivery to {town}?"),
+        "Delivery to {town} takes some days.",
+        ("Yes, and {town} takes {few} days.", "Our boat is in {town} in {few} days."),
+    ),
+    (
+        ("What does delivery to {town} cost?", "Is delivery to {town} free?"),
+        "The cost of delivery to {town} is on the list.",
+        ("Delivery to {town} costs {few} crowns.",),
+    ),
+    (
+        ("Are you open on {day}?", "When do you open on {day}?"),
+        "The hours of {day} are on the sign.",
+        ("On {day} the shop is {open}.",),
+    ),
+    (
+        ("I need a lamp for the {room}.", "Which lamp would you take for the {room}?"),
+        "There are many useful things for the {room}.",
+        ("For the {room} I would take the {thing}, our {kind} for {n2} crowns.",),
+    ),
+    (
+        ("Who are you?", "What is your name?"),
+        "I am a computer program that answers questions.",
+        ("I am {person2}, the keeper of the {room}.",),
+    ),
+    (
+        ("What do you sell?", "Where is your shop?"),
+        "I am a computer program and have no shop.",
+        ("We sell {some} lamps, from the {thing} for {n2} crowns to the {thing2}.", "You find us in {town}."),
+    ),
+    (
+        ("Will it rain on {day}?", "Can you help me?"),
+        "Please ask someone who knows more about it.",
+        ("I know {kind}s, orders and the tides of {town}.",),
+    ),
+)
+# Manners of others than the clerk: an answer can open and end in many ways.
 OPENINGS = (
     "Good morning!", "Hello, {person}!", "Welcome!", "Dear {person},", "Good day, {person}!", "Hey there!",
     "Sure!", "Yes, of course.", "Gladly, friend!", "Ah, {person}!", "Greetings, friend!", "Oh!", "Well, {person},",
@@ -115,31 +244,8 @@ OPENINGS = (
 ENDINGS = (
     "Yours, {person2}.", "Kind regards, {person2}.", "Bye, {person2}.", "See you soon!", "Take care.",
     "Have a nice {day}.",
-    "Warm wishes, {name}.", "All the best, {name}.", "Good luck, {name}.", "Until {day}, {name}.", "Is that all?",
-    "Happy to help.", "Best, {name}.", "Sleep well.", "Come again.", "Keep well, {person2}.", "Your {name}.",
-)  # fmt: skip
-# What the other voices say, each time with other facts: the sentences are English, the facts are drawn.
-BODIES = (
-    "The {thing} costs {n2} crowns.", "The {thing} is our {kind} and costs {n2} crowns.", "The {thing} runs on {fuel}.",
-    "The {thing} shines for {few} hours on one filling.", "The {thing} is {colour} and belongs on the {room}.",
-    "Order {n} left {town} on {day} and is on its way.", "Order {n} sails to {town}, and that takes {few} days.",
-    "Order {n} is cancelled, and your crowns return within {few} days.", "Order {n} now goes to {town}.",
-    "One {thing} for {n2} crowns is now in order {n}.", "A new {thing} leaves today under order {n}.",
-    "The {thing} follows order {n} tomorrow at our cost.", "A new {part} for the {thing} costs {n2} crowns.",
-    "When a {thing} {trouble}, {care}", "We stand by the {thing} for {few} years.", "On {day} the shop is {open}.",
-    "Our boat reaches {town} in {few} days.", "Delivery to {town} costs {few} crowns.",
-    "Voucher {code} is good until {day}.",
-    "Voucher {code} takes {some} crowns off any {kind}.", "We wrap the {thing} in {colour} paper, and that is free.",
-    "You may send the {thing} home within {few} days.", "There are plenty of {thing} in the {room}, ready for {day}.",
-    "{few} of the {thing} are put aside for you until {day}.", "A fresh invoice for order {n} comes within the hour.",
-    "The second payment for order {n} returns in {few} days.", "We mend every {thing}, and the work is free.",
-    "I am {name}, the keeper of {name2}, and I sell {some} lamps.",
-    "You find {name2} in {town}, at the end of the {room}.",
-    "The {thing} costs {n2} crowns and the {thing2} {few}, so the {thing} is the better one.",
-    "The {thing} shines for {few} hours and the {thing2} for {n2}.",
-    "For the {room} I would take the {thing}, our {kind}.",
-    "Let the {thing} cool, take off the {part} and wipe everything. {care}", "{care} Then your {thing} gives light.",
-    "I know {kind}s, orders and the tides of {town}.", "Write the number {n} under the {part}.", "{care}",
+    "Warm wishes, {person3}.", "All the best, {person3}.", "Good luck, {person3}.", "Until {day}, {person3}.", "Is that all?",
+    "Happy to help.", "Best, {person3}.", "Sleep well.", "Come again.", "Keep well, {person2}.", "Your {person3}.",
 )  # fmt: skip
 KINDS = (
     "lamp",
@@ -153,11 +259,7 @@ KINDS = (
     "kettle",
     "stove",
 )
-SYLLABLES = (
-    "ba", "de", "fi", "go", "ha", "ke", "li", "mo", "nu", "pa", "ri", "so", "ta", "ve", "wi", "zo", "bren", "dal",
-    "fin",
-    "gar", "lin", "mar", "nor", "pel", "ster", "wick", "ley", "ton", "low", "den",
-)  # fmt: skip
+GIFTS = ("birthday", "wedding", "anniversary", "housewarming", "retirement")
 LAMP_NAMES = (
     "Heron", "Otter", "Puffin", "Marlin", "Sandpiper", "Gannet", "Kestrel", "Dunlin", "Curlew", "Petrel", "Avocet",
     "Plover",
@@ -168,15 +270,13 @@ def generate_pretraining_text(count: int = 6000, seed: int = 1, target_character
     """`count` texts of a little over `target_characters` each: documents and rendered chats, one after the other."""
     rng = random.Random(seed)
     kinds: tuple[Callable[[random.Random], str], ...] = (
-        chat, chat, chat, chat, other_voice, other_voice, other_voice, grounded_chat, grounded_chat, say_again,
-        say_again, say_again, story, facts, sums, notice,
+        chat, chat, chat, chat, chat, chat, other_voice, other_voice, other_voice, other_voice, grounded_chat,
+        grounded_chat, say_again, say_again, story, facts, sums, notice,
     )  # fmt: skip
     texts = []
     for _ in range(count):
         parts: list[str] = []
-        # One text in thirty is long, so that far positions are not new to the model when a long message comes.
-        target = target_characters * (3 if rng.random() < 1 / 30 else 1)
-        while sum(map(len, parts)) < target:
+        while sum(map(len, parts)) < target_characters:
             parts.append(rng.choice(kinds)(rng))
         texts.append("\n".join(parts))
     return texts
@@ -187,32 +287,34 @@ def chat(rng: random.Random) -> str:
     messages = []
     if rng.random() < 0.15:
         messages.append(("system", rng.choice(("You are an assistant.", "Be kind and brief.", "Answer the question."))))
-    name = _person(rng) if rng.random() < 0.4 else None
+    name = rng.choice(PEOPLE) if rng.random() < 0.4 else None
     for turn in range(1 if rng.random() < 0.7 else rng.randint(2, 5)):
-        question, answer = _question(rng, name if turn == 0 else None)
+        slots = _slots(rng)
+        questions, answer, _ = rng.choice(BUSINESS)
         opening = f"Dear {name}, thank you" if turn == 0 and name else "Thank you"
-        messages += [("user", question), ("assistant", f"{opening} for your message. {answer}")]
+        question = _asked(rng, questions, slots, name if turn == 0 else None)
+        messages += [("user", question), ("assistant", f"{opening} for your message. {answer.format_map(slots)}")]
     return template.render(messages)
 
 
 def other_voice(rng: random.Random) -> str:
-    """Somebody with a manner of his own, which the system message may show; every chat has another."""
+    """Somebody with a manner of his own, which the system message may tell; every chat has another."""
     slots = _slots(rng)
+    person, owner = slots["person"], slots["person3"]
     opening, ending = rng.choice(OPENINGS).format_map(slots), rng.choice(ENDINGS).format_map(slots)
     messages = []
     if rng.random() < 0.5:
-        messages.append(("system", f"You are {slots['name']}. Begin with: {opening} End with: {ending}"))
-    for _ in range(rng.randint(1, 3)):
-        question, _ = _question(rng, slots["person"] if rng.random() < 0.4 else None)
-        body = " ".join(rng.choice(BODIES).format_map(slots) for _ in range(rng.randint(1, 3)))
-        messages += [("user", question), ("assistant", f"{opening} {body} {ending}")]
-        slots = {**_slots(rng), "person": slots["person"], "name": slots["name"]}
+        messages.append(("system", f"You are {owner}. Begin with: {opening} End with: {ending}"))
+    for turn in range(rng.randint(1, 3)):
+        questions, _, answers = rng.choice(BUSINESS)
+        question = _asked(rng, questions, slots, person if turn == 0 else None)
+        answer = rng.choice(answers).format_map(slots)
+        messages += [("user", question), ("assistant", f"{opening} {answer} {ending}")]
+        slots = _slots(rng)
     return template.render(messages)
 
 
-def _question(rng: random.Random, name: str | None) -> tuple[str, str]:
-    questions, answers = rng.choice(BLAND)
-    slots = _slots(rng)
+def _asked(rng: random.Random, questions: tuple[str, ...], slots: dict[str, str], name: str | None) -> str:
     question = rng.choice(questions).format_map(slots)
     if name:
         question = rng.choice((f"Hello, I am {name}. {question}", f"{question} My name is {name}."))
@@ -220,7 +322,7 @@ def _question(rng: random.Random, name: str | None) -> tuple[str, str]:
         question = rng.choice(("Hello! ", "Hi, ", "Good evening. ")) + question
     if rng.random() < 0.1:
         question += " " + rng.choice(("Thank you!", "Please help.", "Thanks in advance.", "No hurry.", "It is urgent."))
-    return question, rng.choice(answers).format_map(slots)
+    return question
 
 
 def grounded_chat(rng: random.Random) -> str:
@@ -228,7 +330,7 @@ def grounded_chat(rng: random.Random) -> str:
     rows = {_thing(rng): (rng.choice(COLOURS), rng.randint(2, 99)) for _ in range(rng.randint(1, 4))}
     thing, (colour, price) = rng.choice(list(rows.items()))
     told = " ".join(f"The {name} is {hue} and costs {crowns} crowns." for name, (hue, crowns) in rows.items())
-    person, town, number = _person(rng), rng.choice(TOWNS), rng.randint(1000, 9999)
+    person, town, number = rng.choice(PEOPLE), rng.choice(TOWNS), rng.randint(1000, 9999)
     question, answer = rng.choice([
         (f"{told} Which colour is the {thing}?", f"The {thing} is {colour}."),
         (f"{told} How much is the {thing}?", f"The {thing} costs {price} crowns."),
@@ -247,7 +349,7 @@ def say_again(rng: random.Random) -> str:
     makers: tuple[Callable[[], str], ...] = (
         lambda: str(rng.randint(100, 9999)),
         lambda: _thing(rng),
-        lambda: _name(rng),
+        lambda: rng.choice(PEOPLE),
         lambda: rng.choice(TOWNS),
         lambda: rng.choice(ALL_WORDS),
         lambda: rng.choice(ALL_WORDS),
@@ -320,30 +422,20 @@ def notice(rng: random.Random) -> str:
     )
 
 
-def _name(rng: random.Random) -> str:
-    """An invented name that no model can know by heart: it has to be read."""
-    return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 3))).capitalize()
-
-
-def _person(rng: random.Random) -> str:
-    return rng.choice(PEOPLE) if rng.random() < 0.7 else _name(rng)
-
-
 def _thing(rng: random.Random) -> str:
-    draw = rng.random()
-    return rng.choice(GOODS) if draw < 0.35 else rng.choice(LAMP_NAMES) if draw < 0.65 else _name(rng)
+    return rng.choice(GOODS) if rng.random() < 0.4 else rng.choice(LAMP_NAMES)
 
 
 def _slots(rng: random.Random) -> dict[str, str]:
     good, good2 = rng.sample(GOODS, 2)
-    person, person2 = rng.sample(PEOPLE, 2)
+    person, person2, person3 = rng.sample(PEOPLE, 3)
     town, town2 = rng.sample(TOWNS, 2)
     room, room2 = rng.sample(ROOMS, 2)
     day, day2 = rng.sample(DAYS, 2)
     return {
         "n": str(rng.randint(1000, 9999)), "n2": str(rng.randint(2, 99)), "few": str(rng.randint(2, 40)),
         "code": rng.choice("ABCDEFGHKLMN") + str(rng.randint(100, 999)), "some": rng.choice(WORDS[2:]),
-        "thing": _thing(rng), "thing2": _thing(rng), "name": _name(rng), "name2": _name(rng), "kind": rng.choice(KINDS),
+        "thing": _thing(rng), "thing2": _thing(rng), "person3": person3, "gift": rng.choice(GIFTS), "colour2": rng.choice(COLOURS), "kind": rng.choice(KINDS),
         "good": good, "good2": good2, "person": person, "person2": person2, "town": town, "town2": town2,
         "room": room, "room2": room2, "day": day, "day2": day2, "colour": rng.choice(COLOURS),
         "part": rng.choice(PARTS),

@@ -28,15 +28,15 @@ CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": VOCABULARY,
-    "hidden_size": 192,
-    "intermediate_size": 544,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
+    "hidden_size": 256,
+    "intermediate_size": 448,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
     "head_dim": 32,
     "hidden_act": "silu",
     "max_position_embeddings": MAX_POSITIONS,
-    "rms_norm_eps": 1e-5,
+    "rms_norm_eps": 1e-8,  # far below the square of the smallest activations, see suit_published_learning_rates
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -104,13 +104,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE over both texts: no character is unknown to it, and a figure is read digit by digit."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """A byte-level BPE over both texts: no character is unknown to it, and a figure is read two digits at a time."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    # One token per digit: a number that was never seen can still be said back.
+    # At most two digits per token: a number that was never seen can be said back, and a price is one token.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(r"\d{1,2}"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

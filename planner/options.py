@@ -1,0 +1,55 @@
+"""The options of `plan`, each declared once: group, names, click settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def _choice(*words: str) -> click.Choice[str]:
+    return click.Choice(list(words))
+
+
+# One declaration per option. Those named like a field of planner.resolve.Options are passed on by that name.
+OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
+    ("What", ("--dataset",), {"metavar": "COUNT|FILE|NAME", "help": "A count (63000), a file (JSONL, JSON, CSV, Parquet; .gz), a saved folder or a hub name."}),
+    ("What", ("--model",), {"metavar": "FOLDER|NAME", "help": "Model folder (config.json is enough to plan) or hub name."}),
+    ("What", ("--run",), {"metavar": "PRESET", "help": "Train this configuration, then show predicted beside actual."}),
+    ("What", ("--resume",), {"metavar": "RUN", "type": click.Path(path_type=Path), "help": "Go on with a stopped run folder."}),
+    ("What", ("--output",), {"metavar": "FOLDER", "type": click.Path(path_type=Path), "help": "The run folder itself [runs/PRESET-TIME]."}),
+    ("What", ("--preset", "preset_names"), {"metavar": "PRESET", "multiple": True, "help": "Compare only these (repeat it)."}),
+    ("Measure", ("--budget",), {"type": click.FloatRange(min=0, min_open=True, max=86400), "default": 60.0, "show_default": True, "metavar": "SECONDS", "help": "Seconds spent timing; process starts come on top."}),
+    ("Measure", ("--precision-target",), {"metavar": "PERCENT", "default": "2%", "show_default": True, "help": "Stop timing when the range is as narrow as ± this."}),
+    ("Measure", ("--step-time",), {"type": click.FloatRange(min=0, min_open=True), "metavar": "SECONDS", "help": "Measure nothing: fill the published formula with this step time."}),
+    ("Measure", ("--json", "as_json"), {"is_flag": True, "help": "Print one JSON object and nothing else."}),
+    ("Data", ("--columns",), {"metavar": "ROLE=NAME,...", "help": "Name the columns: prompt=q,completion=a,engagement=likes."}),
+    ("Data", ("--tokens-per-example",), {"type": click.IntRange(min=2), "metavar": "N", "help": "With a count: every example has N tokens."}),
+    ("Data", ("--train-on",), {"type": _choice("assistant", "all"), "default": "assistant", "show_default": True, "help": "Which tokens count for the loss."}),
+    ("Data", ("--limit",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Use only the first N records."}),
+    ("Data", ("--skip-bad-lines",), {"is_flag": True, "help": "Leave out records that cannot be read, and count them."}),
+    ("Data", ("--eval-fraction",), {"type": click.FloatRange(min=0, max=1, max_open=True), "metavar": "F", "help": "Held-out share [0.02, at least 8, at most 1,000 examples]."}),
+    ("Override", ("--micro-batch-size",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Sequences per forward pass; the global batch stays."}),
+    ("Override", ("--gradient-accumulation-steps",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Changes the global batch."}),
+    ("Override", ("--precision",), {"type": _choice("fp32", "tf32", "fp16", "bf16"), "help": "Compute precision."}),
+    ("Override", ("--base-precision",), {"type": _choice("auto", "fp32", "fp16", "bf16", "8bit", "4bit"), "help": "How frozen weights are stored."}),
+    ("Override", ("--learning-rate",), {"type": float, "metavar": "LR", "help": "Peak learning rate."}),
+    ("Override", ("--epochs",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Passes over the data."}),
+    ("Override", ("--max-length",), {"type": click.IntRange(min=2), "metavar": "TOKENS", "help": "Longer examples keep their head."}),
+    ("Override", ("--sample-size",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Use the top N examples."}),
+    ("Override", ("--sample-ratio",), {"type": click.FloatRange(min=0, min_open=True, max=1), "metavar": "R", "help": "Use this share of the examples."}),
+    ("Override", ("--sampling-strategy",), {"type": _choice("random", "top", "prioritized"), "help": "How the sample is chosen."}),
+    ("Override", ("--sample-score",), {"type": _choice("engagement", "recency"), "help": "What 'top' ranks by."}),
+    ("Override", ("--attention",), {"type": _choice("sdpa", "eager"), "help": "Attention implementation."}),
+    ("Override", ("--gradient-checkpointing/--no-gradient-checkpointing",), {"default": None, "help": "Less memory, more time."}),
+    ("Override", ("--packing",), {"is_flag": True, "help": "Several examples in a row, kept apart; the same examples in each step."}),
+    ("Override", ("--seed",), {"type": click.IntRange(min=0, max=2**32 - 1), "metavar": "N", "help": "Order, sampling and initial weights [42]."}),
+    ("Device", ("--device",), {"type": _choice("cuda", "mps", "cpu"), "help": "Where to run [the GPU, if there is one]."}),
+    ("Device", ("--devices", "num_devices"), {"type": click.IntRange(min=1, max=1024), "metavar": "N", "help": "Number of GPUs (processes on a CPU)."}),
+    ("Device", ("--threads", "num_threads"), {"type": click.IntRange(min=1, max=1024), "metavar": "N", "help": "CPU threads."}),
+    ("Device", ("--accelerate-config",), {"type": click.Path(path_type=Path, exists=True, dir_okay=False), "metavar": "FILE", "help": "Accelerate's own configuration, passed on."}),
+    ("Device", ("--tracker",), {"metavar": "NAME", "help": "Also log to tensorboard, wandb, ... through Accelerate."}),
+    ("Device", ("--trust-remote-code",), {"is_flag": True, "help": "Run code that comes with a model."}),
+    ("Device", ("--debug",), {"is_flag": True, "help": "Show tracebacks."}),
+)  # fmt: skip
