@@ -335,6 +335,9 @@ def _ascii_only() -> bool:
 
 def main() -> None:
     """Entry point `plan`: the one place where errors become exit codes."""
+    from trainer.process import quiet_waiting
+
+    quiet_waiting()
     debug = "--debug" in sys.argv
     try:
         code = cli.main(standalone_mode=False)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from planner.estimate import Estimate, accumulation_saving, estimate, mean_micro_seconds
 from planner.hardware import DeviceFacts, detect_device
@@ -155,7 +156,7 @@ def _candidates(
 def _prepare(job: Job, say: Say) -> tuple[TokenizedDataset, float]:
     """The tokenised data, and what a run will take to open it: by then it lies in the cache."""
     spec = with_evaluation_on_top(job.data, job.evaluation)
-    arguments = {
+    arguments: dict[str, Any] = {
         "model": job.model,
         "max_length": job.preset.max_length,
         "seed": job.seed,
@@ -348,7 +349,8 @@ def _accumulation_note(candidates: tuple[Candidate, ...], estimates: dict[str, E
         saving = accumulation_saving(found.cost, micro)
         return (
             f"Accumulation alone saves {saving:.1%} here (measured): a message takes the same forward and backward at "
-            f"any GA, only the optimizer's {found.cost.optimizer * 1000:.1f} ms a step come less often (GA 64 against 16)."
+            f"any GA, only the optimizer's {found.cost.optimizer * 1000:.1f} ms a step come less often (GA 64 against "
+            f"16)."
         )
     return None
 

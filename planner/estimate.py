@@ -13,6 +13,7 @@ from planner.strata import Strata, keys
 from presets.errors import MeasurementError
 from trainer.batching import MicroShapes
 from trainer.job import Job
+from trainer.planning import checkpoint_interval, evaluation_steps
 from trainer.record import CostModel
 from trainer.tokens import FloatArray, IntArray, TokenizedDataset
 
@@ -403,7 +404,7 @@ def estimate(
         what = f"its speed moved by {moved:.0%}" if moved > spread else f"the rounds scatter by {spread:.0%}"
         warnings.append(
             f"this machine is not steady: {what} while it was timed, more than {STEADY:.0%}; the range holds only if "
-            "the run meets the same conditions. Close other programs and measure again, or give more time with --budget."
+            "the run meets the same conditions. Close other programs and measure again, or raise --budget."
         )
     if len(measurement.rounds) < 2:
         warnings.append("only one round could be timed, so the range is a guess (±50 %). Give more time with --budget.")
@@ -486,9 +487,8 @@ def fixed_seconds(
 
 def evaluations_and_checkpoints(row: PlannedRow) -> tuple[int, int]:
     """How often a run evaluates (before, between, after) and writes a checkpoint (then, and every so many steps)."""
-    steps, times = row.plan.num_steps, row.job.evaluation.times_during_training
-    between = {round(steps * part / (times + 1)) for part in range(1, times + 1)} - {0, steps}
-    every = row.job.checkpoint_every or max(1, math.ceil(steps / 10))
+    steps = row.plan.num_steps
+    between, every = evaluation_steps(row.job, steps), checkpoint_interval(row.job, steps)
     return len(between) + 2, len(between | set(range(every, steps + 1, every)) | {steps})
 
 

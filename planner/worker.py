@@ -24,7 +24,6 @@ import json
 import os
 import queue
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -38,6 +37,7 @@ from planner.prober import LoadReply, MemoryReply, MicroRows, SaveReply
 from presets import jsonio
 from presets.errors import MeasurementError
 from trainer.job import Job
+from trainer.process import peak_resident_bytes, seconds_since_process_start
 from trainer.tokens import IntArray, TokenizedDataset
 
 if TYPE_CHECKING:
@@ -324,39 +324,6 @@ def guarded(worker: Worker, request: dict[str, Any]) -> Any:
     return failed
 
 
-def seconds_since_process_start() -> float:
-    """Age of this process in seconds, interpreter start included."""
-    try:
-        # psutil derives the start from a boot time in whole seconds; /proc with the boot clock is good to 10 ms.
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
-    except (OSError, ValueError, IndexError, AttributeError):
-        import psutil
-
-        return max(0.0, time.time() - psutil.Process().create_time())
-
-
-def peak_resident_bytes() -> int:
-    """Most physical memory that this process has held.
-
-    Linux: VmHWM. Not getrusage's ru_maxrss, which a child takes over from the process that started it.
-    """
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
-
-
 def _private_streams() -> tuple[IO[str], IO[str]]:
     """The protocol's own streams. Afterwards fd 0 is empty and fd 1 is stderr: no library can read or write between."""
     incoming = os.fdopen(os.dup(0), "r", encoding="utf-8")
@@ -377,6 +344,7 @@ def _read_lines(incoming: IO[str], lines: queue.Queue[str]) -> None:
 
 def main() -> None:
     """Serve one parent until it says "quit" or is gone."""
+    quiet_waiting()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     incoming, outgoing = _private_streams()
     lines: queue.Queue[str] = queue.Queue()

@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 
+from trainer.process import quiet_waiting
+
+quiet_waiting()  # before any test imports torch, as the trainer and the worker do
+
 
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:

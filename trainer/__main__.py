@@ -17,6 +17,9 @@ def main() -> int:
     # A fork after the tokenizer's threads started would only print a warning; nothing here needs them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from presets.errors import PlanError
+    from trainer.process import quiet_waiting
+
+    quiet_waiting()
 
     try:
         from trainer.loop import Stopped, train

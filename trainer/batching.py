@@ -2,8 +2,8 @@
 
 A plan is four nested lists in flat arrays: windows of micro-batches of rows of documents. A document is one example; a
 row holds one document, or several when packed; a window is one optimizer step. Micro-batch j of a window belongs to
-device j % num_devices, and every window holds a multiple of `num_devices` micro-batches (empty ones at the end where a partial
-window has too few rows), so that each process does the same number.
+device j % num_devices, and every window holds a multiple of `num_devices` micro-batches (empty ones at the end where a
+partial window has too few rows), so that each process does the same number.
 """
 
 from __future__ import annotations

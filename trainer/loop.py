@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import math
 import os
 import signal
 import time
@@ -25,8 +24,9 @@ from trainer.data import load_tokenizer, prepare_data
 from trainer.evaluate import EvaluationResult, answerable, evaluate, evaluation_batches, sample_answers
 from trainer.job import Job
 from trainer.model import is_out_of_memory, load_model
-from trainer.monitor import Monitor, peak_memory_bytes, seconds_since_process_start
-from trainer.planning import learning_rates, plan_job, with_evaluation_on_top
+from trainer.monitor import Monitor
+from trainer.planning import checkpoint_interval, evaluation_steps, learning_rates, plan_job, with_evaluation_on_top
+from trainer.process import peak_memory_bytes, seconds_since_process_start
 from trainer.record import TOKENS_ONLY, Actual, Breakdown, Predicted, RunRecord, read_predicted
 from trainer.tokens import FloatArray, IntArray, TokenizedDataset
 
@@ -238,8 +238,8 @@ def _train(run: _Run) -> RunRecord | None:
         before = _evaluate(run)
         run.progress = replace(run.progress, eval_loss_before=before.loss if before else None)
         _write_samples(run, "before")
-    evaluate_at = _evaluation_steps(plan.num_steps, job.evaluation.times_during_training)
-    every = job.checkpoint_every or max(1, math.ceil(plan.num_steps / 10))
+    evaluate_at = evaluation_steps(job, plan.num_steps)
+    every = checkpoint_interval(job, plan.num_steps)
     while run.progress.windows_done < plan.num_steps:
         random_state = ckpt.random_state(run.accelerator.process_index)
         _window(run, random_state)
@@ -253,11 +253,6 @@ def _train(run: _Run) -> RunRecord | None:
     with run.clock.part("save"):
         _save_result(run)
     return _write_record(run, "finished", after, error=None)
-
-
-def _evaluation_steps(num_steps: int, times: int) -> set[int]:
-    """Steps after which the held-out loss is taken, the end left out."""
-    return {round(num_steps * part / (times + 1)) for part in range(1, times + 1)} - {0, num_steps}
 
 
 def _window(run: _Run, random_state: dict[str, Any]) -> None:
@@ -332,7 +327,7 @@ def _micro_steps(run: _Run, random_state: dict[str, Any]) -> Any:
             _stop(run, random_state)
         rows = plan.rows_of_micro_batch(micro)
         parts = _parts(rows, run.progress.split)
-        loss = None
+        total: Any = None
         for number, part in enumerate(parts):
             batch = collate(part, run.data).to(stepper.device)
             is_last = micro == mine[-1] and number == len(parts) - 1
@@ -340,8 +335,8 @@ def _micro_steps(run: _Run, random_state: dict[str, Any]) -> Any:
             quiet = contextlib.nullcontext() if is_last else run.accelerator.no_sync(stepper.model)
             with quiet:
                 part_loss = steps.micro_step(stepper, batch, scale=scale)
-            loss = part_loss if loss is None else loss + part_loss
-        losses.append(loss)
+            total = part_loss if total is None else total + part_loss
+        losses.append(total)
     return torch.stack(losses)
 
 

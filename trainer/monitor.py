@@ -150,26 +150,3 @@ def _forget_after(path: Path, done: int) -> None:
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(aside, path)
-
-
-def peak_memory_bytes(device: str) -> int:
-    """Most memory held at once: what torch reserved on the GPU; on the CPU the process's resident memory."""
-    if device.startswith("cuda"):
-        import torch
-
-        return int(torch.cuda.max_memory_reserved())
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
-
-
-def seconds_since_process_start() -> float:
-    """Wall-clock seconds since this process began, before Python's own start."""
-    import psutil
-
-    return max(0.0, time.time() - psutil.Process().create_time())

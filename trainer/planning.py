@@ -131,3 +131,14 @@ def _warmup_decay(num_steps: int, warmup_ratio: float) -> FloatArray:
     rising = step / max(1, warmup)
     falling = (num_steps - step) / max(1, num_steps - warmup)
     return np.where(step < warmup, rising, np.maximum(falling, 0.0))
+
+
+def evaluation_steps(job: Job, num_steps: int) -> set[int]:
+    """Steps after which the held-out loss is taken; the ones before the first and after the last step not counted."""
+    times = job.evaluation.times_during_training
+    return {round(num_steps * part / (times + 1)) for part in range(1, times + 1)} - {0, num_steps}
+
+
+def checkpoint_interval(job: Job, num_steps: int) -> int:
+    """Steps between checkpoints: the job's own, else a tenth of the run."""
+    return job.checkpoint_every or max(1, -(-num_steps // 10))

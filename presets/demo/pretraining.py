@@ -244,7 +244,8 @@ OPENINGS = (
 ENDINGS = (
     "Yours, {person2}.", "Kind regards, {person2}.", "Bye, {person2}.", "See you soon!", "Take care.",
     "Have a nice {day}.",
-    "Warm wishes, {person3}.", "All the best, {person3}.", "Good luck, {person3}.", "Until {day}, {person3}.", "Is that all?",
+    "Warm wishes, {person3}.", "All the best, {person3}.", "Good luck, {person3}.",
+    "Until {day}, {person3}.", "Is that all?",
     "Happy to help.", "Best, {person3}.", "Sleep well.", "Come again.", "Keep well, {person2}.", "Your {person3}.",
 )  # fmt: skip
 KINDS = (
@@ -435,7 +436,8 @@ def _slots(rng: random.Random) -> dict[str, str]:
     return {
         "n": str(rng.randint(1000, 9999)), "n2": str(rng.randint(2, 99)), "few": str(rng.randint(2, 40)),
         "code": rng.choice("ABCDEFGHKLMN") + str(rng.randint(100, 999)), "some": rng.choice(WORDS[2:]),
-        "thing": _thing(rng), "thing2": _thing(rng), "person3": person3, "gift": rng.choice(GIFTS), "colour2": rng.choice(COLOURS), "kind": rng.choice(KINDS),
+        "thing": _thing(rng), "thing2": _thing(rng), "person3": person3,
+        "gift": rng.choice(GIFTS), "colour2": rng.choice(COLOURS), "kind": rng.choice(KINDS),
         "good": good, "good2": good2, "person": person, "person2": person2, "town": town, "town2": town2,
         "room": room, "room2": room2, "day": day, "day2": day2, "colour": rng.choice(COLOURS),
         "part": rng.choice(PARTS),
