@@ -37,7 +37,7 @@ from planner.prober import LoadReply, MemoryReply, MicroRows, SaveReply
 from presets import jsonio
 from presets.errors import MeasurementError
 from trainer.job import Job
-from trainer.process import peak_resident_bytes, seconds_since_process_start
+from trainer.process import peak_resident_bytes, quiet_waiting, seconds_since_process_start
 from trainer.tokens import IntArray, TokenizedDataset
 
 if TYPE_CHECKING:
