@@ -1,0 +1,143 @@
+"""Kill -9 at random moments: whatever is on the disk then, a resume ends with the bytes of the uninterrupted run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.batching import BatchPlan
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither fork nor SIGKILL"),
+]
+
+MOMENTS = 20
+TESTS = Path(__file__).parent
+
+
+class Forker:
+    """Starts runs in processes forked from one that has imported everything."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        with open(log, "wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, str(TESTS / "forker.py")],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env={**os.environ, "PYTHONPATH": str(TESTS.parent)},
+            )
+        assert self._line() == "ready"
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def train(self, run: Path, *, resume: bool, kill_after: float | None = None) -> bool:
+        """One start of a run; whether it came to its end. `kill_after` is in seconds."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"run": str(run), "resume": resume}) + "\n")
+        self.process.stdin.flush()
+        child = int(self._line())
+        if kill_after is not None:
+            time.sleep(kill_after)
+            # The forker has not waited for it yet, or it has just ended: then there is nothing to kill.
+            try:
+                os.kill(child, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        status = int(self._line())
+        if os.WIFSIGNALED(status):
+            assert os.WTERMSIG(status) == signal.SIGKILL, self.log.read_text()
+            assert kill_after is not None
+            return False
+        assert os.WEXITSTATUS(status) == 0, self.log.read_text()
+        return True
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+@pytest.fixture
+def forker(tmp_path: Path) -> Iterator[Forker]:
+    server = Forker(tmp_path / "forker.log")
+    yield server
+    server.close()
+
+
+def adapter_bytes(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def consumed(run: Path) -> Counter[int]:
+    """How often each example was trained on: the windows that metrics.jsonl names, through the batch plan."""
+    plan = BatchPlan.load(run / "batch_plan.npz")
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, plan.num_steps + 1))
+    counts: Counter[int] = Counter()
+    for step in steps:
+        counts.update(plan.documents_of_window(step - 1).tolist())
+    return counts
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_runs_killed_at_twenty_random_moments_resume_to_the_same_bytes(make_run: Any, forker: Forker) -> None:
+    # Two epochs of 72 examples, ten steps; dropout, so that a random state that is not put back shows in the bytes.
+    changes = {
+        "micro": 4,
+        "gradient_accumulation_steps": 16,
+        "num_epochs": 2,
+        "lora_dropout": 0.1,
+        "checkpoint_every": 1,
+        "keep_checkpoints": 2,
+    }
+    whole = make_run("whole", **changes)
+    begun = time.monotonic()
+    assert forker.train(whole, resume=False)
+    duration = time.monotonic() - begun
+    expected = adapter_bytes(whole)
+    once_per_epoch = consumed(whole)
+    plan = BatchPlan.load(whole / "batch_plan.npz")
+    assert set(once_per_epoch) == set(range(80)) - set(plan.evaluation.tolist())
+    assert set(once_per_epoch.values()) == {2}
+
+    moments = random.Random(20)
+    kills = 0
+    number = 0
+    while kills < MOMENTS:
+        run = make_run(f"killed-{number}", **changes)
+        number += 1
+        resume, killed = False, 0
+        # Up to three kills of one run; a resumed run is shorter, so a moment may come too late for it.
+        for _ in range(moments.choice([1, 1, 2, 3])):
+            if forker.train(run, resume=resume, kill_after=moments.uniform(0.0, duration)):
+                break
+            resume, killed = True, killed + 1
+        else:
+            assert forker.train(run, resume=True)
+        kills += killed
+        assert adapter_bytes(run) == expected, f"run {number}, killed {killed} times"
+        assert consumed(run) == once_per_epoch
+        assert losses(run) == losses(whole)
+        assert json.loads((run / "record.json").read_text())["status"] == "finished"
+        leftovers = [str(path.relative_to(run)) for path in run.rglob("*.tmp")]
+        assert leftovers == [], f"run {number}, killed {killed} times"
