@@ -27,7 +27,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 
 demo: venv
 	$(BIN)/plan --dataset 63000 --budget 30
-	$(BIN)/plan --run recommended
+	$(BIN)/plan --run recommended --budget 20
 
 test: venv
 	$(BIN)/python -m pytest -q

@@ -308,7 +308,11 @@ def measured_text(report: PlanReport, *, now: datetime, width: int | None = None
     for row in rows:
         for text in _under_the_table(row):
             said.setdefault(text, []).append(row.name)
-    lines = [f"{', '.join(names)}: {text}" for text, names in said.items()]
+    everyone = [row.name for row in rows if row.error is None]
+    lines = [
+        f"{'all rows' if names == everyone and len(names) > 1 else ', '.join(names)}: {text}"
+        for text, names in said.items()
+    ]
     cached = [row.name for row in rows if row.basis == "cached" and row.error is None]
     if cached:
         lines.append(f"Measured earlier on this device, not now: {', '.join(cached)}.")

@@ -114,7 +114,7 @@ def _prioritized(score: FloatArray, created: FloatArray, wanted: int, seed: int)
     if len(must) >= wanted:
         kept = must[_best(score[must], wanted)]
         note = (
-            f"prioritized: {len(must):,} examples are recent or of high engagement, more than the {wanted:,} that the "
+            f"{len(must):,} examples are recent or of high engagement, more than the {wanted:,} that the "
             f"ratio allows; the {wanted:,} with the highest scores are used"
         )
         return kept, ((note,) if len(must) > wanted else ())
@@ -122,7 +122,7 @@ def _prioritized(score: FloatArray, created: FloatArray, wanted: int, seed: int)
     drawn = np.random.default_rng([seed, 0x9B]).permutation(routine)[:fill]
     half = (len(routine) + 1) // 2
     note = (
-        f"prioritized: {int(high.sum()):,} of high engagement, {int((recent & ~high).sum()):,} more recent, "
+        f"takes {int(high.sum()):,} of high engagement, {int((recent & ~high).sum()):,} more recent, "
         f"{len(drawn):,} of {len(routine):,} older routine ones"
     )
     if fill != half:
