@@ -4,8 +4,9 @@
 
 Every contestant trains in a process of its own, fp32 on the CPU, and is fed the examples of our batch plan, already
 tokenised, in the plan's order. What it really saw is hashed on its way into the model, so that "same data" is checked
-and not assumed. A control that must *not* agree (Trainer with each micro-batch averaged by itself, as before
-transformers#34191) shows that three decimals are sharp enough to notice a wrong weighting.
+and not assumed. A control that must *not* agree shows that three decimals are sharp enough: Trainer with the gradient
+of each micro-batch averaged by itself, as before transformers#34191. Its loss is reported weighted by tokens like
+everyone's, so that only the weights that the wrong gradient made can tell it apart.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ TITLES = {
     OURS: "ours",
     TRAINER: "transformers Trainer",
     SFT: "TRL SFTTrainer",
-    CONTROL: "control: mean of micro-batch means",
+    CONTROL: "control, wrong gradient",
 }
 
 CHATML = """{%- for turn in messages %}
@@ -137,7 +138,8 @@ def _case(folder: Path, micro: int, accumulation: int, arguments: argparse.Names
     case_folder = folder / f"micro-{micro}"
     case_folder.mkdir()
     results: dict[str, Result] = {}
-    for worker in (OURS, TRAINER, SFT, CONTROL):
+    with_control = (micro, accumulation) == SPLITS[0]
+    for worker in (OURS, TRAINER, SFT, CONTROL) if with_control else (OURS, TRAINER, SFT):
         _start(worker, folder, arguments, micro, accumulation)
         results[worker] = json.loads((case_folder / f"{worker}.json").read_text(encoding="utf-8"))
     ours = results[OURS]
@@ -146,7 +148,7 @@ def _case(folder: Path, micro: int, accumulation: int, arguments: argparse.Names
         "gradient_accumulation_steps": accumulation,
         "contestants": results,
         "against_ours": {name: _compare(ours, results[name]) for name in (TRAINER, SFT)},
-        "control": {CONTROL: _compare(ours, results[CONTROL])},
+        "control": {CONTROL: _compare(ours, results[CONTROL])} if with_control else {},
     }
 
 
@@ -180,17 +182,20 @@ def _print(case: Result) -> None:
     from tabulate import tabulate
 
     results = case["contestants"]
-    names = [TRAINER, SFT, CONTROL]
+    others = [name for name in (TRAINER, SFT, CONTROL) if name in results]
     rows = []
-    for step in range(len(results[OURS]["loss"])):
-        mine = results[OURS]["loss"][step]
-        theirs = [results[name]["loss"][step] for name in names]
-        differences = [f"{abs(mine - loss):.1e}" for loss in theirs]
-        numbers = [f"{mine:.6f}", f"{theirs[0]:.6f}", differences[0], f"{theirs[1]:.6f}", differences[1]]
-        rows.append([step + 1, results[OURS]["num_targets"][step], *numbers, f"{theirs[2]:.6f}", differences[2]])
-    headers = ["step", "targets", "ours", "Trainer", "diff", "SFTTrainer", "diff", "control", "diff"]
+    for step, mine in enumerate(results[OURS]["loss"]):
+        row = [str(step + 1), str(results[OURS]["num_targets"][step]), f"{mine:.6f}"]
+        for name in others:
+            loss = results[name]["loss"][step]
+            row += [f"{loss:.6f}", f"{abs(mine - loss):.1e}"]
+        rows.append(row)
+    short = {TRAINER: "Trainer", SFT: "SFTTrainer", CONTROL: "control"}
+    headers = ["step", "targets", "ours", *(title for name in others for title in (short[name], "diff"))]
     print(f"\nmicro-batch {case['micro_batch_size']} x GA {case['gradient_accumulation_steps']}")
     print(tabulate(rows, headers, disable_numparse=True, stralign="right"))
+    before, after = results[OURS]["held_out_loss_before"], results[OURS]["held_out_loss_after"]
+    print(f"ours: held-out loss {before:.4f} before, {after:.4f} after")
     for name, one in (case["against_ours"] | case["control"]).items():
         print(
             f"{TITLES[name]}: largest difference {one['largest_loss_difference']:.2e} (step {one['at_step']}); "
@@ -369,7 +374,8 @@ def ours(arguments: argparse.Namespace) -> None:
 
     # The trainer's own functions, watched: the adapter it starts from, the batches it makes.
     seen = BatchHash()
-    load_model, collate = loop.load_model, loop.collate
+    watched: Any = loop
+    load_model, collate = watched.load_model, watched.collate
 
     def watched_load(*args: Any, **kwargs: Any) -> Any:
         loaded = load_model(*args, **kwargs)
@@ -387,9 +393,10 @@ def ours(arguments: argparse.Namespace) -> None:
             seen.add(batch.input_ids[index, :length].tolist(), labels[index, :length].tolist())
         return batch
 
-    loop.load_model, loop.collate = watched_load, watched_collate
+    watched.load_model, watched.collate = watched_load, watched_collate
     begun = time.perf_counter()
-    loop.train(run)
+    record = loop.train(run)
+    assert record is not None
     seconds = time.perf_counter() - begun
 
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -410,7 +417,8 @@ def ours(arguments: argparse.Namespace) -> None:
             "learning_rate": [line["learning_rate"] for line in lines],
             "grad_norm": [line["grad_norm"] for line in lines],
             **seen.summary(),
-            "relative_final_adapter_difference": 0.0,
+            "held_out_loss_before": record.actual.eval_loss_before,
+            "held_out_loss_after": record.actual.eval_loss_after,
             "seconds": round(seconds, 1),
         },
     )
@@ -498,17 +506,26 @@ def theirs(arguments: argparse.Namespace) -> None:
 
     trainer.data_collator = watched_collate
     counts: list[int | None] = []
+    parts: list[tuple[float, int]] = []  # of each micro-batch: what training_step returned, targets
     training_step = trainer.training_step
 
     def watched_step(model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         counts.append(None if num_items_in_batch is None else int(num_items_in_batch))
-        return training_step(model, inputs, num_items_in_batch)
+        targets = int(inputs["labels"].ne(-100).sum())
+        loss = training_step(model, inputs, num_items_in_batch)
+        parts.append((float(loss), targets))
+        return loss
 
     trainer.training_step = watched_step
     begun = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - begun
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses = [entry["loss"] for entry in logs]
+    if arguments.worker == CONTROL:  # from means of micro-batches over GA back to the mean over the window's tokens
+        size = arguments.accumulation
+        windows = [parts[start : start + size] for start in range(0, len(parts), size)]
+        losses = [size * sum(loss * n for loss, n in window) / sum(n for _, n in window) for window in windows]
     finals = get_peft_model_state_dict(model)
     reference = load_file(case / "run" / "adapter" / "adapter_model.safetensors")
     assert finals.keys() == reference.keys()
@@ -518,7 +535,8 @@ def theirs(arguments: argparse.Namespace) -> None:
         case,
         arguments.worker,
         {
-            "loss": [entry["loss"] for entry in logs],
+            "loss": losses,
+            "logged_loss": [entry["loss"] for entry in logs],
             "learning_rate": [entry["learning_rate"] for entry in logs],
             "grad_norm": [entry["grad_norm"] for entry in logs],
             **seen.summary(),
