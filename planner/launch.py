@@ -15,16 +15,28 @@ from datetime import datetime
 from pathlib import Path
 
 from presets import jsonio
-from presets.errors import RunError
+from presets.errors import RunError, SettingsError
 from trainer.batching import BatchPlan
 from trainer.job import Job
+from trainer.planning import needs_loss
 from trainer.record import Predicted, RunRecord
 
+LAUNCHER = "accelerate.commands.launch"
+# Without a file of our own, Accelerate would read the user's default one, whatever it asks for.
+OWN_ACCELERATE_CONFIG = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+num_machines: 1
+machine_rank: 0
+mixed_precision: 'no'
+"""
 CHECKPOINT_SECONDS = 600.0  # a crash loses ten minutes at most, where steps are short enough
 
 
 def make_run_folder(output: Path | None, job: Job, plan: BatchPlan, predicted: Predicted, now: datetime) -> Path:
     """A new run folder with job.json, estimate.json and batch_plan.npz; returns its absolute path.
+
+    Where the model's own loss selects the examples, `plan` is only a stand-in: the run makes its own at the start.
 
     Raises:
         RunError: the folder cannot be made, or is not empty. Nothing is left behind then.
@@ -34,7 +46,8 @@ def make_run_folder(output: Path | None, job: Job, plan: BatchPlan, predicted: P
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        plan.save(folder / "batch_plan.npz")
+        if not needs_loss(job.preset):
+            plan.save(folder / "batch_plan.npz")
         jsonio.write_atomically(folder / "estimate.json", jsonio.to_json(predicted))
         jsonio.write_atomically(folder / "job.json", job.to_json())  # last: its presence says the folder is whole
     except OSError as reason:
@@ -75,26 +88,67 @@ def command(folder: Path, job: Job, *, resume: bool = False, accelerate_config: 
     """What starts the trainer: this Python on one device, Accelerate's launcher on several.
 
     -P keeps the working directory off the import path: a folder called `trainer` there would be run instead.
+
+    Raises:
+        SettingsError: the Accelerate configuration asks for what cannot be run, or cannot be read.
     """
+    if accelerate_config is not None:
+        check_accelerate_config(accelerate_config)
     tail = [str(folder / "job.json"), *(["--resume"] if resume else [])]
     if job.num_devices == 1:
         return [sys.executable, "-P", "-m", "trainer", *tail]
-    launcher = [sys.executable, "-P", "-m", "accelerate.commands.launch", "--num_processes", str(job.num_devices)]
-    if accelerate_config is not None:
-        launcher += ["--config_file", str(accelerate_config)]
-    else:
+    # --multi_gpu means "one process a device, started by torch's launcher"; with --cpu Accelerate starts a single one.
+    # The trainer itself says whether it is on the CPU. Port 0: a free one, so that two runs do not meet.
+    launcher = [sys.executable, "-P", "-m", LAUNCHER, "--multi_gpu", "--num_processes", str(job.num_devices)]
+    launcher += ["--main_process_port", "0"]
+    if accelerate_config is None:
         launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launcher += ["--cpu"] if job.device == "cpu" else ["--multi_gpu"]
+        accelerate_config = folder / "accelerate.yaml"
+        jsonio.write_atomically(accelerate_config, OWN_ACCELERATE_CONFIG)
+    launcher += ["--config_file", str(accelerate_config)]
     threads = job.num_threads or max(1, (os.cpu_count() or 1) // job.num_devices)
     return [*launcher, "--num_cpu_threads_per_process", str(threads), "--module", "trainer", *tail]
+
+
+def check_accelerate_config(path: Path) -> None:
+    """Refuse an Accelerate configuration whose way of distributing has not been tested here.
+
+    Raises:
+        SettingsError: it asks for FSDP, DeepSpeed or another such way, or it cannot be read.
+    """
+    import yaml  # type: ignore[import-untyped]  # comes with accelerate
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as reason:
+        said = " ".join(str(getattr(reason, "strerror", None) or reason).split())
+        raise SettingsError(f"--accelerate-config '{path}' cannot be read ({said}).") from None
+    if not isinstance(content, dict):
+        raise SettingsError(
+            f"--accelerate-config '{path}' is not an Accelerate configuration: make one with 'accelerate config'."
+        )
+    kind = content.get("distributed_type", "NO")
+    # YAML reads an unquoted NO as false.
+    if kind is not False and str(kind).upper() not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise SettingsError(
+            f"--accelerate-config '{path}' asks for distributed_type {kind}, which is not supported: it could not be "
+            "tested yet. Use one with MULTI_GPU, or leave the option out."
+        )
+    if str(content.get("compute_environment", "LOCAL_MACHINE")).upper() != "LOCAL_MACHINE":
+        raise SettingsError(
+            f"--accelerate-config '{path}' asks for compute_environment {content['compute_environment']}; "
+            "only LOCAL_MACHINE is supported."
+        )
 
 
 def start(argv: Sequence[str]) -> int:
     """Run the trainer in the foreground and return its exit code; signals are passed on, it decides what they do."""
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     child = subprocess.Popen(list(argv), env=environment)
+    passed_on: list[int] = []
 
     def forward(number: int, _frame: object) -> None:
+        passed_on.append(number)
         # A terminal's Ctrl-C reaches the child by itself, since it is in the same group.
         if number != signal.SIGINT or not sys.stdin.isatty():
             child.send_signal(number)
@@ -105,6 +159,8 @@ def start(argv: Sequence[str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if passed_on and code and LAUNCHER in argv:
+        return 128 + passed_on[0]  # the launcher itself ends with 1, or by the signal, when its processes were stopped
     return 128 - code if code < 0 else code
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from trainer.batching import BatchPlan
+from trainer.job import EvaluationSpec
 
 pytestmark = [
     pytest.mark.slow,
@@ -53,13 +55,8 @@ class Forker:
         self.process.stdin.write(json.dumps({"run": str(run), "resume": resume}) + "\n")
         self.process.stdin.flush()
         child = int(self._line())
-        if kill_after is not None:
-            time.sleep(kill_after)
-            # The forker has not waited for it yet, or it has just ended: then there is nothing to kill.
-            try:
-                os.kill(child, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        if kill_after is not None and not select.select([self.process.stdout], [], [], kill_after)[0]:
+            os.kill(child, signal.SIGKILL)
         status = int(self._line())
         if os.WIFSIGNALED(status):
             assert os.WTERMSIG(status) == signal.SIGKILL, self.log.read_text()
@@ -109,6 +106,7 @@ def test_runs_killed_at_twenty_random_moments_resume_to_the_same_bytes(make_run:
         "lora_dropout": 0.1,
         "checkpoint_every": 1,
         "keep_checkpoints": 2,
+        "evaluation": EvaluationSpec(num_samples=1, max_new_tokens=2, times_during_training=1),
     }
     whole = make_run("whole", **changes)
     begun = time.monotonic()
@@ -141,3 +139,84 @@ def test_runs_killed_at_twenty_random_moments_resume_to_the_same_bytes(make_run:
         assert json.loads((run / "record.json").read_text())["status"] == "finished"
         leftovers = [str(path.relative_to(run)) for path in run.rglob("*.tmp")]
         assert leftovers == [], f"run {number}, killed {killed} times"
+
+
+def stopped_after(run: Path, window: int) -> None:
+    """Train until the end of a window, and die there as a killed process does: nothing is closed or written."""
+    from trainer import loop
+
+    class Killed(BaseException):
+        pass
+
+    real = loop._window
+
+    def window_or_end(state: Any, random_state: Any) -> None:
+        if state.progress.windows_done == window:
+            raise Killed
+        real(state, random_state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_window", window_or_end)
+        with pytest.raises(Killed):
+            loop.train(run)
+
+
+def test_what_a_killed_process_of_the_same_number_left_half_written_is_in_nobodys_way(make_run: Any) -> None:
+    from trainer.loop import train
+
+    whole, run = make_run("whole", checkpoint_every=1), make_run("run", checkpoint_every=1)
+    train(whole)
+    stopped_after(run, 4)
+    checkpoints = run / "checkpoints"
+    # In a container a resumed run has the process id of the one before.
+    half = checkpoints / f".step-000005.{os.getpid()}.tmp"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    (checkpoints / ".step-000002.old.tmp").mkdir()
+    (run / ".adapter.tmp").mkdir()
+    (run / f".samples-after.json.{os.getpid()}.tmp").write_text("[")
+    (run / "batch_plan.tmp").write_bytes(b"PK")
+    (run / "metrics.tmp").write_text("{")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": 5.1}\n{"step": 6, "lo')
+    train(run, resume=True)
+    assert adapter_bytes(run) == adapter_bytes(whole)
+    assert losses(run) == losses(whole)
+    assert list(run.rglob("*.tmp")) == []
+
+
+def test_half_a_checkpoint_under_a_whole_ones_name_is_written_anew(make_run: Any) -> None:
+    from trainer.loop import train
+
+    run = make_run("run", checkpoint_every=1)
+    stopped_after(run, 4)
+    newest = run / "checkpoints" / "step-000004"
+    (newest / "state.json").unlink()  # as a removal that was cut off leaves it
+    seen = []
+    from trainer import checkpoint
+
+    real = checkpoint.rotate
+
+    def rotate(folder: Path, keep: int, best: int | None) -> None:
+        seen.append((newest / "state.json").is_file())
+        real(folder, keep, best)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "rotate", rotate)
+        train(run, resume=True)
+    assert seen[0]
+
+
+def test_an_old_checkpoint_is_renamed_before_it_is_removed(make_run: Any, tmp_path: Path) -> None:
+    from trainer import checkpoint
+
+    folder = tmp_path / "checkpoints"
+    for number in range(1, 4):
+        (folder / f"step-{number:06d}").mkdir(parents=True)
+        (folder / f"step-{number:06d}" / "state.json").write_text("{}")
+    removed: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", lambda path, **_: removed.append(path.name))
+        checkpoint.rotate(folder, 1, best=2)
+    assert [path.name for path in checkpoint.find_checkpoints(folder)] == ["step-000002", "step-000003"]
+    assert all(name.startswith(".") for name in removed)

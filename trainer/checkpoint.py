@@ -64,8 +64,9 @@ def save_checkpoint(folder: Path, stepper: Stepper, progress: Progress, random_s
     from safetensors.torch import save_file
 
     target = folder / f"step-{progress.windows_done:06d}"
-    if target.exists():
+    if (target / "state.json").is_file():
         return target
+    shutil.rmtree(target, ignore_errors=True)  # half removed
     aside = folder / f".{target.name}.{os.getpid()}.tmp"
     tensors, steps = _optimizer_tensors(stepper)
     state = _State(
@@ -77,6 +78,7 @@ def save_checkpoint(folder: Path, stepper: Stepper, progress: Progress, random_s
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)  # of a killed process with this number: in a container it is the same
         aside.mkdir()
         save_file(trainable_tensors(stepper.model), aside / "model.safetensors")
         save_file(tensors, aside / "optimizer.safetensors")
@@ -152,7 +154,9 @@ def load_newest(folder: Path, stepper: Stepper, rank: int, main: bool) -> tuple[
         except RunError as reason:
             notes.append(f"{reason} It is set aside.")
             if main:
-                os.replace(path, path.with_name(f"damaged-{path.name}"))
+                set_aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(set_aside, ignore_errors=True)  # of an earlier time
+                os.replace(path, set_aside)
     if checkpoints:
         raise RunError(" ".join(notes) + " No whole checkpoint is left: start the run anew.")
     return Progress(), None, notes
@@ -164,10 +168,20 @@ def rotate(folder: Path, keep: int, best: int | None) -> None:
     spared = set(checkpoints[-max(1, keep) :])
     for path in checkpoints:
         if path not in spared and path.name != f"step-{best or 0:06d}":
-            shutil.rmtree(path, ignore_errors=True)
-    for leftover in folder.glob(".step-*.tmp"):  # of a process that was killed while writing
-        if not leftover.name.endswith(f".{os.getpid()}.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            _remove(path)
+    for leftover in folder.glob(".step-*.tmp"):  # of a process that was killed while writing or removing
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Renamed first, so that a kill in the middle does not leave half a checkpoint under a whole one's name."""
+    aside = path.with_name(f".{path.name}.old.tmp")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+    except OSError:
+        aside = path
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def trainable_parameters(model: Any) -> list[tuple[str, torch.nn.Parameter]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -23,11 +24,20 @@ from trainer.collate import collate
 from trainer.data import load_tokenizer, prepare_data
 from trainer.evaluate import EvaluationResult, answerable, evaluate, evaluation_batches, sample_answers
 from trainer.job import Job
-from trainer.model import is_out_of_memory, load_model
+from trainer.model import LoadedModel, is_out_of_memory, load_model
 from trainer.monitor import Monitor
-from trainer.planning import checkpoint_interval, evaluation_steps, learning_rates, plan_job, with_evaluation_on_top
+from trainer.planning import (
+    checkpoint_interval,
+    evaluation_steps,
+    learning_rates,
+    needs_loss,
+    plan_job,
+    split,
+    with_evaluation_on_top,
+)
 from trainer.process import peak_memory_bytes, seconds_since_process_start
 from trainer.record import TOKENS_ONLY, Actual, Breakdown, Predicted, RunRecord, read_predicted
+from trainer.scoring import example_losses
 from trainer.tokens import FloatArray, IntArray, TokenizedDataset
 
 VERSIONED = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "numpy")
@@ -128,6 +138,8 @@ def _prepare(folder: Path, resume: bool) -> _Run:
             f"the job is planned for {job.num_devices} process(es), {accelerator.num_processes} were started. "
             "Start it with 'plan --run' or 'plan --resume', which start the right number."
         )
+    if resume and accelerator.is_main_process:
+        _clear_leftovers(folder)
     with clock.part("data"), accelerator.main_process_first():
         spec = with_evaluation_on_top(job.data, job.evaluation)
         data = prepare_data(
@@ -137,9 +149,19 @@ def _prepare(folder: Path, resume: bool) -> _Run:
             seed=job.seed,
             trust_remote_code=job.trust_remote_code,
         )
-        plan, notes = _plan(folder, job, data, resume, bool(accelerator.is_main_process))
+    loaded: LoadedModel | None = None
+    losses: FloatArray | None = None
+    if needs_loss(job.preset) and not (folder / "batch_plan.npz").exists():
+        with clock.part("load"):
+            loaded = load_model(job, need_weights=True)
+        with clock.part("data"):
+            losses = _losses_for_sampling(job, data, loaded.model, accelerator)
+    with clock.part("data"), accelerator.main_process_first():
+        plan, notes = _plan(folder, job, data, losses, bool(accelerator.is_main_process))
     with clock.part("load"):
-        loaded = load_model(job, need_weights=True)
+        loaded = loaded or load_model(job, need_weights=True)
+        if job.num_devices > 1:  # the weights are the same on each process, what dropout leaves out is not
+            torch.manual_seed(job.seed + accelerator.process_index)
         tokenizer = load_tokenizer(job.model, trust_remote_code=job.trust_remote_code)
         model = accelerator.prepare(loaded.model) if job.num_devices > 1 else loaded.model
         stepper = steps.make_stepper(
@@ -184,7 +206,7 @@ def _prepare(folder: Path, resume: bool) -> _Run:
 
 
 def _plan(
-    folder: Path, job: Job, data: TokenizedDataset, resume: bool, is_main: bool
+    folder: Path, job: Job, data: TokenizedDataset, losses: FloatArray | None, is_main: bool
 ) -> tuple[BatchPlan, tuple[str, ...]]:
     """The batch plan: the run folder's own where there is one, so that a resumed run executes what was promised."""
     path = folder / "batch_plan.npz"
@@ -193,12 +215,42 @@ def _plan(
         if len(plan.order) and int(plan.order.max()) >= len(data):
             raise RunError(f"{path}: the plan names examples that the data no longer has. Was the dataset changed?")
         return plan, ()
-    planned = plan_job(job, data)
+    planned = plan_job(job, data, losses)
     if is_main:
         aside = path.with_suffix(".tmp")
         planned.plan.save(aside)
         os.replace(aside, path)
-    return planned.plan, planned.notes
+    notes = planned.notes
+    if losses is not None:
+        notes += (f"sampling by the model's own loss: {int(np.isfinite(losses).sum()):,} examples were scored",)
+    return planned.plan, notes
+
+
+def _losses_for_sampling(job: Job, data: TokenizedDataset, model: Any, accelerator: Any) -> FloatArray:
+    """The model's own loss of each training example, its batches shared out over the processes."""
+
+    def total(tensor: Any) -> Any:
+        return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
+
+    training, _ = split(job.data, job.evaluation, len(data), job.seed)
+    return example_losses(
+        model,
+        data,
+        device=str(accelerator.device),
+        precision=job.precision,
+        examples=training,
+        share=slice(accelerator.process_index, None, job.num_devices),
+        reduce=total if job.num_devices > 1 else None,
+    )
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed while writing left beside the run's files."""
+    for leftover in (*folder.glob(".*.tmp"), folder / "batch_plan.tmp", folder / "metrics.tmp"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def _restore(run: _Run) -> None:
@@ -513,8 +565,6 @@ def _write_side_by_side(folder: Path) -> None:
 
 def _save_result(run: _Run) -> None:
     """The adapter in PEFT's format, or the whole model after full fine-tuning; written aside, then renamed."""
-    import shutil
-
     if not run.is_main:
         return
     model = run.accelerator.unwrap_model(run.stepper.model)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from presets.schema import Preset
+from presets.schema import Preset, Sampling
 from trainer.batching import BatchPlan, Pass, Stretch, make_batch_plan
 from trainer.job import DataSpec, EvaluationSpec, Job
 from trainer.sampling import evaluation_size, select, split_evaluation
@@ -103,6 +104,47 @@ def plan_job(job: Job, data: TokenizedDataset, loss: FloatArray | None = None) -
                 f"{before + 1:,}) is never reached: the data ends at step {plan.num_steps:,}"
             )
     return Planned(plan=plan, notes=tuple(notes))
+
+
+STAND_IN_NOTE = (
+    "which examples the model's own loss selects is decided when the run starts; time is estimated on a random sample "
+    "of the same size"
+)
+
+
+def _by_loss(sampling: Sampling) -> bool:
+    return sampling.score == "loss" and sampling.strategy != "random" and not sampling.takes_all
+
+
+def needs_loss(preset: Preset) -> bool:
+    """Whether the batch plan depends on the model's own loss per example."""
+    if preset.phases and preset.phases[0].is_stage:
+        return any(_by_loss(phase.sampling) for phase in preset.phases)
+    return _by_loss(preset.sampling)
+
+
+def stand_in(job: Job) -> Job:
+    """For an estimate: the job with a random sample of the same size wherever it samples by the model's own loss.
+
+    The cost is the same in expectation; `STAND_IN_NOTE` says so. The run itself takes the job as it was.
+    """
+    preset = job.preset
+    changes: dict[str, Any] = {}
+    if _by_loss(preset.sampling):
+        changes |= _random_of_same_size(preset.sampling)
+    if any(_by_loss(phase.sampling) for phase in preset.phases):
+        changes["phases"] = tuple(
+            replace(phase, **_random_of_same_size(phase.sampling)) if _by_loss(phase.sampling) else phase
+            for phase in preset.phases
+        )
+    return replace(job, preset=replace(preset, **changes)) if changes else job
+
+
+def _random_of_same_size(sampling: Sampling) -> dict[str, Any]:
+    ratio = sampling.ratio
+    if sampling.strategy == "prioritized" and sampling.size is None and ratio is None:
+        ratio = 0.5  # as in trainer.sampling
+    return {"sampling_strategy": "random", "sample_ratio": ratio}
 
 
 def learning_rates(preset: Preset, plan: BatchPlan) -> FloatArray:
