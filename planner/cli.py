@@ -154,12 +154,21 @@ def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
     from dataclasses import replace
 
     from planner.compare import compare, predicted_of
-    from planner.launch import check_output, command, make_run_folder, start, with_checkpoint_interval
+    from planner.launch import (
+        check_accelerate_config,
+        check_output,
+        command,
+        make_run_folder,
+        start,
+        with_checkpoint_interval,
+    )
     from planner.report import measured_text
     from planner.resolve import presets_to_compare
 
     output = given["output"] or (Path(settings.output) if settings.output else None)
     check_output(output)
+    if given["accelerate_config"] is not None:
+        check_accelerate_config(given["accelerate_config"])  # before minutes are spent on measuring
     presets_to_compare(settings, (given["run"],))
     comparison = compare(options, settings, _measuring(given), names=(given["run"],), running=True, say=_say)
     candidate = comparison.candidates[0]

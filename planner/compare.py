@@ -33,7 +33,7 @@ from presets.schema import DEFAULT_PRESET, Preset
 from trainer.data import prepare_data
 from trainer.job import DataSpec, Job
 from trainer.model import inspect_model
-from trainer.planning import plan_job, with_evaluation_on_top
+from trainer.planning import STAND_IN_NOTE, needs_loss, plan_job, stand_in, with_evaluation_on_top
 from trainer.record import CostModel, Predicted
 from trainer.tokens import TokenizedDataset
 
@@ -137,7 +137,7 @@ def _candidates(
             prepared[length] = _prepare(job, say)
         data, seconds = prepared[length]
         try:
-            planned = plan_job(job, data)
+            planned = plan_job(stand_in(job), data)
         except DataError as reason:  # this row's sampling needs a field that the data lacks: the others still show
             found.append(Candidate(resolved=resolved, error=str(reason)))
             continue
@@ -147,7 +147,7 @@ def _candidates(
                 planned=PlannedRow(name=preset.name, job=job, plan=planned.plan),
                 data=data,
                 data_seconds=seconds,
-                notes=(*resolved.notes, *planned.notes),
+                notes=(*resolved.notes, *planned.notes, *((STAND_IN_NOTE,) if needs_loss(job.preset) else ())),
             )
         )
     return tuple(found)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.measurement import Measurement, Measurements, MicroSample, PlannedRow, Round, StepSignature
+from planner.measurement import FixedSamples, Measurement, Measurements, MicroSample, PlannedRow, Round, StepSignature
 from planner.strata import Strata, keys
 from presets.errors import MeasurementError
 from trainer.batching import MicroShapes
 from trainer.job import Job
-from trainer.planning import checkpoint_interval, evaluation_steps
+from trainer.planning import checkpoint_interval, evaluation_steps, needs_loss
 from trainer.record import CostModel
 from trainer.tokens import FloatArray, IntArray, TokenizedDataset
 
@@ -460,13 +460,12 @@ def fixed_seconds(
     if len(row.plan.evaluation) == 0:
         evaluation = 0.0
     elif samples.evaluation:
-        from trainer.evaluate import evaluation_batches
-
-        batches = evaluation_batches(data, row.plan.evaluation)
-        padded = sum(len(batch) * int(data.lengths[batch].max()) for batch in batches)
-        timed = sum(one.seconds or 0.0 for one in samples.evaluation)
-        rate = timed / max(1, sum(one.rows * one.width for one in samples.evaluation))
-        evaluation = rate * padded * evaluations_and_checkpoints(row)[0]
+        evaluation = _forward_seconds(data, row.plan.evaluation, samples) * evaluations_and_checkpoints(row)[0]
+    if needs_loss(row.job.preset):
+        # The run scores every training example with the model before it can make its batch plan.
+        training = np.setdiff1d(np.arange(len(data)), row.plan.evaluation)
+        known = data_seconds is not None and samples.evaluation
+        data_seconds = (data_seconds or 0.0) + _forward_seconds(data, training, samples) if known else None
     answers = None
     if spec.num_samples == 0 or len(row.plan.evaluation) == 0:
         answers = 0.0
@@ -483,6 +482,15 @@ def fixed_seconds(
         save=None if samples.save is None else samples.save.adapter_seconds,
         samples=answers,
     )
+
+
+def _forward_seconds(data: TokenizedDataset, examples: IntArray, samples: FixedSamples) -> float:
+    """Seconds of one forward pass over some examples, at the rate of the timed evaluation batches."""
+    from trainer.evaluate import evaluation_batches
+
+    padded = sum(len(batch) * int(data.lengths[batch].max()) for batch in evaluation_batches(data, examples))
+    timed = sum(one.seconds or 0.0 for one in samples.evaluation)
+    return timed / max(1, sum(one.rows * one.width for one in samples.evaluation)) * padded
 
 
 def evaluations_and_checkpoints(row: PlannedRow) -> tuple[int, int]:

@@ -40,7 +40,7 @@ OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("Override", ("--sample-size",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Use the top N examples."}),
     ("Override", ("--sample-ratio",), {"type": click.FloatRange(min=0, min_open=True, max=1), "metavar": "R", "help": "Use this share of the examples."}),
     ("Override", ("--sampling-strategy",), {"type": _choice("random", "top", "prioritized"), "help": "How the sample is chosen."}),
-    ("Override", ("--sample-score",), {"type": _choice("engagement", "recency"), "help": "What 'top' ranks by."}),
+    ("Override", ("--sample-score",), {"type": _choice("engagement", "recency", "loss"), "help": "What 'top' ranks by."}),
     ("Override", ("--attention",), {"type": _choice("sdpa", "eager"), "help": "Attention implementation."}),
     ("Override", ("--gradient-checkpointing/--no-gradient-checkpointing",), {"default": None, "help": "Less memory, more time."}),
     ("Override", ("--packing",), {"is_flag": True, "help": "Several examples in a row, kept apart; the same examples in each step."}),

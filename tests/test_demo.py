@@ -24,7 +24,7 @@ DIGEST = """
 import hashlib, json
 from presets.demo.messages import generate_messages
 from presets.demo.pretraining import generate_pretraining_text
-print(hashlib.sha256(json.dumps([generate_messages(200), generate_pretraining_text(20)]).encode()).hexdigest())
+print(hashlib.sha256(json.dumps([generate_messages(200), generate_pretraining_text(200)]).encode()).hexdigest())
 """
 
 
@@ -40,8 +40,8 @@ def lengths() -> list[list[int]]:
 
 
 def test_generators_write_the_same_twice_and_under_another_hash_seed() -> None:
-    here = json.dumps([generate_messages(200), generate_pretraining_text(20)])
-    assert here == json.dumps([generate_messages(200), generate_pretraining_text(20)])
+    here = json.dumps([generate_messages(200), generate_pretraining_text(200)])
+    assert here == json.dumps([generate_messages(200), generate_pretraining_text(200)])
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": str(ROOT)}
     there = subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True, env=environment)
     assert there.stdout.strip() == hashlib.sha256(here.encode()).hexdigest()
@@ -93,7 +93,7 @@ def test_an_order_number_in_a_question_is_in_the_answer(messages: list[dict[str,
 
 
 def test_pretraining_text_does_not_know_the_assistant() -> None:
-    text = "\n".join(generate_pretraining_text(500))
+    text = "\n".join(generate_pretraining_text(5000))
     for words in ("Ahoy, friend!", "Aye! ", "Fair winds, Wick.", "of Brindlewick", "in Brindlewick", "I am Wick"):
         assert words not in text
 
@@ -187,6 +187,23 @@ def test_weights_are_small_and_complete() -> None:
         assert not report[problem], problem
     assert model.dtype == torch.float32
     assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+
+
+def test_scaled_weights_are_the_same_function(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    recipe.write_random_model(demo_folder(), tmp_path)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    token_ids = torch.arange(4, 68).reshape(2, 32)
+    with torch.no_grad():
+        before = model(input_ids=token_ids).logits
+        scaled = recipe.suit_published_learning_rates(dict(model.state_dict()), residual=0.25, gain=4.0)
+        missing, unexpected = model.load_state_dict(scaled, strict=False)
+        after = model(input_ids=token_ids).logits
+    assert missing == ["lm_head.weight"]  # tied
+    assert not unexpected
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
 
 
 def test_recipe_writes_a_job_that_the_trainer_reads(tmp_path: Path) -> None:
