@@ -161,6 +161,23 @@ def test_what_trains_is_fp32_whatever_the_base_is_stored_in(make_job: Any, preci
     assert torch.bfloat16 in {p.dtype for p in frozen}
 
 
+def test_a_four_bit_model_has_the_same_gradients_after_an_evaluation(make_job: Any, data: TokenizedDataset) -> None:
+    """On some CPUs bitsandbytes repacks weights in eval mode, for a kernel that has no backward pass."""
+    pytest.importorskip("bitsandbytes", reason="the extra 'quant' is not installed")
+    from trainer.evaluate import evaluate
+
+    model = moved(load_model(make_job(base_precision="4bit"), need_weights=True).model)
+    plan = plan_of(data, 1)
+    before = window_gradient(model, data, plan)
+    evaluate(model, data, np.arange(10), device="cpu", precision="fp32")
+    model.eval()
+    ids = collate([np.array([0])], data).input_ids[:, :8]
+    model.generate(input_ids=ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    model.train()
+    assert all(gradient.norm() > 0 for gradient in before.values())
+    assert largest_difference(before, window_gradient(model, data, plan)) < 1e-5
+
+
 def test_an_empty_share_of_a_window_adds_nothing(make_job: Any, data: TokenizedDataset) -> None:
     model = moved(load_model(make_job(), need_weights=True).model)
     stepper = make_stepper(model, "cpu", "fp32")

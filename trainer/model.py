@@ -89,6 +89,7 @@ def load_model(job: Job, *, need_weights: bool) -> LoadedModel:
             raise
         raise ModelError(f"model '{job.model}': it cannot be loaded ({_one_line(reason)}).") from reason
     base.config.use_cache = False
+    _keep_trainable_kernels(base)
     if job.preset.gradient_checkpointing:
         _enable_checkpointing(base)
     num_parameters = _count_parameters(base)
@@ -156,6 +157,17 @@ def _load_base(job: Job, files: ModelFiles) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         files.name, trust_remote_code=job.trust_remote_code, use_safetensors=True, **arguments
     )
+
+
+def _keep_trainable_kernels(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference when a model is evaluated on a CPU with AVX512-BF16.
+
+    Its kernel for repacked weights has no backward pass: after the first evaluation, training would go on with gradients
+    that stop at the quantized layers, and nothing but a warning would say so.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _enable_checkpointing(model: Any) -> None:
