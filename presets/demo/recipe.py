@@ -36,7 +36,7 @@ CONFIG: dict[str, Any] = {
     "head_dim": 32,
     "hidden_act": "silu",
     "max_position_embeddings": MAX_POSITIONS,
-    "rms_norm_eps": 1e-8,  # far below the square of the smallest activations, see suit_published_learning_rates
+    "rms_norm_eps": 1e-8,  # far below the square of the smallest activations: the embeddings start small
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "attention_bias": False,
     "attention_dropout": 0.0,
