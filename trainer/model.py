@@ -162,8 +162,8 @@ def _load_base(job: Job, files: ModelFiles) -> Any:
 def _keep_trainable_kernels(model: Any) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for inference when a model is evaluated on a CPU with AVX512-BF16.
 
-    Its kernel for repacked weights has no backward pass: after the first evaluation, training would go on with gradients
-    that stop at the quantized layers, and nothing but a warning would say so.
+    Its kernel for repacked weights has no backward pass: after the first evaluation, training would go on with
+    gradients that stop at the quantized layers, and nothing but a warning would say so.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

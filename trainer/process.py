@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def quiet_waiting() -> None:
-    """Let OpenMP threads spin only shortly while they wait; called before torch is imported, in worker and trainer alike.
+    """Let OpenMP threads spin only shortly while they wait; called before torch is imported, in worker and trainer.
 
     By default they spin for milliseconds. Where another process wants the same cores, each spins away the time that the
     other needs to arrive: on two shared cores a micro-step of 0.12 s took 9 s. Never spinning (OMP_WAIT_POLICY=PASSIVE)
