@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -294,17 +297,31 @@ def test_full_fine_tuning_writes_a_model_that_loads_by_itself(make_run: Any) -> 
     AutoTokenizer.from_pretrained(run / "model")
 
 
-def test_a_four_bit_base_trains_saves_and_reloads(make_run: Any, tiny_model: Path) -> None:
+@pytest.mark.parametrize("base_precision", ["4bit", "8bit"])
+def test_a_quantized_base_trains_saves_and_reloads(make_run: Any, tiny_model: Path, base_precision: str) -> None:
     pytest.importorskip("bitsandbytes", reason="the extra 'quant' is not installed")
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    run = make_run(base_precision="4bit")
+    run = make_run(base_precision=base_precision, lora_rslora=True)
     record = train(run)
     assert record.actual.eval_loss_after < record.actual.eval_loss_before
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), run / "adapter")
     assert torch.isfinite(model(input_ids=torch.arange(9)[None]).logits).all()
+
+
+def test_a_tracker_gets_every_step(make_run: Any) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = make_run(tracker="tensorboard")
+    train(run)
+    (events,) = run.rglob("events.out.tfevents.*")
+    found = EventAccumulator(str(events.parent))
+    found.Reload()
+    assert [event.step for event in found.Scalars("loss")] == list(range(1, 10))
+    assert [event.value for event in found.Scalars("loss")] == pytest.approx([line["loss"] for line in metrics(run)])
 
 
 def test_packed_and_padded_runs_learn_the_same(make_run: Any) -> None:
@@ -344,3 +361,48 @@ def test_no_held_out_example_is_trained_on(make_run: Any) -> None:
 def test_the_wrong_number_of_processes_is_refused(make_run: Any) -> None:
     with pytest.raises(RunError, match=r"planned for 2 process\(es\), 1 were started"):
         train(make_run(num_devices=2))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
+@pytest.mark.parametrize(("number", "twice", "code"), [(signal.SIGTERM, False, 143), (signal.SIGINT, True, 130)])
+def test_the_first_signal_saves_and_exits_with_its_code_and_the_second_leaves_at_once(
+    make_run: Any, number: int, twice: bool, code: int
+) -> None:
+    run = make_run(num_epochs=200)
+    slow = (
+        "import sys, time, trainer.loop as loop, trainer.__main__ as entry\n"
+        "real = loop._checkpoint\n"
+        "def checkpoint(*arguments):\n"
+        "    if arguments[0].stop_signal: (arguments[0].folder / 'saving').touch(); time.sleep(float(sys.argv.pop()))\n"
+        "    return real(*arguments)\n"
+        "loop._checkpoint = checkpoint\n"
+        "sys.exit(entry.main())\n"
+    )
+    pause = "60" if twice else "0"
+    # The pause stands for a slow disk: the second signal must not wait for the checkpoint.
+    argv = [sys.executable, "-P", "-c", slow.replace("sys.argv.pop()", f"'{pause}'"), str(run / "job.json")]
+    child = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics_so_far(run)) > 2, child)
+        child.send_signal(number)
+        if twice:
+            wait_for(lambda: (run / "saving").exists(), child)
+            child.send_signal(number)
+        assert child.wait(timeout=50) == code
+    finally:
+        child.kill()
+    if twice:
+        assert not (run / "record.json").exists()
+    else:
+        assert RunRecord.read(run / "record.json").status == "stopped"
+        assert list((run / "checkpoints").glob("step-*"))
+
+
+def metrics_so_far(run: Path) -> list[str]:
+    return (run / "metrics.jsonl").read_text().splitlines()
+
+
+def wait_for(condition: Any, child: Any) -> None:
+    while not condition():
+        assert child.poll() is None, "the run ended by itself"
+        time.sleep(0.05)
