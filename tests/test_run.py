@@ -216,9 +216,13 @@ def test_running_out_of_memory_halves_the_micro_batch_keeps_the_global_batch_and
     )
     train(whole)
     real = loop.steps.micro_step
-    seen = []
+    seen: list[int] = []
+    large = [0]
 
     def small_card(stepper: Any, batch: Any, *, scale: float) -> Any:
+        large[0] += len(batch.input_ids) > 2
+        if len(batch.input_ids) > 2 and large[0] == 1:
+            return real(stepper, batch, scale=scale)  # its gradient must be dropped when the window is done again
         if len(batch.input_ids) > 2:
             raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
         seen.append(len(batch.input_ids))
@@ -348,6 +352,25 @@ def test_a_model_without_weights_can_be_planned_but_not_trained(
             shutil.copy(tiny_model / name, bare)
     with pytest.raises(ModelError, match=r"no weights \(\*\.safetensors\)"):
         train(make_run(model=str(bare)))
+
+
+def test_every_window_is_normalised_by_the_targets_that_it_holds(make_run: Any, monkeypatch: Any) -> None:
+    run = make_run(micro=2, gradient_accumulation_steps=16)
+    real, windows = loop.steps.micro_step, [0.0]
+    update = loop.steps.optimizer_step
+
+    def step(stepper: Any, batch: Any, *, scale: float) -> Any:
+        windows[-1] += len(batch.targets) * scale
+        return real(stepper, batch, scale=scale)
+
+    def finish(*args: Any) -> Any:
+        windows.append(0.0)
+        return update(*args)
+
+    monkeypatch.setattr(loop.steps, "micro_step", step)
+    monkeypatch.setattr(loop.steps, "optimizer_step", finish)
+    train(run)
+    assert windows[:-1] == pytest.approx([1.0] * 5)  # four of 16 examples and a partial one of 8
 
 
 def test_no_held_out_example_is_trained_on(make_run: Any) -> None:
