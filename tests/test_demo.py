@@ -189,6 +189,23 @@ def test_weights_are_small_and_complete() -> None:
     assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
 
 
+def test_scaled_weights_are_the_same_function(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    recipe.write_random_model(demo_folder(), tmp_path)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    token_ids = torch.arange(4, 68).reshape(2, 32)
+    with torch.no_grad():
+        before = model(input_ids=token_ids).logits
+        scaled = recipe.suit_published_learning_rates(dict(model.state_dict()), residual=0.25, gain=4.0)
+        missing, unexpected = model.load_state_dict(scaled, strict=False)
+        after = model(input_ids=token_ids).logits
+    assert missing == ["lm_head.weight"]  # tied
+    assert not unexpected
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
+
+
 def test_recipe_writes_a_job_that_the_trainer_reads(tmp_path: Path) -> None:
     from trainer.job import Job
 

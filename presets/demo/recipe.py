@@ -14,13 +14,16 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from presets import jsonio
 from presets.demo import demo_folder, template
 from presets.demo.messages import generate_messages
 from presets.demo.pretraining import generate_pretraining_text
 from presets.schema import Preset
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VOCABULARY = 1792  # the generated text has words for no more than about 1,860 tokens
 MAX_POSITIONS = 4096
@@ -67,6 +70,8 @@ GENERATION_CONFIG: dict[str, Any] = {
     "do_sample": False,
     "max_new_tokens": 128,
 }
+RESIDUAL_SCALE = 0.03  # see suit_published_learning_rates
+NORM_GAIN = 2.0
 PRETRAINING = Preset(
     name="demo-pretraining",
     summary="the bundled model from random weights, on the text of presets/demo/pretraining.py",
@@ -212,14 +217,32 @@ def write_random_model(folder: Path, target: Path) -> None:
 
 
 def convert(source: Path, target: Path) -> None:
-    """Store weights in fp16, the tied head left out."""
+    """Store weights in fp16, the tied head left out, scaled by `suit_published_learning_rates`."""
     from safetensors.torch import load_file, save_file
 
-    tensors = {
-        name: tensor.half().contiguous() for name, tensor in load_file(source).items() if name != "lm_head.weight"
-    }
-    save_file(tensors, target, metadata={"format": "pt"})
+    tensors = suit_published_learning_rates(load_file(source))
+    save_file({name: tensor.half().contiguous() for name, tensor in tensors.items()}, target, metadata={"format": "pt"})
     target.chmod(0o644)  # safetensors writes for the owner alone, and an installed file is for everyone
+
+
+def suit_published_learning_rates(
+    tensors: dict[str, Tensor], *, residual: float = RESIDUAL_SCALE, gain: float = NORM_GAIN
+) -> dict[str, Tensor]:
+    """The same function of the input in other weights, of which a LoRA step of the published size moves more.
+
+    The published rates are made for dozens of layers, whose small steps add up; this model has four. So what the layers
+    write into the residual stream is made smaller by `residual`, and what they read from it is larger by `gain`: a step
+    of a given size is then a larger part of both. RMSNorm takes the first back out and the linear layers the second.
+    """
+
+    def factor(name: str) -> float:
+        if name.endswith(("embed_tokens.weight", "o_proj.weight", "down_proj.weight")):
+            return residual
+        if name == "model.norm.weight":
+            return 1 / residual  # the head is tied to the embedding
+        return gain if name.endswith("layernorm.weight") else 1 / gain
+
+    return {name: tensor * factor(name) for name, tensor in tensors.items() if name != "lm_head.weight"}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
