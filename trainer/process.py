@@ -14,7 +14,7 @@ def quiet_waiting() -> None:
     By default they spin for milliseconds. Where another process wants the same cores, each spins away the time that the
     other needs to arrive: on two shared cores a micro-step of 0.12 s took 9 s. Never spinning (OMP_WAIT_POLICY=PASSIVE)
     made the bundled model's micro-step 2.8 times slower on quiet cores, 1,000 turns about 1.1 times, and they kept the
-    step under 0.08 s on busy ones (2026-11-23, two cores). What the user has set stays.
+    step at 0.08 s on average on busy ones (2026-11-23, two cores). What the user has set stays.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
         os.environ["GOMP_SPINCOUNT"] = "1000"
