@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -95,8 +96,7 @@ def _build_dataclass(cls: type, value: Any, path: str, problems: list[str]) -> A
     if not isinstance(value, dict):
         problems.append(f"{path or 'the file'} must be an object")
         return None
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints, fields = _hints_and_fields(cls)
     problems += [f"unknown key '{_join(path, key)}'" for key in value if key not in fields]
     before = len(problems)
     arguments: dict[str, Any] = {}
@@ -112,6 +112,11 @@ def _build_dataclass(cls: type, value: Any, path: str, problems: list[str]) -> A
     except (PlanError, ValueError) as reason:
         problems.append(str(reason).rstrip("."))
         return None
+
+
+@functools.cache  # reading the hints costs a hundred times what one small object does, and a measurement has thousands
+def _hints_and_fields(cls: type) -> tuple[dict[str, Any], dict[str, dataclasses.Field[Any]]]:
+    return typing.get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
 
 
 def _join(path: str, key: str) -> str:

@@ -29,14 +29,17 @@ def windows(plan: BatchPlan) -> list[tuple[int, ...]]:
     micro=st.integers(1, 9),
     devices=st.integers(1, 4),
     epochs=st.integers(1, 3),
-    packed=st.one_of(st.none(), st.integers(20, 400)),
+    packed=st.one_of(st.none(), st.integers(20, 1000)),  # up to rows longer than any example
+    sort=st.booleans(),
 )
 def test_every_example_is_in_the_plan_once_per_epoch_and_each_window_keeps_its_examples(
-    lengths: np.ndarray, size: int, micro: int, devices: int, epochs: int, packed: int | None
+    lengths: np.ndarray, size: int, micro: int, devices: int, epochs: int, packed: int | None, sort: bool
 ) -> None:
     passes = one_pass(len(lengths), size, epochs)
     plain = make_batch_plan(lengths, passes, micro_batch_size=1, sort_window=False)
-    plan = make_batch_plan(lengths, passes, micro_batch_size=micro, num_devices=devices, packed_length=packed)
+    plan = make_batch_plan(
+        lengths, passes, micro_batch_size=micro, num_devices=devices, packed_length=packed, sort_window=sort
+    )
     assert (np.bincount(plan.order, minlength=len(lengths)) == epochs).all()
     assert windows(plan) == windows(plain)  # the optimizer sees the same batches, however they are split
     assert plan.num_steps == epochs * -(-len(lengths) // size)

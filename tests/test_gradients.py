@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import random_data, small_model, with_lora
 
 from trainer.batching import BatchPlan, Pass, Stretch, make_batch_plan
 from trainer.collate import collate
@@ -28,8 +31,11 @@ def plan_of(data: TokenizedDataset, micro: int, examples: int = 8, packed: int |
     return make_batch_plan(data.lengths, passes, micro_batch_size=micro, packed_length=packed)
 
 
-def window_gradient(model: Any, data: TokenizedDataset, plan: BatchPlan, window: int = 0) -> dict[str, Any]:
+def window_gradient(
+    model: Any, data: TokenizedDataset, plan: BatchPlan, window: int = 0, head: Any = None
+) -> dict[str, Any]:
     stepper = make_stepper(model, "cpu", "fp32")
+    stepper.head = head
     targets = int(plan.per_window(data.num_supervised)[window])
     for micro in range(plan.window_offsets[window], plan.window_offsets[window + 1]):
         micro_step(stepper, collate(plan.rows_of_micro_batch(micro), data), scale=1 / targets)
@@ -59,15 +65,89 @@ def moved(model: Any) -> Any:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("double", "tolerance"), [(False, 1e-5), (True, 1e-12)])
 def test_gradient_is_the_same_for_every_split_of_a_global_batch(
-    make_job: Any, data: TokenizedDataset, adapter: str, attention: str, double: bool, tolerance: float
+    make_job: Any,
+    data: TokenizedDataset,
+    adapter: str,
+    attention: str,
+    double: bool,
+    tolerance: float,
+    monkeypatch: Any,
 ) -> None:
+    import torch.nn.functional as F
+
     model = moved(load_model(make_job(adapter=adapter, attention=attention), need_weights=True).model)
     if double:
         model.double()
+        # Eager attention takes its softmax in fp32 whatever the model is in, and the rounding of that depends on the
+        # padded width and on the number of threads.
+        softmax = F.softmax
+        monkeypatch.setattr(F, "softmax", lambda scores, dim, dtype: softmax(scores, dim=dim))
     reference = window_gradient(model, data, plan_of(data, 8))
     assert len({int(n) for n in data.num_supervised[:8]}) > 4  # unequal masks, or the test would prove little
     for plan in (plan_of(data, 4), plan_of(data, 1), plan_of(data, 1, packed=256), plan_of(data, 2, packed=100)):
         assert largest_difference(reference, window_gradient(model, data, plan)) < tolerance
+
+
+@pytest.fixture(scope="module")
+def two_models() -> dict[str, Any]:
+    """An adapter on a model with a sliding window, and a whole model whose output layer is its embedding."""
+    return {"lora": with_lora(small_model("mistral")).float(), "full": small_model("qwen3").float()}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 60), min_size=3, max_size=14),
+    size=st.integers(2, 8),
+    micro=st.integers(1, 8),
+    devices=st.integers(1, 3),
+    packed=st.one_of(st.none(), st.integers(8, 200)),  # rows shorter and longer than any example
+    sort=st.booleans(),
+    kind=st.sampled_from(["lora", "full"]),
+    lean=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_tuned_plan_has_the_windows_and_gradients_of_the_untuned_one(
+    two_models: dict[str, Any],
+    lengths: list[int],
+    size: int,
+    micro: int,
+    devices: int,
+    packed: int | None,
+    sort: bool,
+    kind: str,
+    lean: bool,
+    seed: int,
+) -> None:
+    from trainer.lean import find_lean_head
+
+    model, data = two_models[kind], random_data(lengths, seed=seed, supervised=0.7)
+    passes = (
+        Pass(examples=np.arange(len(lengths)), num_epochs=1, stretches=(Stretch(phase=0, global_batch_size=size),)),
+    )
+    untuned = make_batch_plan(data.lengths, passes, micro_batch_size=1, seed=seed, sort_window=False)
+    tuned = make_batch_plan(
+        data.lengths,
+        passes,
+        micro_batch_size=micro,
+        num_devices=devices,
+        seed=seed,
+        sort_window=sort,
+        packed_length=packed,
+    )
+    assert tuned.num_steps == untuned.num_steps
+    head = find_lean_head(model, precision="fp32", chunk_bytes=4 * 97 * 5) if lean else None
+    for window in {0, tuned.num_steps - 1}:  # the last one may be partial
+        here = sorted(untuned.documents_of_window(window).tolist())
+        assert sorted(tuned.documents_of_window(window).tolist()) == here
+        if data.num_supervised[here].sum() == 0:
+            continue
+        reference, found = (
+            window_gradient(model, data, untuned, window),
+            window_gradient(model, data, tuned, window, head),
+        )
+        # Of the whole: where a window's documents have two tokens, some parameters' true gradient is exactly zero.
+        whole = sum(float(gradient.norm()) ** 2 for gradient in reference.values()) ** 0.5
+        assert max(float((found[name] - reference[name]).norm()) for name in reference) <= 1e-5 * whole
 
 
 def test_a_mean_per_micro_batch_would_give_another_gradient(make_job: Any, data: TokenizedDataset) -> None:
@@ -184,3 +264,37 @@ def test_an_empty_share_of_a_window_adds_nothing(make_job: Any, data: TokenizedD
     loss = micro_step(stepper, collate([], data), scale=1.0)
     assert float(loss) == 0.0
     assert all(float(p.grad.norm()) == 0.0 for p in stepper.parameters if p.grad is not None)
+
+
+def test_every_gradient_is_added_up_once_whatever_its_size_and_layout(monkeypatch: Any) -> None:
+    """Against a second process that is put in place of torch's collective: its gradients are all ones."""
+    import torch
+    import torch.distributed as dist
+
+    from trainer import step
+
+    theirs_used = torch.tensor([1, 1, 1, 1, 1, 0], dtype=torch.int32)
+    calls: list[int] = []
+
+    def all_reduce(tensor: Any, op: Any = dist.ReduceOp.SUM) -> None:
+        if op == dist.ReduceOp.MAX:
+            tensor.copy_(torch.maximum(tensor, theirs_used))
+        else:
+            assert tensor.is_contiguous()
+            calls.append(tensor.numel())
+            tensor += 1
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(step, "BUCKET_ELEMENTS", 10)
+    shapes = [(2, 3), (4,), (3, 1), (5, 4), (3, 5), (7,)]
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for number, parameter in enumerate(parameters[:-2]):
+        parameter.grad = torch.arange(parameter.numel(), dtype=torch.float32).view(parameter.shape) * (number + 1)
+    parameters[3].grad = parameters[3].grad.T.contiguous().T  # not contiguous
+    expected = [parameter.grad + 1 for parameter in parameters[:-2]]
+    step.add_up_gradients(parameters)
+    for parameter, gradient in zip(parameters[:-2], expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+    assert torch.equal(parameters[4].grad, torch.ones(3, 5))  # only the other process has used it
+    assert parameters[5].grad is None  # nobody has: weight decay must not move it
+    assert calls == [10, 3, 20, 15]

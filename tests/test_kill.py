@@ -220,3 +220,13 @@ def test_an_old_checkpoint_is_renamed_before_it_is_removed(make_run: Any, tmp_pa
         checkpoint.rotate(folder, 1, best=2)
     assert [path.name for path in checkpoint.find_checkpoints(folder)] == ["step-000002", "step-000003"]
     assert all(name.startswith(".") for name in removed)
+
+
+def test_the_newest_checkpoint_stays_even_where_none_is_to_be_kept(tmp_path: Path) -> None:
+    from trainer import checkpoint
+
+    for number in (4, 5):
+        (tmp_path / f"step-{number:06d}").mkdir()
+        (tmp_path / f"step-{number:06d}" / "state.json").write_text("{}")
+    checkpoint.rotate(tmp_path, 0, best=None)
+    assert [path.name for path in checkpoint.find_checkpoints(tmp_path)] == ["step-000005"]

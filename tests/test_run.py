@@ -17,6 +17,7 @@ import pytest
 from presets.errors import NonFiniteLossError, OutOfMemoryError, RunError
 from trainer import loop
 from trainer.batching import BatchPlan
+from trainer.job import EvaluationSpec
 from trainer.loop import Stopped, train
 from trainer.record import RunRecord
 
@@ -178,6 +179,46 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(mak
     assert any("damaged" in note and "set aside" in note for note in record.notes)
     assert (newest.parent / f"damaged-{newest.name}").is_dir()
     assert adapter_bytes(run) == adapter_bytes(whole)
+
+
+def test_a_checkpoint_is_set_aside_where_one_of_its_number_was_before(make_run: Any) -> None:
+    whole, run = make_run("whole"), make_run("run")
+    train(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        StopAfter(patch, 50)
+        with pytest.raises(Stopped):
+            train(run)
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    earlier = newest.with_name(f"damaged-{newest.name}")
+    earlier.mkdir()
+    (earlier / "state.json").write_text("of an earlier time")
+    (newest / "state.json").write_text("{")
+    train(run, resume=True)
+    assert (earlier / "state.json").read_text() == "{"
+    assert (earlier / "model.safetensors").is_file()
+    assert adapter_bytes(run) == adapter_bytes(whole)
+
+
+def test_the_best_checkpoint_outlives_the_rotation_and_a_resume(make_run: Any, monkeypatch: Any) -> None:
+    from trainer.evaluate import EvaluationResult
+
+    run = make_run(evaluation=EvaluationSpec(times_during_training=9), keep_checkpoints=1)
+    scripted = iter([5.0, 4.0, 3.0, 3.5, 3.4, 3.6, 3.3, 3.2, 3.1, 3.05, 3.05, 3.05])
+    monkeypatch.setattr(
+        loop, "evaluate", lambda *_, **__: EvaluationResult(loss=next(scripted), num_examples=8, num_tokens=80)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        StopAfter(patch, 37)  # in the fifth window: the best one is of the second
+        with pytest.raises(Stopped):
+            train(run)
+    assert kept(run) == ["step-000002", "step-000004"]
+    record = train(run, resume=True)
+    assert (record.actual.best_step, record.actual.best_eval_loss) == (2, 3.0)
+    assert kept(run) == ["step-000002", "step-000009"]
+
+
+def kept(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
 def test_a_nan_loss_stops_the_run_with_the_step_and_the_examples_and_touches_no_weight(make_run: Any) -> None:
@@ -387,7 +428,9 @@ def test_the_wrong_number_of_processes_is_refused(make_run: Any) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
-@pytest.mark.parametrize(("number", "twice", "code"), [(signal.SIGTERM, False, 143), (signal.SIGINT, True, 130)])
+@pytest.mark.parametrize(
+    ("number", "twice", "code"), [(signal.SIGTERM, False, 143), (signal.SIGINT, False, 130), (signal.SIGINT, True, 130)]
+)
 def test_the_first_signal_saves_and_exits_with_its_code_and_the_second_leaves_at_once(
     make_run: Any, number: int, twice: bool, code: int
 ) -> None:

@@ -185,12 +185,8 @@ def _remove(path: Path) -> None:
 
 
 def trainable_parameters(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    """(name, parameter) of what trains, the names free of the wrapper of several processes."""
-    return [
-        (name.removeprefix("module."), parameter)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    ]
+    """(name, parameter) of what trains."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def trainable_tensors(model: Any) -> dict[str, torch.Tensor]:

@@ -15,6 +15,8 @@ from trainer.tokens import IntArray, TokenizedDataset
 if TYPE_CHECKING:
     import torch
 
+    from trainer.lean import LeanHead
+
 ROW_TOKENS = 2048  # padded tokens in one evaluation batch, unless a single example is longer
 MAX_ROWS = 16
 
@@ -67,12 +69,14 @@ def evaluate(
     precision: str,
     share: slice = slice(None),
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    head: LeanHead | None = None,
 ) -> EvaluationResult | None:
     """Mean token loss of `examples`; None where there are none. Weights, gradients and random state are left alone.
 
     Args:
         share: which of the batches this process takes.
         reduce: sums a tensor over the processes.
+        head: where the model is cut for the lean loss; None: the plain loss.
     """
     import torch
 
@@ -87,7 +91,7 @@ def evaluate(
         with torch.no_grad(), autocast(device, precision):
             for members in evaluation_batches(data, examples)[share]:
                 batch = collate([members[i : i + 1] for i in range(len(members))], data).to(device)
-                total[0] += token_losses(model, batch).double().cpu()
+                total[0] += token_losses(model, batch, head=head).double().cpu()
                 total[1] += len(batch.targets)
     finally:
         model.train(was_training)

@@ -12,6 +12,7 @@ from presets.schema import BasePrecision, Precision, Preset
 
 TrainOn = Literal["assistant", "all"]
 Device = Literal["cpu", "cuda", "mps"]
+Loss = Literal["plain", "lean"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +66,7 @@ class Job:
     sort_window: bool = True  # longest first inside a window; its examples stay the same
     packing: bool = False
     packed_length: int | None = None  # tokens in a packed row; None: the preset's max_length
+    loss: Loss = "plain"  # lean: the output layer sees supervised positions only, a chunk at a time; the same number
     evaluation: EvaluationSpec = EvaluationSpec()
     checkpoint_every: int | None = None  # optimizer steps; None: ten times a run
     keep_checkpoints: int = 2
@@ -76,6 +78,8 @@ class Job:
             raise SettingsError(f"micro_batch_size is {self.micro_batch_size}; it must be at least 1.")
         if self.num_devices < 1:
             raise SettingsError(f"num_devices is {self.num_devices}; it must be at least 1.")
+        if self.packed_length is not None and self.packed_length < 2:
+            raise SettingsError(f"packed_length is {self.packed_length}; a row needs room for at least 2 tokens.")
         if self.base_precision == "auto":
             raise SettingsError("base_precision is 'auto' in a job; it must be resolved first.")
         for size in self.global_batch_sizes:

@@ -40,6 +40,10 @@ from trainer.record import TOKENS_ONLY, Actual, Breakdown, Predicted, RunRecord,
 from trainer.scoring import example_losses
 from trainer.tokens import FloatArray, IntArray, TokenizedDataset
 
+# With several processes: longest wait, about, until each knows that one was told to stop or ran out of memory. The
+# launcher kills processes that are still there 30 s after a signal, and the checkpoint has to be written by then.
+ASK_SECONDS = 5.0
+
 VERSIONED = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "numpy")
 
 
@@ -87,6 +91,7 @@ class _Run:
     num_resumes: int = 0
     wall_before: float = 0.0
     stop_signal: int = 0
+    ask_every: int = 1  # micro-steps between two exchanges of news, with several processes
 
     @property
     def is_main(self) -> bool:
@@ -110,15 +115,24 @@ def train(folder: Path, *, resume: bool = False) -> RunRecord | None:
             return _train(run)
     except Stopped:
         _write_record(run, "stopped", None, error=None)
+        _leave_together(run)
         raise
     except PlanError as reason:
         run.say(f"Stopped: {reason}")
         _write_record(run, "failed", None, error=str(reason))
+        if isinstance(reason, (NonFiniteLossError, OutOfMemoryError)):
+            _leave_together(run)
         raise
     finally:
         if run.monitor is not None:
             run.monitor.close()
         run.accelerator.end_training()
+
+
+def _leave_together(run: _Run) -> None:
+    """Wait for the record, where an end is every process's: the launcher ends the others when the first one leaves."""
+    if run.job.num_devices > 1:
+        run.accelerator.wait_for_everyone()
 
 
 def _prepare(folder: Path, resume: bool) -> _Run:
@@ -163,14 +177,18 @@ def _prepare(folder: Path, resume: bool) -> _Run:
         if job.num_devices > 1:  # the weights are the same on each process, what dropout leaves out is not
             torch.manual_seed(job.seed + accelerator.process_index)
         tokenizer = load_tokenizer(job.model, trust_remote_code=job.trust_remote_code)
-        model = accelerator.prepare(loaded.model) if job.num_devices > 1 else loaded.model
         stepper = steps.make_stepper(
-            model,
+            loaded.model,
             str(accelerator.device),
             job.precision,
             weight_decay=job.preset.weight_decay,
             max_grad_norm=job.preset.max_grad_norm,
+            loss=job.loss,
         )
+        if job.num_devices > 1:
+            steps.share_parameters(stepper.parameters)
+    if stepper.lean_refused is not None:
+        notes += (f"the plain loss is used instead of the lean one: {stepper.lean_refused}",)
     run = _Run(
         job=job,
         folder=folder,
@@ -310,24 +328,16 @@ def _train(run: _Run) -> RunRecord | None:
 def _window(run: _Run, random_state: dict[str, Any]) -> None:
     """One optimizer step: micro-steps over this process's share, then the update; in parts if memory runs out."""
     begun = time.perf_counter()
-    while True:
-        try:
-            losses = _micro_steps(run, random_state)
-            break
-        except RuntimeError as reason:
-            if not is_out_of_memory(reason):
-                raise
-        except MemoryError:
-            pass
-        # Outside the except block: the traceback holds the tensors that are to be freed.
+    while (losses := _micro_steps(run, random_state)) is None:
         _split_further(run, random_state)
     progress = run.progress
     window = progress.windows_done
     targets = int(run.supervised[window])
     gathered = run.accelerator.gather(losses) if run.job.num_devices > 1 else losses
-    flags = _gather_stop(run)
     values = gathered.double().cpu().numpy()  # the one wait for the device in a window
     _require_finite(run, values)
+    if run.job.num_devices > 1:
+        steps.add_up_gradients(run.stepper.parameters)
     result = steps.optimizer_step(run.stepper, float(run.rates[min(progress.applied_steps, len(run.rates) - 1)]))
     steps.synchronize(run.stepper.device)
     seconds = time.perf_counter() - begun
@@ -357,39 +367,87 @@ def _window(run: _Run, random_state: dict[str, Any]) -> None:
                 "memory_bytes": _memory_now(run.stepper.device),
             },
         )
-    if flags:
-        run.stop_signal = flags
-        _stop(run, ckpt.random_state(run.accelerator.process_index))
 
 
 def _micro_steps(run: _Run, random_state: dict[str, Any]) -> Any:
-    """Forward and backward over this process's micro-batches of the open window; their token losses, (num_micro,)."""
+    """Forward and backward over this process's micro-batches of the open window; their token losses, (num_micro,).
+
+    None where memory ran out, on this process or on another. A stop signal discards the window, and resume repeats it.
+    """
     import torch
 
-    job, plan, stepper = run.job, run.plan, run.stepper
+    plan, alone = run.plan, run.job.num_devices == 1
     window = run.progress.windows_done
     first, last = int(plan.window_offsets[window]), int(plan.window_offsets[window + 1])
     mine = range(first + run.accelerator.process_index, last, plan.num_devices)
     targets = int(run.supervised[window])
-    scale = job.num_devices / targets if targets else 0.0
-    losses = []
+    scale = 1 / targets if targets else 0.0
+    losses: list[Any] = []
+    failed, unasked, asked_at = False, 0, time.perf_counter()
     for micro in mine:
-        if run.stop_signal and job.num_devices == 1:
-            steps.clear_gradients(stepper.parameters)  # the open window is discarded; resume repeats it
-            _stop(run, random_state)
-        rows = plan.rows_of_micro_batch(micro)
-        parts = _parts(rows, run.progress.split)
-        total: Any = None
-        for number, part in enumerate(parts):
-            batch = collate(part, run.data).to(stepper.device)
-            is_last = micro == mine[-1] and number == len(parts) - 1
-            # Gradients are exchanged between processes once a window, not once a micro-step.
-            quiet = contextlib.nullcontext() if is_last else run.accelerator.no_sync(stepper.model)
-            with quiet:
-                part_loss = steps.micro_step(stepper, batch, scale=scale)
-            total = part_loss if total is None else total + part_loss
-        losses.append(total)
+        if alone and run.stop_signal:
+            _discard_and_stop(run, random_state, run.stop_signal)
+        if not failed:
+            loss = _micro_batch(run, micro, scale)
+            failed = loss is None
+            losses.append(loss)
+        if alone and failed:
+            return None
+        unasked += 1
+        # A process that failed comes here as often as the others: a different number of exchanges would hang the run.
+        if not alone and (unasked >= run.ask_every or micro == mine[-1]):
+            steps.synchronize(run.stepper.device)
+            news = _exchange_news(run, failed=failed, seconds=time.perf_counter() - asked_at)
+            if news.stop_signal:
+                _discard_and_stop(run, random_state, news.stop_signal)
+            if news.out_of_memory:
+                return None
+            run.ask_every = next_interval(run.ask_every, news.seconds / unasked)
+            unasked, asked_at = 0, time.perf_counter()
     return torch.stack(losses)
+
+
+def _micro_batch(run: _Run, micro: int, scale: float) -> Any:
+    """Forward and backward of one planned micro-batch, in as many parts as it takes; None where memory ran out."""
+    total: Any = None
+    try:
+        for part in _parts(run.plan.rows_of_micro_batch(micro), run.progress.split):
+            loss = steps.micro_step(run.stepper, collate(part, run.data).to(run.stepper.device), scale=scale)
+            total = loss if total is None else total + loss
+    except (RuntimeError, MemoryError) as reason:
+        if not is_out_of_memory(reason):
+            raise
+        return None
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class _News:
+    """What at least one of the processes has to say in the middle of a window."""
+
+    out_of_memory: bool
+    stop_signal: int  # 0: none
+    seconds: float  # that the slowest took since the last exchange
+
+
+def _exchange_news(run: _Run, *, failed: bool, seconds: float) -> _News:
+    """The same answer on every process, so that all of them do the same next."""
+    import torch
+    import torch.distributed as dist
+
+    news = torch.tensor([float(failed), float(run.stop_signal), seconds], device=run.accelerator.device)
+    dist.all_reduce(news, op=dist.ReduceOp.MAX)
+    any_failed, stop_signal, slowest = news.tolist()
+    return _News(bool(any_failed), int(stop_signal), slowest)
+
+
+def next_interval(every: int, seconds_per_micro_step: float) -> int:
+    """Micro-steps to the next exchange of news: about ASK_SECONDS of them, and at most twice as many as before.
+
+    It is computed from exchanged numbers only, so that every process waits at the same micro-steps.
+    """
+    fitting = ASK_SECONDS / seconds_per_micro_step if seconds_per_micro_step > 0 else float("inf")
+    return max(1, int(min(fitting, 2 * every)))
 
 
 def _parts(rows: list[IntArray], split: int) -> list[list[IntArray]]:
@@ -407,7 +465,7 @@ def _split_further(run: _Run, random_state: dict[str, Any]) -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     rows = -(-job.micro_batch_size // progress.split)
-    if rows <= 1 or job.num_devices > 1:
+    if rows <= 1:
         raise OutOfMemoryError(
             f"step {progress.windows_done + 1}: out of memory at micro-batch {rows}. What helps: a shorter max_length, "
             "gradient_checkpointing = true, base_precision 4bit, or closing other programs on this device. "
@@ -444,18 +502,10 @@ def _require_finite(run: _Run, values: FloatArray) -> None:
     )
 
 
-def _gather_stop(run: _Run) -> int:
-    """The signal that any process got: all must agree to stop at the same window."""
-    if run.job.num_devices == 1:
-        return 0  # a single process stops between micro-steps
-    import torch
-
-    mine = torch.tensor([run.stop_signal], device=run.accelerator.device)
-    return int(run.accelerator.gather(mine).max().item())
-
-
-def _stop(run: _Run, random_state: dict[str, Any]) -> None:
-    number = run.stop_signal
+def _discard_and_stop(run: _Run, random_state: dict[str, Any], number: int) -> None:
+    """Save the open window's start, and leave."""
+    run.stop_signal = number  # it may have come to another process
+    steps.clear_gradients(run.stepper.parameters)
     _checkpoint(run, random_state)
     run.say(f"stopped at step {run.progress.windows_done}; go on with: plan --resume {run.folder}")
     raise Stopped(number)
@@ -495,13 +545,14 @@ def _evaluate(run: _Run) -> EvaluationResult | None:
     with run.clock.part("evaluation"):
         batches = len(evaluation_batches(run.data, run.plan.evaluation))
         result = evaluate(
-            run.accelerator.unwrap_model(run.stepper.model),
+            run.stepper.model,
             run.data,
             run.plan.evaluation,
             device=run.stepper.device,
             precision=run.job.precision,
             share=slice(run.accelerator.process_index, batches, run.job.num_devices),
             reduce=total if many else None,
+            head=run.stepper.head,
         )
     if result is not None:
         step = run.progress.windows_done
@@ -529,7 +580,7 @@ def _write_samples(run: _Run, when: str) -> None:
     examples = answerable(run.data, run.plan.evaluation, run.job.evaluation.num_samples)
     with run.clock.part("samples"):
         answers = sample_answers(
-            run.accelerator.unwrap_model(run.stepper.model),
+            run.stepper.model,
             run.tokenizer,
             run.data,
             examples,
@@ -567,7 +618,7 @@ def _save_result(run: _Run) -> None:
     """The adapter in PEFT's format, or the whole model after full fine-tuning; written aside, then renamed."""
     if not run.is_main:
         return
-    model = run.accelerator.unwrap_model(run.stepper.model)
+    model = run.stepper.model
     name = "adapter" if run.job.preset.adapter == "lora" else "model"
     aside, target = run.folder / f".{name}.tmp", run.folder / name
     shutil.rmtree(aside, ignore_errors=True)

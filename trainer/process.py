@@ -53,6 +53,13 @@ def peak_resident_bytes() -> int:
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
+def resident_bytes() -> int:
+    """Physical memory that this process holds now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_memory_bytes(device: str) -> int:
     """Most memory held at once: what torch reserved on the GPU; on the CPU the process's resident memory."""
     if device.startswith("cuda"):

@@ -47,6 +47,15 @@ class Predicted:
     train_seconds: float | None = None  # the loop alone
     peak_memory_bytes: int | None = None
     cost: CostModel | None = None
+    num_examples: int | None = None  # consumed, counted once per epoch
+    # As measured, before past runs corrected it: later corrections are made from this, never from a corrected figure.
+    raw_seconds: float | None = None
+    raw_seconds_low: float | None = None
+    raw_seconds_high: float | None = None
+    raw_train_seconds: float | None = None
+    correction_factor: float | None = None  # None: not corrected
+    correction_runs: int | None = None
+    signature_key: str | None = None  # runs that share it are comparable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

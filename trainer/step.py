@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainer.collate import MicroBatch
+from trainer.job import Loss
 
 if TYPE_CHECKING:
     import torch
+
+    from trainer.lean import LeanHead
+
+BUCKET_ELEMENTS = 8 * 1024 * 1024  # 32 MiB of fp32 exchanged between processes at once
 
 
 @dataclass(slots=True, eq=False)
 class Stepper:
     """What both steps need: the model as called, its trainable parameters, optimizer, precision and loss scaler."""
 
-    model: Any  # a causal language model, or what wraps it
+    model: Any  # a causal language model
     parameters: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     device: str
     precision: str
     max_grad_norm: float
     scaler: torch.amp.GradScaler | None = None
+    head: LeanHead | None = None  # where the model is cut for the lean loss; None: the plain loss
+    lean_refused: str | None = None  # why the lean loss is not used although it was asked for
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,11 +41,18 @@ class StepResult:
 
 
 def make_stepper(
-    model: Any, device: str, precision: str, *, weight_decay: float = 0.0, max_grad_norm: float = 1.0
+    model: Any,
+    device: str,
+    precision: str,
+    *,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    loss: Loss = "plain",
 ) -> Stepper:
     """A stepper over the trainable parameters of `model`, with AdamW (betas 0.9 and 0.999, eps 1e-8).
 
-    Weight decay applies to matrices only, not to norms and biases, as in transformers' Trainer.
+    Weight decay applies to matrices only, not to norms and biases, as in transformers' Trainer. The lean loss is used
+    where it agrees with the plain one on this very model; else the stepper says why not and takes the plain one.
     """
     import torch
 
@@ -51,7 +65,16 @@ def make_stepper(
         [group for group in groups if group["params"]], lr=0.0, fused=True if device.startswith("cuda") else None
     )
     scaler = torch.amp.GradScaler(device.split(":")[0]) if precision == "fp16" else None
-    return Stepper(model, parameters, optimizer, device, precision, max_grad_norm, scaler)
+    stepper = Stepper(model, parameters, optimizer, device, precision, max_grad_norm, scaler)
+    if loss == "lean":
+        from trainer.lean import lean_head
+
+        found = lean_head(model, precision=precision)
+        if isinstance(found, str):
+            stepper.lean_refused = found
+        else:
+            stepper.head = found
+    return stepper
 
 
 def set_matmul_precision(precision: str) -> None:
@@ -70,10 +93,21 @@ def autocast(device: str, precision: str) -> Any:
     return torch.autocast(device.split(":")[0], dtype=dtype, enabled=dtype is not None)
 
 
-def token_losses(model: Any, batch: MicroBatch, *, reduction: str = "sum") -> torch.Tensor:
+def token_losses(
+    model: Any,
+    batch: MicroBatch,
+    *,
+    reduction: str = "sum",
+    head: LeanHead | None = None,
+    gradient_scale: torch.Tensor | float = 1.0,
+) -> torch.Tensor:
     """Cross-entropy of the batch's targets: their sum, or with reduction "none" one number a target, (num_targets,).
 
     Only the positions that predict a target are compared; the loss is taken in fp32 (fp64 for a double model).
+
+    Args:
+        head: where the model is cut for the lean loss; None makes all logits at once.
+        gradient_scale: of the lean loss, see `trainer.lean.lean_losses`.
     """
     import torch
     import torch.nn.functional as F
@@ -81,6 +115,18 @@ def token_losses(model: Any, batch: MicroBatch, *, reduction: str = "sum") -> to
     arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
     if batch.position_ids is not None:
         arguments["position_ids"] = batch.position_ids
+    if head is not None:
+        from trainer.lean import lean_losses
+
+        return lean_losses(
+            head,
+            model,
+            arguments,
+            batch.predicts,
+            batch.targets,
+            reduction=reduction,
+            gradient_scale=gradient_scale,
+        )
     logits = model(**arguments).logits
     chosen = logits.reshape(-1, logits.shape[-1])[batch.predicts]
     if chosen.dtype in (torch.float16, torch.bfloat16):
@@ -93,15 +139,19 @@ def micro_step(stepper: Stepper, batch: MicroBatch, *, scale: float) -> torch.Te
 
     Args:
         batch: on the stepper's device.
-        scale: number of processes / supervised tokens of the whole window. Summed over the window's micro-batches this
-            makes the gradient of the window's mean token loss, however the window is split. (Processes' gradients are
-            averaged, hence their number.)
+        scale: 1 / supervised tokens of the whole window. Summed over the window's micro-batches, of all processes, this
+            makes the gradient of the window's mean token loss, however the window is split.
 
     Returns:
         The sum of the token losses, detached, on the device: reading it is left to the caller, since it waits for it.
     """
+    gradient_scale: torch.Tensor | float = 1.0
+    if stepper.head is not None and stepper.scaler is not None:
+        import torch
+
+        gradient_scale = stepper.scaler.scale(torch.tensor(scale or 1.0, device=stepper.device))
     with autocast(stepper.device, stepper.precision):
-        loss = token_losses(stepper.model, batch)
+        loss = token_losses(stepper.model, batch, head=stepper.head, gradient_scale=gradient_scale)
     scaled = loss * scale
     if stepper.scaler is not None:
         scaled = stepper.scaler.scale(scaled)
@@ -130,6 +180,59 @@ def optimizer_step(stepper: Stepper, learning_rate: float) -> StepResult:
         applied = scaler.get_scale() >= before  # the scale shrinks exactly when a step was skipped
     clear_gradients(stepper.parameters)
     return StepResult(grad_norm.detach(), applied)
+
+
+def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Replace each process's gradients by their sum over the processes; every process calls this once a window.
+
+    Not DistributedDataParallel: it exchanges gradients inside the last backward pass, so that a process that runs out
+    of memory there leaves the others waiting for ever. Here the processes first agree that all of them got through.
+    The price: the exchange does not overlap with the backward pass. It is paid once a window, and adapters are small.
+    """
+    import torch
+    import torch.distributed as dist
+
+    # A parameter that no process has used keeps no gradient, as on one process: weight decay must not move it.
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
+    gradients = []
+    for parameter, is_used in zip(parameters, used.tolist(), strict=True):
+        if is_used and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if parameter.grad is not None:
+            gradients.append(parameter.grad)
+    _exchange(gradients, dist.all_reduce)
+
+
+def share_parameters(parameters: list[torch.nn.Parameter]) -> None:
+    """Give every process the first one's values: nothing but the exchanged gradients may move them from then on."""
+    import torch.distributed as dist
+
+    _exchange([parameter.detach() for parameter in parameters], lambda flat: dist.broadcast(flat, src=0))
+
+
+def _exchange(tensors: list[torch.Tensor], exchange: Callable[[torch.Tensor], Any]) -> None:
+    """Run a collective operation over the tensors in place, small ones many at a time: each call has its own cost."""
+    import torch
+
+    bucket: list[torch.Tensor] = []
+    for number, tensor in enumerate(tensors):
+        bucket.append(tensor)
+        following = tensors[number + 1] if number + 1 < len(tensors) else None
+        if (
+            following is not None
+            and following.dtype == tensor.dtype
+            and sum(one.numel() for one in bucket) + following.numel() <= BUCKET_ELEMENTS
+        ):
+            continue
+        if len(bucket) == 1 and tensor.is_contiguous():
+            exchange(tensor)  # a large one needs no copy
+        else:
+            flat = torch.cat([one.reshape(-1) for one in bucket])
+            exchange(flat)
+            for one, part in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
+                one.copy_(part.view_as(one))
+        bucket = []
 
 
 def clear_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

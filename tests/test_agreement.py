@@ -1,0 +1,123 @@
+"""Packing is offered only where packed documents do not see each other, on the model at hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from small_models import FAMILIES, random_data, small_model, with_lora
+
+from trainer.agreement import packing_agrees
+from trainer.data import prepare_data
+from trainer.job import DataSpec
+from trainer.model import load_model
+
+# Longer than the sliding windows of 8 tokens, shorter ones among them.
+DATA = random_data([40, 3, 25, 12, 2, 31])
+FP32: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "opt"])
+def test_packing_agrees_on_families_that_keep_documents_apart(family: str, attention: str) -> None:
+    model = with_lora(small_model(family, attention=attention)).float()
+    assert packing_agrees(model, DATA, **FP32) is None
+    assert model.training
+
+
+def test_a_family_that_builds_its_mask_without_the_positions_is_refused() -> None:
+    assert "packed logits differ" in str(packing_agrees(small_model("opt").float(), DATA, **FP32))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_rounding_of_half_precision_is_not_taken_for_a_leak(precision: str) -> None:
+    assert packing_agrees(small_model("qwen3").float(), DATA, device="cpu", precision=precision) is None
+
+
+def leaking(family: str = "llama") -> Any:
+    """A model that takes positions but draws no border between documents, as one without a packed mask would."""
+    import torch
+
+    model = small_model(family).float()
+    real = type(model.model).forward
+
+    def forward(self: Any, **named: Any) -> Any:
+        rows, width = named["input_ids"].shape
+        # An explicit mask switches the detection of packed documents off: plain causal attention over the whole row.
+        named["attention_mask"] = torch.ones((rows, 1, width, width), dtype=torch.bool).tril()
+        return real(self, **named)
+
+    model.model.forward = forward.__get__(model.model)
+    return model
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_that_leaks_is_refused(precision: str) -> None:
+    assert "packed logits differ" in str(packing_agrees(leaking(), DATA, device="cpu", precision=precision))
+
+
+def test_a_leak_into_a_later_short_document_alone_is_seen() -> None:
+    """Only the first token after a border sees one token too many: the worst position counts, not the average."""
+    data = random_data([200, 60])
+    model = small_model("llama").float()
+    assert packing_agrees(model, data, **FP32) is None
+    real = model.forward
+
+    def forward(**named: Any) -> Any:
+        output = real(**named)
+        positions = named.get("position_ids")
+        if positions is not None:
+            at = int((positions[0, 1:] == 0).nonzero()[0, 0]) + 1
+            output.logits[0, at] = output.logits[0, at - 1]
+        return output
+
+    model.forward = forward
+    assert "packed logits differ" in str(packing_agrees(model, data, **FP32))
+
+
+def test_a_model_that_carries_a_state_over_the_border_is_refused() -> None:
+    """Linear attention and convolutions run along the row, whatever the positions say."""
+    model = small_model("llama").float()
+    model.model.layers[0].register_forward_hook(lambda _m, _i, output: output.cumsum(dim=1) * 0.1 + output)
+    assert "packed logits differ" in str(packing_agrees(model, DATA, **FP32))
+
+
+def test_a_leak_too_small_for_the_tolerance_is_still_no_agreement() -> None:
+    import torch
+
+    model = leaking()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(1e-6)
+    assert "could not be told from rounding" in str(packing_agrees(model, DATA, **FP32))
+
+
+def test_a_model_that_takes_no_positions_is_refused() -> None:
+    model = small_model("llama").float()
+    real = model.forward
+
+    def forward(input_ids: Any, use_cache: bool) -> Any:
+        return real(input_ids=input_ids, use_cache=use_cache)
+
+    model.forward = forward
+    assert "packed rows fail on this model (TypeError" in str(packing_agrees(model, DATA, **FP32))
+
+
+def test_the_row_length_is_kept_and_examples_that_fit_no_row_together_are_a_reason() -> None:
+    model = small_model("llama").float()
+    widths: list[int] = []
+    model.model.register_forward_hook(lambda _m, _i, output: widths.append(output[0].shape[1]))
+    assert packing_agrees(model, DATA, packed_length=32, **FP32) is None
+    assert 20 < max(widths) <= 32
+    assert packing_agrees(model, random_data([30, 30]), packed_length=32, **FP32) == "no two examples fit into one row"
+
+
+def test_real_data_on_the_tiny_model_also_quantized(make_job: Any, tiny_model: Any, chat_file: Any) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra 'quant' is not installed")
+    data = prepare_data(DataSpec(source=str(chat_file)), model=str(tiny_model), max_length=128)
+    for base in ("fp32", "4bit", "8bit"):
+        job = make_job(base_precision=base)
+        model = load_model(job, need_weights=True).model
+        found = packing_agrees(model, data, base_precision=base, examples=np.arange(40), **FP32)
+        assert found is None, base

@@ -1,0 +1,88 @@
+"""What only a CUDA device can show. Skipped without one; bench/gpu_check.sh runs them where there is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+
+def stepper_of(model: Path, precision: str, make_job: Any) -> Any:
+    from trainer.model import load_model
+    from trainer.step import make_stepper
+
+    base = precision if precision in ("fp16", "bf16") else "fp32"
+    job = make_job(model=str(model), device="cuda", precision=precision, base_precision=base)
+    loaded = load_model(job, need_weights=True)
+    return make_stepper(loaded.model, "cuda", precision), loaded.model
+
+
+def batches(model: Path, data: Any, rows: list[list[int]]) -> Any:
+    from trainer.collate import collate
+
+    return collate([np.array(row, dtype=np.int64) for row in rows], data).to("cuda")
+
+
+@pytest.fixture
+def data() -> Any:
+    from fakes import make_data
+
+    return make_data(np.random.default_rng(3).integers(12, 60, 64))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
+def test_every_precision_trains_fp32_adapters_and_the_loss_falls(
+    precision: str, tiny_model: Path, data: Any, make_job: Any
+) -> None:
+    from trainer.step import micro_step, optimizer_step
+
+    if precision in ("bf16", "tf32") and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs compute capability 8.0")
+    stepper, _ = stepper_of(tiny_model, precision, make_job)
+    assert {one.dtype for one in stepper.parameters} == {torch.float32}
+    batch = batches(tiny_model, data, [[0], [1], [2], [3]])
+    targets = int(data.num_supervised[:4].sum())
+    losses, applied = [], 0
+    for _ in range(30):
+        losses.append(float(micro_step(stepper, batch, scale=1.0 / targets)) / targets)
+        applied += optimizer_step(stepper, 5e-3).applied
+    assert all(np.isfinite(losses))
+    assert losses[-1] < 0.98 * losses[0]
+    assert applied >= 15  # fp16 starts with a loss scale that may overflow a few times
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_gradients_are_near_those_of_fp32(
+    precision: str, tiny_model: Path, data: Any, make_job: Any
+) -> None:
+    from trainer.step import micro_step
+
+    if precision == "bf16" and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs compute capability 8.0")
+    found = {}
+    for kind in ("fp32", precision):
+        torch.manual_seed(0)
+        stepper, _ = stepper_of(tiny_model, kind, make_job)
+        micro_step(stepper, batches(tiny_model, data, [[0], [1], [2], [3]]), scale=1.0 / 100)
+        scale = stepper.scaler.get_scale() if stepper.scaler is not None else 1.0
+        found[kind] = torch.cat([one.grad.flatten() / scale for one in stepper.parameters if one.grad is not None])
+    difference = (found[precision] - found["fp32"]).norm() / found["fp32"].norm()
+    assert difference < (0.02 if precision == "fp16" else 0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_packed_rows_are_kept_apart(precision: str, tiny_model: Path, data: Any, make_job: Any) -> None:
+    from trainer.agreement import packing_agrees
+
+    if precision == "bf16" and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs compute capability 8.0")
+    _, model = stepper_of(tiny_model, precision, make_job)
+    assert packing_agrees(model, data, device="cuda", precision=precision, packed_length=256) is None

@@ -1,0 +1,97 @@
+"""Is packing right for this model? Its packed and separate logits are compared before packing is offered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from trainer.tokens import IntArray, TokenizedDataset
+
+# Largest difference at any position, relative to the typical size of a position's logits around their mean. A packed
+# row is computed with other shapes and masks than a document alone, hence rounded differently in every layer: some 1e-5
+# in fp32, some 1e-2 with 8 bits of mantissa (bf16) or in 8-bit products, which also find their outliers over the whole
+# row. A document that sees its neighbour moves its logits by about their own size.
+TOLERANCES = {"fp32": 1e-3, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}
+# Rounding must also be small beside what mixing the documents really does to this model: one whose logits hardly depend
+# on context (random weights, say) would hide a leak under the tolerance.
+LEAK_SHARE = 0.1
+MAX_DOCUMENTS = 4
+
+
+def packing_agrees(
+    model: Any,
+    data: TokenizedDataset,
+    *,
+    device: str,
+    precision: str,
+    base_precision: str = "fp32",
+    packed_length: int | None = None,
+    examples: IntArray | None = None,
+) -> str | None:
+    """None where packed and separate logits agree on this very model, else the reason why packing is not for it.
+
+    Compared are a few examples in one row against each of them alone, in evaluation mode, as a run would feed them:
+    `position_ids` that start at 0 with each document, no attention mask, no cache. The same row without `position_ids`
+    mixes its documents on purpose and shows how much that changes.
+
+    Args:
+        packed_length: tokens in a packed row; examples are taken while they fit.
+        examples: which to take from, all by default.
+    """
+    import torch
+
+    from trainer.collate import collate
+    from trainer.model import is_out_of_memory
+    from trainer.step import autocast
+
+    chosen = _documents(data, np.arange(len(data)) if examples is None else examples, packed_length)
+    if len(chosen) < 2:
+        return "no two examples fit into one row"
+    tolerance = TOLERANCES["bf16" if base_precision == "8bit" else precision]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(device, precision):
+
+            def logits(row: IntArray, *, apart: bool = True) -> torch.Tensor:
+                batch = collate([row], data).to(device)
+                more = {"position_ids": batch.position_ids} if apart and batch.position_ids is not None else {}
+                found = model(input_ids=batch.input_ids, use_cache=False, **more).logits[0].float()
+                return found - found.mean(dim=-1, keepdim=True)  # what softmax does not see does not count
+
+            alone = torch.cat([logits(chosen[index : index + 1]) for index in range(len(chosen))])
+            typical = alone.norm(dim=-1).square().mean().sqrt().clamp_min(1e-12)
+            packed = float((logits(chosen) - alone).norm(dim=-1).max() / typical)
+            mixed = float((logits(chosen, apart=False) - alone).norm(dim=-1).max() / typical)
+    except (RuntimeError, TypeError, ValueError, IndexError) as reason:
+        if is_out_of_memory(reason):
+            raise
+        return f"packed rows fail on this model ({type(reason).__name__}: {str(reason).strip().splitlines()[0][:200]})"
+    finally:
+        model.train(was_training)
+    if not packed <= tolerance:
+        return f"packed logits differ from separate ones by {packed:.1e} of their size, more than {tolerance:.0e}"
+    if not packed <= LEAK_SHARE * mixed:
+        return (
+            f"packed logits differ from separate ones by {packed:.1e} of their size, and mixing the documents on "
+            f"purpose changes them by no more than {mixed:.1e}: a leak could not be told from rounding"
+        )
+    return None
+
+
+def _documents(data: TokenizedDataset, examples: IntArray, packed_length: int | None) -> IntArray:
+    """A few examples that fit into one row, the longest that have company: sliding windows need long ones to act."""
+    usable = examples[data.lengths[examples] > 1]
+    usable = usable[np.argsort(-data.lengths[usable], kind="stable")]
+    lengths = data.lengths[usable]
+    if len(usable) < 2:
+        return usable
+    room = int(packed_length if packed_length is not None else lengths[:MAX_DOCUMENTS].sum())
+    chosen: list[int] = []
+    for example, length in zip(usable.tolist(), lengths.tolist(), strict=True):
+        kept_free = 0 if chosen else int(lengths[-1])
+        if length + kept_free <= room and len(chosen) < MAX_DOCUMENTS:
+            chosen.append(example)
+            room -= length
+    return np.array(chosen, dtype=np.int64)
