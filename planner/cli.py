@@ -17,8 +17,10 @@ from planner.options import OPTIONS
 from presets.errors import PlanError, RunError, SettingsError, did_you_mean
 
 if TYPE_CHECKING:
+    from planner.history import History
     from planner.resolve import Options
     from presets.env import Settings
+    from trainer.record import RunRecord
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -108,19 +110,25 @@ def _table(options: Options, settings: Settings, given: dict[str, Any]) -> None:
     from planner.compare import compare, run_command
     from planner.report import measured_text
 
-    comparison = compare(options, settings, _measuring(given), names=given["preset_names"], say=_say)
+    measuring, names = _measuring(given), given["preset_names"]
+    history = _history()
+    comparison = compare(options, settings, measuring, names=names, say=_say, history=history, tuned=given["tuned"])
     if given["as_json"]:
         click.echo(comparison.report.to_json(), nl=False)
         return
     now = datetime.now().astimezone()
     click.echo(measured_text(comparison.report, now=now, width=_width(), ascii_only=_ascii_only()))
+    if given["explain"]:
+        from planner.explain import explain_text
+
+        click.echo("\n" + explain_text(comparison, width=_width(), ascii_only=_ascii_only()))
     command = run_command(comparison, _same_options(given))
     if command:
         click.echo(f"\nStart the recommended one:\n  {command}")
 
 
 def _measuring(given: dict[str, Any]) -> Any:
-    from planner.compare import MeasureSettings
+    from planner.candidates import MeasureSettings
 
     text = given["precision_target"].strip()
     try:
@@ -131,12 +139,21 @@ def _measuring(given: dict[str, Any]) -> Any:
         raise SettingsError(
             f"--precision-target is '{text}'; it must be a share above 0 and below 1, such as 2% or 0.02."
         )
-    return MeasureSettings(budget_seconds=given["budget"], precision_target=target)
+    return MeasureSettings(
+        budget_seconds=given["budget"], precision_target=target, fresh=given["fresh"], quantized=given["quantized"]
+    )
+
+
+def _history() -> History:
+    from planner.history import History
+
+    return History(say=_say)
 
 
 def _same_options(given: dict[str, Any]) -> str:
     """The options of this call that a run needs too, as text; a count is left out, since a run needs messages."""
     skipped = {"run", "resume", "output", "as_json", "budget", "precision_target", "preset_names", "debug", "step_time"}
+    skipped |= {"fresh", "explain", "quantized"}  # what was measured just now will do
     words = []
     for _, names, settings in OPTIONS:
         flag = names[0].split("/")[0]
@@ -170,18 +187,27 @@ def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
     if given["accelerate_config"] is not None:
         check_accelerate_config(given["accelerate_config"])  # before minutes are spent on measuring
     presets_to_compare(settings, (given["run"],))
-    comparison = compare(options, settings, _measuring(given), names=(given["run"],), running=True, say=_say)
+    comparison = compare(
+        options,
+        settings,
+        _measuring(given),
+        names=(given["run"],),
+        running=True,
+        say=_say,
+        history=_history(),
+        tuned=given["tuned"],
+    )
     candidate = comparison.candidates[0]
     if candidate.planned is None:
         raise RunError(candidate.error or "this configuration cannot be planned.")
-    found = comparison.estimates[given["run"]]
+    found = comparison.estimates[candidate.name]
     now = datetime.now().astimezone()
     if not given["as_json"]:
         click.echo(measured_text(comparison.report, now=now, width=_width(), ascii_only=_ascii_only()))
     if found.fits is False:
         raise RunError(f"'{given['run']}' does not fit on this device: {found.error or 'out of memory'}.")
     job = with_checkpoint_interval(candidate.planned.job, found.num_steps, found.seconds_per_step)
-    folder = make_run_folder(output, replace(job), candidate.planned.plan, predicted_of(found), now)
+    folder = make_run_folder(output, replace(job), candidate.planned.plan, predicted_of(comparison, candidate), now)
     _say(f"run folder: {folder}")
     code = start(command(folder, job, accelerate_config=given["accelerate_config"]))
     return _ended(folder, code, as_json=given["as_json"])
@@ -193,6 +219,7 @@ def _resume(folder: Path, accelerate_config: Path | None) -> int:
     job = open_run(folder)
     record = read_record(folder)
     if record is not None and record.status == "finished":
+        _remember(record, folder)  # where this program was ended before the trainer was
         _say(f"'{folder}' is finished: there is nothing to resume.")
         return 0
     return _ended(folder, start(command(folder.absolute(), job, resume=True, accelerate_config=accelerate_config)))
@@ -203,6 +230,8 @@ def _ended(folder: Path, code: int, *, as_json: bool = False) -> int:
     from planner.outcome import outcome_text
 
     record = read_record(folder)
+    if record is not None:
+        _remember(record, folder)
     if record is not None and record.status == "finished":
         click.echo((folder / "record.json").read_text(encoding="utf-8") if as_json else outcome_text(record, folder))
     elif code not in (0, 1, 130, 143):
@@ -212,6 +241,67 @@ def _ended(folder: Path, code: int, *, as_json: bool = False) -> int:
         )
         return 1
     return code
+
+
+def _remember(record: RunRecord, folder: Path) -> None:
+    """The run in the history, as of when its record was written: told twice, it is the same entry."""
+    from planner.history import PastRun
+
+    ended_at = datetime.fromtimestamp((folder / "record.json").stat().st_mtime).astimezone()
+    _history().add_run(PastRun.of(record, folder, ended_at))
+
+
+@cli.command()
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, metavar="N", help="The newest N.")
+@click.option("--accuracy", is_flag=True, help="How far all predictions were off, and how often the range held.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def history(limit: int, accuracy: bool, as_json: bool) -> None:
+    """Past runs on this machine, newest first: predicted beside actual.
+
+    \b
+    Examples:
+      plan history
+      plan history --accuracy
+    """
+    from planner import past
+
+    if accuracy:
+        found = past.accuracy(_history().runs())
+        click.echo(past.accuracy_json(found) if as_json else past.accuracy_text(found))
+        return
+    runs = _history().runs(limit)
+    click.echo(past.runs_json(runs) if as_json else past.runs_text(runs, datetime.now().astimezone()))
+
+
+@cli.command("tune")
+@click.argument("names", nargs=-1, metavar="[PRESET]...")
+@_with_options
+def tune_command(names: tuple[str, ...], **given: Any) -> None:
+    """Find the fastest way to train on the same batches: split, packing, loss, attention, threads.
+
+    Takes about three times --budget. What it finds is kept: plan shows the tuned twins from then on, and
+    plan --run PRESET --tuned runs one. Every change leaves the gradient of a step as it is, up to rounding.
+
+    \b
+    Examples:
+      plan tune --dataset messages.jsonl
+      plan tune recommended --dataset messages.jsonl --budget 120
+    """
+    refused = [flag for flag in ("run", "resume", "output", "step_time") if given[flag]]
+    if refused:
+        raise click.UsageError(f"--{refused[0].replace('_', '-')} does not go with 'plan tune'.")
+    from planner.resolve import Options, option_fields
+    from presets.env import read_settings
+
+    settings = read_settings(Path.cwd(), os.environ)
+    for warning in settings.warnings:
+        _say(warning)
+    options = Options(**{name: given[name] for name in option_fields() if name in given})
+    given["preset_names"] = (*names, *given["preset_names"])
+    if given["preset_names"] and "baseline" not in given["preset_names"]:
+        given["preset_names"] = ("baseline", *given["preset_names"])
+    given |= {"tuned": True, "explain": True}
+    _table(options, settings, given)
 
 
 @cli.group()

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from planner.estimate import Estimate, accumulation_saving, estimate, mean_micro_seconds
+import numpy as np
+
+from planner.candidates import (
+    BASELINE,
+    TUNED,
+    Candidate,
+    MeasureSettings,
+    Say,
+    Search,
+    baseline_job,
+    each_once,
+    make_candidates,
+    with_twins,
+)
+from planner.correction import Correction, corrected, past_correction
+from planner.estimate import BETWEEN_RUNS, Estimate, accumulation_saving, estimate, mean_micro_seconds
 from planner.hardware import DeviceFacts, detect_device
+from planner.history import History
 from planner.measure import measure, with_references
-from planner.measurement import Measurements, PlannedRow
+from planner.measurement import Measurements
 from planner.prober import LoadReply, ProberFactory, ProcessProber
 from planner.report import (
+    BreakdownInfo,
+    CorrectionInfo,
     DatasetInfo,
     DeviceInfo,
     ModelInfo,
@@ -23,39 +41,29 @@ from planner.report import (
     PlanReport,
     Quality,
     Row,
-    duration,
+    ago,
     finish_at,
 )
-from planner.resolve import Options, Resolved, presets_to_compare, resolve_data, resolve_job, resolve_model
+from planner.resolve import Options, presets_to_compare, resolve_data, resolve_model
+from planner.reuse import Keys, Reused, Sharpness, keep, reuse
+from planner.tune import Twin
 from presets.env import Settings
 from presets.errors import DataError, ModelError
 from presets.schema import DEFAULT_PRESET, Preset
-from trainer.data import prepare_data
-from trainer.job import DataSpec, Job
+from trainer.job import DataSpec
 from trainer.model import inspect_model
-from trainer.planning import STAND_IN_NOTE, needs_loss, plan_job, stand_in, with_evaluation_on_top
 from trainer.record import CostModel, Predicted
 from trainer.tokens import TokenizedDataset
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MeasureSettings:
-    """How long and how sharply to measure."""
-
-    budget_seconds: float = 60.0
-    precision_target: float = 0.02  # relative half-width of the 90 % interval
-
-
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Candidate:
-    """One configuration on its way through the chain."""
+class Past:
+    """What the history had to say: measurements that were not made now, and runs that correct estimates. By name."""
 
-    resolved: Resolved
-    planned: PlannedRow | None = None
-    data: TokenizedDataset | None = None
-    data_seconds: float | None = None
-    notes: tuple[str, ...] = ()
-    error: str | None = None
+    raw: dict[str, Estimate] = field(default_factory=dict)  # as measured, before any correction
+    corrections: dict[str, Correction] = field(default_factory=dict)
+    signature_keys: dict[str, str] = field(default_factory=dict)  # under which a run enters the history
+    measured_at: dict[int, datetime] = field(default_factory=dict)  # by maximum length
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -64,11 +72,9 @@ class Comparison:
 
     facts: DeviceFacts
     candidates: tuple[Candidate, ...]
-    estimates: dict[str, Estimate]
+    estimates: dict[str, Estimate]  # corrected by past runs where there are enough
     report: PlanReport
-
-
-Say = Callable[[str], None]
+    past: Past = Past()
 
 
 def compare(
@@ -82,6 +88,9 @@ def compare(
     factory: Callable[[Path], ProberFactory] = ProcessProber.factory,
     facts: DeviceFacts | None = None,
     now: datetime | None = None,
+    history: History | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    tuned: bool = False,
 ) -> Comparison:
     """Measure the named presets (all of them where none is named) on this device and report them.
 
@@ -89,6 +98,9 @@ def compare(
         running: a run follows: the model must have weights and the data messages.
         say: takes progress, one line each.
         factory: makes probers for a folder of tokenised data; tests put a fake device here.
+        history: earlier measurements and runs; None: measure, keep nothing and correct nothing.
+        clock: seconds that the budget is counted in; a fake device has its own.
+        tuned: search for the twins that the history does not have; with `running`, the twin is what will run.
 
     Raises:
         PlanError: nothing can be compared: bad options, unreadable data or model, or nothing could be measured.
@@ -103,73 +115,42 @@ def compare(
             f"model '{model}': it has a config.json but no weights (*.safetensors). Planning needs none; a run does."
         )
     say(f"model: {model} ({where})")
-    candidates = _candidates(presets, options, settings, facts, spec, say)
+    candidates = make_candidates(presets, options, settings, facts, spec, say)
     if all(candidate.planned is None for candidate in candidates):
         raise DataError(" ".join(dict.fromkeys(candidate.error or "" for candidate in candidates)))
-    found = _measure_all(candidates, measuring, say, factory)
-    estimates = {
+    now = now or datetime.now().astimezone()
+    keys = Keys(facts)
+    if tuned or (history is not None and not running):
+        baseline = functools.partial(baseline_job, options, settings, facts, spec)
+        search = Search(measuring, say, factory, history, keys, now, clock)
+        candidates = with_twins(candidates, baseline, search, tuned=tuned, instead=running)
+    found, measured_at = _measure_all(candidates, measuring, say, factory, history, keys, now, clock)
+    raw = {
         candidate.planned.name: estimate(
             candidate.planned,
             candidate.data,
             found[candidate.planned.job.preset.max_length],
             data_seconds=candidate.data_seconds,
+            between=BETWEEN_RUNS[candidate.planned.job.device],
         )
         for candidate in candidates
         if candidate.planned is not None and candidate.data is not None
     }
-    report = _report(facts, model, spec, candidates, estimates, found, now or datetime.now().astimezone())
-    return Comparison(facts=facts, candidates=candidates, estimates=estimates, report=report)
-
-
-def _candidates(
-    presets: tuple[Preset, ...], options: Options, settings: Settings, facts: DeviceFacts, spec: DataSpec, say: Say
-) -> tuple[Candidate, ...]:
-    prepared: dict[int, tuple[TokenizedDataset, float]] = {}
-    found = []
-    for preset in presets:
-        resolved = resolve_job(preset, options, settings, facts, spec)
-        if resolved.job is None:
-            found.append(Candidate(resolved=resolved, error=resolved.error))
-            continue
-        job = resolved.job
-        length = job.preset.max_length
-        if length not in prepared:
-            prepared[length] = _prepare(job, say)
-        data, seconds = prepared[length]
-        try:
-            planned = plan_job(stand_in(job), data)
-        except DataError as reason:  # this row's sampling needs a field that the data lacks: the others still show
-            found.append(Candidate(resolved=resolved, error=str(reason)))
-            continue
-        found.append(
-            Candidate(
-                resolved=resolved,
-                planned=PlannedRow(name=preset.name, job=job, plan=planned.plan),
-                data=data,
-                data_seconds=seconds,
-                notes=(*resolved.notes, *planned.notes, *((STAND_IN_NOTE,) if needs_loss(job.preset) else ())),
-            )
-        )
-    return tuple(found)
-
-
-def _prepare(job: Job, say: Say) -> tuple[TokenizedDataset, float]:
-    """The tokenised data, and what a run will take to open it: by then it lies in the cache."""
-    spec = with_evaluation_on_top(job.data, job.evaluation)
-    arguments: dict[str, Any] = {
-        "model": job.model,
-        "max_length": job.preset.max_length,
-        "seed": job.seed,
-        "trust_remote_code": job.trust_remote_code,
-    }
-    begun = time.perf_counter()
-    data = prepare_data(spec, **arguments)
-    first = time.perf_counter() - begun
-    if first > 1.0:
-        say(f"data: {len(data):,} examples tokenised in {duration(first)}")
-    begun = time.perf_counter()
-    prepare_data(spec, **arguments)
-    return data, time.perf_counter() - begun
+    signature_keys: dict[str, str] = {}
+    corrections: dict[str, Correction] = {}
+    if history is not None:
+        for candidate in candidates:
+            key = keys.of_runs(candidate.planned.job) if candidate.planned is not None else None
+            if candidate.planned is None or key is None:
+                continue
+            signature_keys[candidate.planned.name] = key
+            by = past_correction(history, key)
+            if by is not None:
+                corrections[candidate.planned.name] = by
+    estimates = {name: corrected(one, corrections[name]) if name in corrections else one for name, one in raw.items()}
+    past = Past(raw=raw, corrections=corrections, signature_keys=signature_keys, measured_at=measured_at)
+    report = _report(facts, model, spec, candidates, estimates, past, found, now)
+    return Comparison(facts=facts, candidates=candidates, estimates=estimates, report=report, past=past)
 
 
 def _measure_all(
@@ -177,43 +158,56 @@ def _measure_all(
     measuring: MeasureSettings,
     say: Say,
     factory: Callable[[Path], ProberFactory],
-) -> dict[int, Measurements]:
-    """Measurements by maximum length. Almost always one: rows that cut at another length have data of their own."""
+    history: History | None,
+    keys: Keys,
+    now: datetime,
+    clock: Callable[[], float],
+) -> tuple[dict[int, Measurements], dict[int, datetime]]:
+    """Measurements by maximum length, and when those were made that were not made now.
+
+    Almost always one: rows that cut at another length have data of their own.
+    """
     groups: dict[int, list[Candidate]] = {}
     for candidate in candidates:
         if candidate.planned is not None:
             groups.setdefault(candidate.planned.job.preset.max_length, []).append(candidate)
-    found = {}
+    found: dict[int, Measurements] = {}
+    measured_at: dict[int, datetime] = {}
+    asked = Sharpness(
+        budget_seconds=measuring.budget_seconds / max(1, len(groups)), precision_target=measuring.precision_target
+    )
     for length, members in groups.items():
         data = members[0].data
         assert data is not None
+        rows = [member.planned for member in members if member.planned is not None]
+        rows = rows if len(rows) == 1 else with_references(rows)  # a single row that will run needs no comparison
+        if history is not None and not measuring.fresh:
+            stored = reuse(history, keys, rows, data, asked)
+            if isinstance(stored, Reused):
+                found[length], measured_at[length] = stored.measurements, stored.measured_at
+                say(f"measured {ago(stored.measured_at, now)} on this machine; --fresh measures again")
+                continue
+            if stored is not None:
+                say(f"measuring again: {stored}")
+        from planner.meter import ConditionsMeter  # with psutil, which a table from the history does without
+
         with tempfile.TemporaryDirectory(prefix="plan-") as folder:
             saved = Path(folder) / "data"
             saved.mkdir()
             data.save(saved)
-            rows = [member.planned for member in members if member.planned is not None]
             found[length] = measure(
-                rows if len(rows) == 1 else with_references(rows),  # a single row that will run needs no comparison
+                rows,
                 data,
                 factory(saved),
-                budget_seconds=measuring.budget_seconds / len(groups),
-                precision_target=measuring.precision_target,
-                progress=_each_once(say),
+                budget_seconds=asked.budget_seconds,
+                precision_target=asked.precision_target,
+                clock=clock,
+                progress=each_once(say),
+                meter=ConditionsMeter(is_gpu=rows[0].job.device == "cuda"),
             )
-    return found
-
-
-def _each_once(say: Say) -> Callable[[str, float], None]:
-    """Progress as lines: each text once, however often it is told."""
-    told: set[str] = set()
-
-    def tell(text: str, _share: float) -> None:
-        kind = text.split(",")[0]  # "timing, round 12" is told as "timing"
-        if kind not in told:
-            told.add(kind)
-            say(kind)
-
-    return tell
+        if history is not None:
+            keep(history, keys, rows, found[length], asked, now)
+    return found, measured_at
 
 
 def _report(
@@ -222,6 +216,7 @@ def _report(
     spec: DataSpec,
     candidates: tuple[Candidate, ...],
     estimates: dict[str, Estimate],
+    past: Past,
     found: dict[int, Measurements],
     now: datetime,
 ) -> PlanReport:
@@ -248,17 +243,21 @@ def _report(
             lengths="assumed" if first.data.report.lengths == "assumed" else "measured",
             num_tokens=tokens,
         ),
-        rows=tuple(_row(candidate, estimates, now) for candidate in candidates),
+        rows=tuple(_row(candidate, estimates, past, now) for candidate in candidates),
         notes=_notes(candidates, estimates, found, first.data, training, len(evaluation)),
     )
 
 
-def _row(candidate: Candidate, estimates: dict[str, Estimate], now: datetime) -> Row:
-    preset, job = candidate.resolved.preset, candidate.resolved.job
-    found = estimates.get(preset.name)
+def _row(candidate: Candidate, estimates: dict[str, Estimate], past: Past, now: datetime) -> Row:
+    preset, job, name = candidate.resolved.preset, candidate.resolved.job, candidate.name
+    found = estimates.get(name)
+    measured_at = past.measured_at.get(job.preset.max_length) if job else None
+    by, raw = past.corrections.get(name), past.raw.get(name)
+    first = estimates.get(BASELINE)
     accumulation = job.gradient_accumulation_steps if job else (preset.gradient_accumulation_steps,)
     common = {
-        "name": preset.name,
+        "name": name,
+        "tuned_from": preset.name if candidate.twin is not None else None,
         "micro_batch_size": job.micro_batch_size if job else preset.micro_batch_size,
         "gradient_accumulation_steps": accumulation[0],
         "global_batch_size": job.global_batch_sizes[0] if job else preset.global_batch_size,
@@ -267,7 +266,7 @@ def _row(candidate: Candidate, estimates: dict[str, Estimate], now: datetime) ->
         "precision": job.precision if job else preset.precision,
         "quality": Quality(text=preset.published.quality, source="published" if preset.published.quality else None),
         "risk": preset.published.risk,
-        "basis": "measured",
+        "basis": "cached" if measured_at is not None and found is not None else "measured",
         "phases": tuple(
             PhaseRow(gradient_accumulation_steps=steps, learning_rate=phase.learning_rate, num_steps=phase.num_steps)
             for steps, phase in zip(accumulation, preset.phases, strict=False)
@@ -291,7 +290,40 @@ def _row(candidate: Candidate, estimates: dict[str, Estimate], now: datetime) ->
         peak_memory_bytes=found.peak_memory_bytes,
         fits=found.fits,
         finish_at=finish_at(now, found.seconds),
+        calibrated=found.calibrated,
+        speedup=_speedup(first, found, candidate.twin),
+        breakdown=_breakdown(found),
+        measured_at=None if measured_at is None else measured_at.astimezone().isoformat(timespec="seconds"),
+        correction=None
+        if by is None or raw is None or raw.seconds is None
+        else CorrectionInfo(factor=by.factor, num_runs=by.num_runs, raw_seconds=raw.seconds),
         error=found.error or ("does not fit" if found.fits is False else None),
+    )
+
+
+def _speedup(baseline: Estimate | None, found: Estimate, twin: Twin | None) -> float | None:
+    """Over the baseline: of the whole run where it stands in the same table, else of the loop, from the search."""
+    if baseline is not None and baseline.seconds and found.seconds:
+        return baseline.seconds / found.seconds
+    return twin.speedup if twin is not None else None
+
+
+def _breakdown(found: Estimate) -> BreakdownInfo | None:
+    """Where an estimate's seconds go."""
+    if found.train_seconds is None or found.cost is None:
+        return None
+    optimizer = found.num_steps * found.cost.optimizer
+    fixed = found.fixed
+    return BreakdownInfo(
+        forward_backward=found.train_seconds - optimizer,
+        optimizer=optimizer,
+        start=fixed.start,
+        load=fixed.load,
+        data=fixed.data,
+        evaluation=fixed.evaluation,
+        samples=fixed.samples,
+        checkpoints=fixed.checkpoints,
+        save=fixed.save,
     )
 
 
@@ -313,7 +345,7 @@ def _notes(
     notes.append(
         f"Data: {training:,} training examples, {evaluation:,} more for evaluation"
         f"{' on top' if data.report.lengths == 'assumed' else ' taken off'}; {assumed} "
-        f"(median {int(sorted(lengths)[len(lengths) // 2]):,} tokens, longest {int(lengths.max()):,})."
+        f"(median {int(np.sort(lengths)[len(lengths) // 2]):,} tokens, longest {int(lengths.max()):,})."
     )
     notes += [f"Data: {note}." for note in data.report.notes]
     notes += [
@@ -322,7 +354,11 @@ def _notes(
     saving = _accumulation_note(candidates, estimates)
     if saving:
         notes.append(saving)
-    published = [c.resolved.preset for c in candidates if c.planned is not None]
+    if not any(candidate.twin is not None for candidate in candidates) and not any(
+        note.startswith(TUNED) for candidate in candidates for note in candidate.notes
+    ):
+        notes.append("Tuned: not yet for this model and data. 'plan tune' finds the fastest split of the same batches.")
+    published = [c.resolved.preset for c in candidates if c.planned is not None and c.twin is None]
     if any(_steps_by_formula(preset, training) not in (None, estimates[preset.name].num_steps) for preset in published):
         notes.append(
             "Steps: a run also takes the last, partial window as a step, where the published formula rounds "
@@ -341,7 +377,7 @@ def _steps_by_formula(preset: Preset, num_examples: int) -> int | None:
 
 def _accumulation_note(candidates: tuple[Candidate, ...], estimates: dict[str, Estimate]) -> str | None:
     for candidate in candidates:
-        found = estimates.get(candidate.resolved.preset.name)
+        found = estimates.get(candidate.name)
         if found is None or found.cost is None or found.train_seconds is None or candidate.planned is None:
             continue
         plan = candidate.planned.plan
@@ -361,8 +397,12 @@ def run_command(comparison: Comparison, argv_tail: str) -> str | None:
     return f"plan --run {DEFAULT_PRESET}{argv_tail}" if found is not None and found.fits else None
 
 
-def predicted_of(found: Estimate) -> Predicted:
-    """An estimate as the run folder keeps it."""
+def predicted_of(comparison: Comparison, candidate: Candidate) -> Predicted:
+    """An estimate as the run folder keeps it: what is shown, and what was measured before past runs corrected it."""
+    assert candidate.planned is not None
+    name = candidate.planned.name
+    past = comparison.past
+    found, raw, by = comparison.estimates[name], past.raw[name], past.corrections.get(name)
     cost = found.cost
     return Predicted(
         seconds=found.seconds,
@@ -378,4 +418,12 @@ def predicted_of(found: Estimate) -> Predicted:
             per_token_width=cost.per_token_width,
             optimizer=cost.optimizer,
         ),
+        num_examples=candidate.planned.plan.num_examples,
+        raw_seconds=raw.seconds,
+        raw_seconds_low=raw.seconds_low,
+        raw_seconds_high=raw.seconds_high,
+        raw_train_seconds=raw.train_seconds,
+        correction_factor=None if by is None else by.factor,
+        correction_runs=None if by is None else by.num_runs,
+        signature_key=past.signature_keys.get(name),
     )

@@ -8,8 +8,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.measurement import FixedSamples, Measurement, Measurements, MicroSample, PlannedRow, Round, StepSignature
-from planner.strata import Strata, keys
+from planner.conditions import summarise
+from planner.intervals import half_width, lopsided, one_more_outlier
+from planner.measurement import (
+    FixedSamples,
+    Measurement,
+    Measurements,
+    MicroSample,
+    PlannedRow,
+    Round,
+    RowVerdict,
+    StepSignature,
+)
+from planner.steadiness import judge
+from planner.strata import Kind, Strata, keys
 from presets.errors import MeasurementError
 from trainer.batching import MicroShapes
 from trainer.job import Job
@@ -18,11 +30,17 @@ from trainer.record import CostModel
 from trainer.tokens import FloatArray, IntArray, TokenizedDataset
 
 CONFIDENCE = 0.90
+GIB = 1024**3
+FRAGMENTATION = 0.05  # of the peak: margin below which "fits" comes with a warning
 MIN_RELATIVE_HALF_WIDTH = 0.002  # no two runs of one machine agree better, whatever the samples say
+# Start, loading, evaluation and saving are timed once or a few times, and depend on what lies in the file cache.
+FIXED_RELATIVE_HALF_WIDTH = 0.2
+# By how much one run differs from the next on the same machine, half of the 90 % interval: assumed till past runs tell.
+# CPUs share memory bandwidth, heat and often their host with others: of twelve pairs of profile and run on two cores of
+# a shared machine eleven lay within 6 %, one, with other work beside it, at 13 %
+# (bench/results/accuracy-2026-11-24.json). A GPU alone in its machine is steadier; how steady has not been measured.
+BETWEEN_RUNS = {"cpu": 0.06, "mps": 0.03, "cuda": 0.01}
 TIMER_SECONDS = 1e-6  # what reading the clock adds to each timed call
-UNKNOWN_RELATIVE_HALF_WIDTH = 0.5  # from a single round, which says nothing of its own spread
-MOST_WARMUP = 2  # rounds, beside the very first
-STEADY = 0.10  # standard deviation of the rounds, relative, above which the machine is called unsteady
 WINDOW_TOLERANCE = 0.10  # a window that differs more from the sum of its parts is worth a note
 
 
@@ -67,6 +85,7 @@ class Estimate:
     speed_factor: float | None = None
     cost: CostModel | None = None
     num_rounds: int = 0
+    calibrated: bool = True  # False: the machine changed its speed while timed, and the range is a range, not 90 %
     window_ratio: float | None = None  # whole windows as timed / as summed from their parts
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -94,7 +113,7 @@ class PlanWork:
 
 def plan_work(row: PlannedRow, shapes: MicroShapes, strata: Strata) -> PlanWork:
     """The work of a row's plan, per stratum."""
-    stratum = strata.of(row.job.micro_batch_size, shapes)
+    stratum = strata.of(row.kind, shapes)
     padded, width = shapes.padded_tokens, shapes.width
     devices = row.plan.num_devices
     if devices > 1:
@@ -102,7 +121,8 @@ def plan_work(row: PlannedRow, shapes: MicroShapes, strata: Strata) -> PlanWork:
         slowest = keys(shapes).reshape(-1, devices).argmax(axis=1) + np.arange(0, len(padded), devices)
         stratum, padded, width = stratum[slowest], padded[slowest], width[slowest]
     counted = stratum >= 0
-    stratum, padded, width = stratum[counted], padded[counted], width[counted]
+    if not counted.all():  # three copies of ten million numbers take as long as all the rest
+        stratum, padded, width = stratum[counted], padded[counted], width[counted]
 
     def per_stratum(weights: IntArray) -> FloatArray:
         return np.bincount(stratum, weights=weights, minlength=strata.count).astype(np.float64)
@@ -167,18 +187,20 @@ class Total:
     round_variance: float  # of one replicate, if its micro-steps scatter independently
     degrees: int  # of freedom of `round_variance`
     own_variance: float  # of the run itself, around what is expected of it
+    outliers: float  # factor of the width, for slow timings that were not met as often as the run will
 
     def half_width(self) -> float:
         """Half of the 90 % interval, in seconds."""
         floor = MIN_RELATIVE_HALF_WIDTH * self.seconds
-        return half_width(self.replicates, self.round_variance, self.degrees, self.own_variance, floor=floor)
+        half = half_width(self.replicates, self.round_variance, self.degrees, self.own_variance)
+        return max(self.outliers * half, floor)
 
     @property
     def relative_half_width(self) -> float:
         """Half of the interval that more rounds would narrow, relative: the run's own scatter is left out."""
         if self.seconds <= 0:
             return math.inf
-        return half_width(self.replicates, self.round_variance, self.degrees) / self.seconds
+        return self.outliers * half_width(self.replicates, self.round_variance, self.degrees) / self.seconds
 
 
 class Estimator:
@@ -188,15 +210,31 @@ class Estimator:
     mean. The rare slow micro-step that a median throws away happens in the run too.
     """
 
-    def __init__(self, rounds: tuple[Round, ...], strata: Strata) -> None:
+    def __init__(self, rounds: tuple[Round, ...], strata: Strata, kind: Kind) -> None:
+        """Raises: MeasurementError where no micro-batch of this kind was timed."""
+        self.numbers = strata.numbers(kind)
+        rounds = tuple(
+            replace(one, samples=tuple(sample for sample in one.samples if sample.stratum in self.numbers))
+            for one in rounds
+        )
         self.fit = fit_cost(rounds)
-        self.seconds = np.full((len(rounds), strata.count), np.nan)
-        self.fitted = np.full((len(rounds), strata.count), np.nan)
-        for number, one in enumerate(rounds):
-            for sample in one.samples:
-                if sample.seconds is not None and sample.stratum >= 0:
-                    self.seconds[number, sample.stratum] = sample.seconds
-                    self.fitted[number, sample.stratum] = self._fitted(sample)
+        timed = [
+            (number, sample.stratum, sample.seconds, self._fitted(sample))
+            for number, one in enumerate(rounds)
+            for sample in one.samples
+            if sample.seconds is not None and sample.stratum >= 0
+        ]
+        columns = np.array(timed, dtype=np.float64).reshape(-1, 4)
+        place = (columns[:, 0].astype(np.int64), columns[:, 1].astype(np.int64))
+        self._stratum, self._seconds, self._fitted_seconds = place[1], columns[:, 2], columns[:, 3]  # in order of time
+        # Per round and stratum, summed where a round timed several of a stratum; NaN where it timed none.
+        counts = np.zeros((len(rounds), strata.count))
+        self.seconds, self.fitted = counts.copy(), counts.copy()
+        np.add.at(counts, place, 1.0)
+        np.add.at(self.seconds, place, self._seconds)
+        np.add.at(self.fitted, place, self._fitted_seconds)
+        self.seconds[counts == 0] = self.fitted[counts == 0] = np.nan
+        self.draws = float(counts.max(initial=1))  # timings of a stratum in a round
         optimizer = np.array([np.mean(one.optimizer_seconds) if one.optimizer_seconds else np.nan for one in rounds])
         self.optimizer = np.where(np.isnan(optimizer), self.fit.optimizer, optimizer)
         with_samples = ~np.isnan(self.seconds).all(axis=0)
@@ -239,8 +277,14 @@ class Estimator:
             replicates=replicates,
             round_variance=float(parts.sum()),
             degrees=max(1, int(degrees)),
-            own_variance=float((work.count * mean_seconds**2 * within).sum()) + work.num_steps * optimizer,
+            own_variance=float((work.count * mean_seconds**2 * within * self.draws).sum()) + work.num_steps * optimizer,
+            outliers=one_more_outlier(self.timings()),
         )
+
+    def timings(self) -> FloatArray:
+        """Logarithm of seconds / expected seconds of every micro-step, in the order of time."""
+        expected = self._fitted_seconds * self.ratio[self._stratum]
+        return np.asarray(np.log(np.maximum(self._seconds, 1e-9) / np.maximum(expected, 1e-12)))
 
     def _variances(self, deviation: FloatArray) -> FloatArray:
         """Variance of a micro-step's relative deviation, per stratum; 0 from a single round."""
@@ -251,102 +295,6 @@ class Estimator:
         """What a window should take by the sum of its parts."""
         parts = sum(self._fitted(one) * float(self.ratio[one.stratum]) for one in samples if one.stratum >= 0)
         return parts + float(self.optimizer.mean())
-
-
-def half_width(
-    replicates: FloatArray,
-    round_variance: float = 0.0,
-    degrees: int = 1,
-    own_variance: float = 0.0,
-    *,
-    floor: float = 0.0,
-) -> float:
-    """Half of the 90 % interval for a total of which each round gives an independent look.
-
-    Student's t on the rounds: a round is the unit that repeats, so what slows a whole round (another process, a clock
-    that drops) is in the spread. Two things break independence and widen it:
-    - lag-1 autocorrelation r: n rounds are worth n (1 - r) / (1 + r). Only where r stands out from the 1 / sqrt(n)
-      that independent rounds show by chance.
-    - drift: where a slope stands out, the machine is not what it was, and the run may see either end. Half the way
-      travelled is added.
-
-    Sampling stops when the interval is narrow, so it tends to stop where a few rounds happen to agree.
-    `round_variance`, from the scatter inside each stratum, has several times the degrees of freedom and is not so
-    easily fooled: the wider of the two intervals counts.
-
-    Args:
-        replicates: (rounds,) seconds.
-        round_variance: of one replicate, as it follows from the scatter of single micro-steps.
-        degrees: of freedom of `round_variance`.
-        own_variance: of what is to be predicted, around its mean.
-    """
-    rounds = len(replicates)
-    mean = float(replicates.mean()) if rounds else 0.0
-    if rounds < 2:
-        return max(UNKNOWN_RELATIVE_HALF_WIDTH * mean, floor)
-    deviation = replicates - mean
-    spread = float((deviation**2).sum())
-    variance = spread / (rounds - 1)
-    widening = 1.0
-    if rounds >= 5 and spread > 0:
-        # Without correlation its mean is -1 / n: taken off.
-        lag = float((deviation[1:] * deviation[:-1]).sum()) / spread + 1.0 / rounds
-        if lag > 1.645 / math.sqrt(rounds):
-            lag = min(lag, 0.9)
-            widening = (1 + lag) / (1 - lag)
-    half = max(
-        t_quantile(rounds - 1) * math.sqrt(variance * widening / rounds + own_variance),
-        t_quantile(degrees) * math.sqrt(round_variance * widening / rounds + own_variance),
-    )
-    return max(half + drift(replicates) / 2, floor)
-
-
-def drift(replicates: FloatArray) -> float:
-    """Seconds by which the total moved from the first round to the last where that stands out from noise, else 0."""
-    rounds = len(replicates)
-    if rounds < 6:
-        return 0.0
-    place = np.arange(rounds) - (rounds - 1) / 2
-    squares = float((place**2).sum())
-    slope = float((place * replicates).sum()) / squares
-    residual = replicates - replicates.mean() - slope * place
-    error = math.sqrt(float((residual**2).sum()) / (rounds - 2) / squares)
-    # 2.5 standard errors more than at 90 %: a false alarm in a hundred.
-    if abs(slope) <= 1.6 * t_quantile(rounds - 2) * error:
-        return 0.0
-    return abs(slope) * (rounds - 1)
-
-
-def t_quantile(degrees: int) -> float:
-    """95 % quantile of Student's t, for two-sided 90 %. A table below 5 degrees, then Cornish-Fisher (good to 1e-3)."""
-    table = {1: 6.3138, 2: 2.9200, 3: 2.3534, 4: 2.1318}
-    if degrees in table:
-        return table[degrees]
-    z = 1.6448536
-    v = float(degrees)
-    return (
-        z
-        + (z**3 + z) / (4 * v)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-    )
-
-
-def split_warmup(totals: FloatArray, least: int = 5) -> int:
-    """How many leading rounds are warm-up: pyperf's rule, first values are while they lie above the fence of the rest.
-
-    The fence is the third quartile of the later rounds plus 1.5 interquartile ranges, and at least 5 % above their
-    median (without noise the range is nothing, and every first value an outlier). At least `least` rounds stay. Where
-    more than `MOST_WARMUP` would have to go, none does: that is no warm-up but a machine that changed its speed, which
-    the run may meet again and the interval has to show.
-    """
-    dropped = 0
-    while dropped <= MOST_WARMUP and len(totals) - dropped > least:
-        low, middle, high = np.quantile(totals[dropped + 1 :], [0.25, 0.5, 0.75])
-        if totals[dropped] <= max(high + 1.5 * (high - low), 1.05 * middle):
-            break
-        dropped += 1
-    return dropped if dropped <= MOST_WARMUP else 0
 
 
 def reference_job(job: Job) -> Job:
@@ -361,12 +309,15 @@ def estimate(
     *,
     shapes: MicroShapes | None = None,
     data_seconds: float | None = None,
+    between: float = 0.0,
 ) -> Estimate:
     """The estimate of one row, from what was measured of its step signature.
 
     Args:
         shapes: `row.plan.micro_shapes(data.lengths)`, where the caller has it already.
         data_seconds: what the run will take to read its data, where known.
+        between: half of the 90 % interval, relative, by which one hour differs from the next on such a machine; no
+            minute of timing shows it.
     """
     verdict = found.verdict(row.name)
     measurement = found.of(StepSignature.of(row.job))
@@ -384,11 +335,13 @@ def estimate(
         return plain
     shapes = row.plan.micro_shapes(data.lengths) if shapes is None else shapes
     work = plan_work(row, shapes, found.strata)
-    estimator = Estimator(measurement.rounds, found.strata)
+    estimator = Estimator(measurement.rounds, found.strata, row.kind)
     total = estimator.total(work)
-    half = max(total.half_width(), TIMER_SECONDS * work.num_micro_batches)
-    # As far down in proportion as up: where the noise is large, a time of nothing or less is no answer.
-    low, high = total.seconds / (1 + half / total.seconds), total.seconds + half
+    half = max(math.hypot(total.half_width(), between * total.seconds), TIMER_SECONDS * work.num_micro_batches)
+    timings = estimator.timings()
+    # As far down in proportion as up: where the noise is large, a time of nothing or less is no answer. Further up
+    # where rare slow timings make the noise lopsided: the mean is then more often too small than too large.
+    low, high = total.seconds / (1 + half / total.seconds), total.seconds + half * (1 + lopsided(timings))
     notes, warnings = [], []
     ratio = window_ratio(measurement, estimator)
     if ratio is not None and abs(ratio - 1) > WINDOW_TOLERANCE:
@@ -398,19 +351,29 @@ def estimate(
             f"whole windows took {ratio:.2f} x the sum of their parts, more than {WINDOW_TOLERANCE:.0%} apart: the "
             "range is widened. Measure again on a quiet machine, or with a longer --budget."
         )
-    spread = float(total.replicates.std(ddof=1)) / total.seconds if len(measurement.rounds) > 2 else 0.0
-    moved = drift(total.replicates) / total.seconds
-    if spread > STEADY or moved > STEADY:
-        what = f"its speed moved by {moved:.0%}" if moved > spread else f"the rounds scatter by {spread:.0%}"
-        warnings.append(
-            f"this machine is not steady: {what} while it was timed, more than {STEADY:.0%}; the range holds only if "
-            "the run meets the same conditions. Close other programs and measure again, or raise --budget."
-        )
+    steadiness = judge(total.replicates, timings)
+    if steadiness.warning:
+        # The run may meet any of the speeds that were seen.
+        low, high = min(low, total.seconds * steadiness.fast), max(high, total.seconds * steadiness.slow)
+        warnings.append(steadiness.warning)
+    conditions = summarise(
+        [one.conditions for one in measurement.rounds if one.conditions is not None],
+        on_cpu=row.job.device == "cpu",
+    )
+    if conditions.warnings:
+        # At best the run has the whole machine to itself; at worst what was taken from it doubles.
+        share = conditions.disturbed
+        low, high = min(low, total.seconds * (1 - share)), max(high, total.seconds * (1 + share / (1 - share)))
+        warnings += conditions.warnings
     if len(measurement.rounds) < 2:
         warnings.append("only one round could be timed, so the range is a guess (±50 %). Give more time with --budget.")
+    tight = memory_warning(verdict)
+    if tight:
+        warnings.append(tight)
     if row.plan.num_devices > 1:
         notes.append("the exchange of gradients between devices is not in the figure")
     fixed = fixed_seconds(row, data, measurement, data_seconds)
+    whole = whole_run(total.seconds, low, high, fixed)
     return replace(
         plain,
         seconds_per_step=total.seconds / work.num_steps,
@@ -420,15 +383,39 @@ def estimate(
         train_seconds_low=low,
         train_seconds_high=high,
         fixed=fixed,
-        seconds=total.seconds + fixed.total,
-        seconds_low=low + fixed.total,
-        seconds_high=high + fixed.total,
+        seconds=whole[0],
+        seconds_low=whole[1],
+        seconds_high=whole[2],
         speed_factor=speed_factor(row, work, total.seconds, found),
         cost=estimator.fit,
         num_rounds=len(measurement.rounds),
         window_ratio=ratio,
+        calibrated=steadiness.is_steady and conditions.is_calibrated and len(measurement.rounds) > 1,
         notes=tuple(notes),
         warnings=tuple(warnings),
+    )
+
+
+def whole_run(seconds: float, low: float, high: float, fixed: FixedSeconds) -> tuple[float, float, float]:
+    """Seconds from process start to the written record, and both ends of their interval.
+
+    Args:
+        seconds: of the training loop; `low` and `high` are its interval.
+    """
+    half = FIXED_RELATIVE_HALF_WIDTH * fixed.total  # by chance apart from the loop's: the squares add up
+    whole = seconds + fixed.total
+    return whole, whole - math.hypot(seconds - low, half), whole + math.hypot(high - seconds, half)
+
+
+def memory_warning(verdict: RowVerdict) -> str | None:
+    """What to say of a row that fits with less left over than fragmentation can take."""
+    needed, left = verdict.peak_reserved_bytes, verdict.headroom_bytes
+    if not needed or left is None or left >= FRAGMENTATION * needed:
+        return None
+    return (
+        f"memory is tight: {left / GIB:.1f} GiB stay free beside a peak of {needed / GIB:.1f} GiB, less than the "
+        f"{FRAGMENTATION:.0%} that fragmentation can take in a long run. Close what else uses the memory, or lower "
+        "--micro-batch-size or --max-length; a run that meets the limit halves its micro-batch and goes on."
     )
 
 
@@ -438,17 +425,17 @@ def speed_factor(row: PlannedRow, work: PlanWork, seconds: float, found: Measure
     if reference == StepSignature.of(row.job):
         return 1.0
     measured = found.of(reference)
-    if measured is None or not measured.rounds:
-        return None
-    return Estimator(measured.rounds, found.strata).total(work).seconds / seconds
+    numbers = found.strata.numbers(row.kind)
+    if measured is None or not any(one.stratum in numbers for rounds in measured.rounds for one in rounds.samples):
+        return None  # fp32 was not timed, or over other kinds of micro-batches
+    return Estimator(measured.rounds, found.strata, row.kind).total(work).seconds / seconds
 
 
 def window_ratio(measurement: Measurement, estimator: Estimator) -> float | None:
     """Seconds of whole windows as timed / as summed from their parts; None where none was timed."""
-    if not measurement.windows:
-        return None
-    predicted = sum(estimator.window_seconds(window.samples) for window in measurement.windows)
-    return sum(window.seconds for window in measurement.windows) / predicted if predicted > 0 else None
+    windows = [one for one in measurement.windows if one.samples and one.samples[0].stratum in estimator.numbers]
+    predicted = sum(estimator.window_seconds(window.samples) for window in windows)
+    return sum(window.seconds for window in windows) / predicted if predicted > 0 else None
 
 
 def fixed_seconds(
@@ -470,7 +457,9 @@ def fixed_seconds(
     if spec.num_samples == 0 or len(row.plan.evaluation) == 0:
         answers = 0.0
     elif samples.answer_seconds is not None and samples.answer_tokens:
-        per_answer = samples.answer_seconds * spec.max_new_tokens / samples.answer_tokens
+        first = min(samples.first_token_seconds, samples.answer_seconds)
+        per_token = (samples.answer_seconds - first) / max(1, samples.answer_tokens - 1)
+        per_answer = first + per_token * (spec.max_new_tokens - 1)
         answers = 2 * spec.num_samples * per_answer  # before and after
     checkpoints = evaluations_and_checkpoints(row)[1]
     return FixedSeconds(

@@ -243,7 +243,7 @@ def _mps() -> DeviceFacts:
     total, free = system_memory()
     # Autocast on MPS has no dependable loss scaler, so half precision is not offered.
     return DeviceFacts(
-        name=f"Apple GPU ({_cpu_name()})",
+        name=f"Apple GPU ({cpu_name()})",
         kind="mps",
         memory_bytes=total,
         free_bytes=free,
@@ -256,7 +256,7 @@ def _cpu() -> DeviceFacts:
     flags = set(re.findall(r"^flags\s*:\s*(.*)$", _cpuinfo(), re.MULTILINE)[:1])
     words = set(" ".join(flags).split())
     return DeviceFacts(
-        name=_cpu_name(),
+        name=cpu_name(),
         kind="cpu",
         memory_bytes=total,
         free_bytes=free,
@@ -272,7 +272,8 @@ def _cpuinfo() -> str:
         return ""
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's model, as the system names it."""
     match = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
     name = match.group(1).strip() if match else platform.processor() or platform.machine() or "CPU"
     return " ".join(name.split())

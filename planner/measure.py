@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from planner.estimate import Estimator, PlanWork, plan_work, reference_job, split_warmup
+from planner.estimate import Estimator, PlanWork, plan_work, reference_job
 from planner.measurement import (
+    Conditions,
     FixedSamples,
     Measurement,
     Measurements,
@@ -22,14 +24,21 @@ from planner.measurement import (
     WindowSample,
 )
 from planner.prober import DoesNotFit, LoadReply, MemoryReply, MicroRows, Prober, ProberFactory
-from planner.strata import Strata, keys, make_strata
+from planner.steadiness import split_warmup
+from planner.strata import Kind, Strata, keys, make_strata
 from presets.errors import MeasurementError, PlanError
 from trainer.batching import BatchPlan, MicroShapes
 from trainer.evaluate import answerable, evaluation_batches
 from trainer.tokens import IntArray, TokenizedDataset
 
 STRATA = (11, 8, 6, 4, 3, 2)  # tried from the left until three rounds fit the budget
+LEAST_PER_ROUND = 8  # micro-batches: where strata are few, several of each
 LEAST_ROUNDS = 5  # before the interval is believed narrow enough to stop
+# Who looks briefly sees neither a machine that changes nor rare slow micro-steps, and finds the interval narrow. So
+# half of the budget is always used, and three quarters unless the interval is much narrower than asked.
+LEAST_SHARE = 0.5
+USUAL_SHARE = 0.75
+MUCH_NARROWER = 0.25  # of the target
 MOST_ROUNDS = 1000
 POOL = 50_000  # micro-batches of a plan that a draw can come from, plus its longest
 LONGEST = 200
@@ -41,6 +50,7 @@ EVALUATION_BATCHES = 5
 ANSWER_TOKENS = 16
 
 Progress = Callable[[str, float], None]  # (what is being done, share of the budget spent)
+Meter = Callable[[], Conditions]  # what went on since it was last asked
 
 
 @dataclass(slots=True, eq=False)
@@ -104,6 +114,8 @@ def measure(
     *,
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress | None = None,
+    meter: Meter | None = None,
+    with_fixed: bool = True,
     seed: int = 0,
 ) -> Measurements:
     """Time the step signatures of some rows over their own batch plans.
@@ -113,11 +125,15 @@ def measure(
         budget_seconds: bounds the seconds spent timing. Process starts, memory and fixed parts come on top.
         precision_target: stop once the 90 % interval of every row's total is this narrow (half of it, relative).
         progress: told what is being done and the share of the budget spent.
+        with_fixed: also time what a run does beside its steps.
+        meter: asked after each round what else went on; see planner.conditions.
 
     Raises:
         MeasurementError: nothing could be measured, for a reason other than memory.
     """
-    return _Measuring(plans, data, prober_factory, budget_seconds, precision_target, clock, progress, seed).measure()
+    return _Measuring(
+        plans, data, prober_factory, budget_seconds, precision_target, clock, progress, meter, with_fixed, seed
+    ).measure()
 
 
 class _Measuring:
@@ -132,6 +148,8 @@ class _Measuring:
         target: float,
         clock: Callable[[], float],
         progress: Progress | None,
+        meter: Meter | None,
+        with_fixed: bool,
         seed: int,
     ) -> None:
         if not rows:
@@ -141,6 +159,8 @@ class _Measuring:
         self.budget = budget
         self.target = target
         self.clock = clock
+        self.meter = meter
+        self.with_fixed = with_fixed
         self.tell = progress or (lambda text, share: None)
         self.random = np.random.default_rng([seed, 0x4D])
         self.notes: list[str] = []
@@ -156,7 +176,9 @@ class _Measuring:
             groups.setdefault(StepSignature.of(row.job), []).append(row)
         self.groups = [_Group(signature, members) for signature, members in groups.items()]
         self.rows = rows
-        self.strata = Strata(sizes=())
+        self.strata = Strata(kinds=())
+        self.next_look = LEAST_ROUNDS  # rounds after which the interval is looked at again
+        self.draws = 1  # micro-batches of each stratum in a round
         self.work: dict[str, PlanWork] = {}
 
     def measure(self) -> Measurements:
@@ -164,6 +186,7 @@ class _Measuring:
         try:
             for group in self.groups:
                 self._probe_memory(group)
+                self._probe_evaluation(group)
             live = [group for group in self.groups if group.is_live]
             if live:
                 self._stratify(live)
@@ -191,9 +214,10 @@ class _Measuring:
         errors = [group.error for group in self.groups if group.error is not None]
         if errors and len(errors) == len(self.groups):
             raise MeasurementError(errors[0])
+        measurements = tuple(self._result(group) for group in self.groups)  # adds notes and warnings
         return Measurements(
             strata=self.strata,
-            measurements=tuple(self._result(group) for group in self.groups),
+            measurements=measurements,
             rows=tuple(self._verdict(group, row) for group in self.groups for row in group.rows),
             in_turns=together,
             notes=tuple(self.notes),
@@ -219,9 +243,8 @@ class _Measuring:
                 )
             if failed is None:
                 self.tell(f"memory: {members[0].name}", 0.0)
-                accumulates = any(_accumulates(row.plan) for row in members)
                 try:
-                    reply = self._try_alone(group, _rows_of(plan, micro), accumulates)
+                    reply = self._try_alone(group, self._worst_windows(members, plan, micro))
                     group.reserved = reply.reserved_bytes
                     group.largest_key = max(group.largest_key, float(keys(shapes)[micro]))
                     padded = int(shapes.padded_tokens[micro])
@@ -245,12 +268,42 @@ class _Measuring:
                 text = f"does not fit: {failed}"
                 group.verdicts[row.name] = replace(group.verdicts[row.name], fits=False, error=text)
 
-    def _try_alone(self, group: _Group, rows: MicroRows, accumulates: bool) -> MemoryReply:
+    def _probe_evaluation(self, group: _Group) -> None:
+        """Raise the peaks where the largest batch of held-out examples needs more than a step.
+
+        Before any timing: on a CPU a process's peak only grows, and hundreds of shapes in random order leave the heap
+        in a state that no run knows.
+        """
+        if not self.with_fixed or not group.fitting or group.prober is None or group.is_reference:
+            return
+        held_out = group.fitting[0].plan.evaluation
+        if not len(held_out):
+            return
+        batches = evaluation_batches(self.data, held_out)
+        largest = max(batches, key=lambda batch: len(batch) * int(self.data.lengths[batch].max()))
+        try:
+            group.prober.evaluate([largest.tolist()])
+            reply = group.prober.peak()
+        except DoesNotFit as reason:
+            names = ", ".join(row.name for row in group.fitting)
+            self.warnings.append(
+                f"{names}: a batch of held-out examples does not fit ({reason}); the run would stop there"
+            )
+            group.close()
+            return
+        except PlanError as reason:
+            group.error = str(reason)
+            group.close()
+            return
+        if reply.reserved_bytes > group.reserved:
+            self._raise_peaks(group, to=reply.reserved_bytes, headroom=reply.headroom_bytes)
+
+    def _try_alone(self, group: _Group, windows: list[list[MicroRows]]) -> MemoryReply:
         """The memory reply; out of memory is believed only of a worker that had the device to itself."""
         try:
             self._start(group)
             assert group.prober is not None
-            return group.prober.memory(rows, accumulates)
+            return group.prober.memory(windows)
         except DoesNotFit:
             others = [other for other in self.groups if other is not group and other.prober is not None]
             if not others:
@@ -260,7 +313,21 @@ class _Measuring:
             group.close()
             self._start(group)
             assert group.prober is not None
-            return group.prober.memory(rows, accumulates)
+            return group.prober.memory(windows)
+
+    def _worst_windows(self, members: list[PlannedRow], plan: BatchPlan, micro: int) -> list[list[MicroRows]]:
+        """The longest micro-batch with its neighbours in its window, and the same of the longest that is at no head.
+
+        At the head of a window no gradients lie beside the activations; a shorter one further on may need more.
+        """
+        windows = [_neighbourhood(plan, micro)]
+        for other in {id(row.plan): row.plan for row in members}.values():
+            key = keys(self.shapes[id(other)]).copy()
+            heads = (other.window_offsets[:-1, None] + np.arange(other.num_devices)).ravel()
+            key[heads[heads < len(key)]] = -1.0
+            if len(key) and key.max() > 0:
+                windows.append(_neighbourhood(other, int(key.argmax())))
+        return windows
 
     def _worst_micro_batches(self, rows: list[PlannedRow]) -> list[tuple[BatchPlan, int, list[PlannedRow]]]:
         """(plan, micro-batch, rows judged by it), ascending. Rows with nearly equal worst ones share the largest."""
@@ -268,14 +335,14 @@ class _Measuring:
         for row in rows:
             shapes = self.shapes[id(row.plan)]
             micro = int(keys(shapes).argmax())  # most padded tokens; of equals the widest
-            worst.append((float(keys(shapes)[micro]), int(shapes.rows[micro]), micro, row))
+            worst.append((float(keys(shapes)[micro]), (int(shapes.rows[micro]), row.job.packing), micro, row))
         worst.sort(key=lambda entry: entry[0], reverse=True)
-        trials: list[tuple[float, int, BatchPlan, int, list[PlannedRow]]] = []
-        for key, count, micro, row in worst:
-            if trials and trials[-1][1] == count and key >= SAME_SHAPE * trials[-1][0]:
+        trials: list[tuple[float, tuple[int, bool], BatchPlan, int, list[PlannedRow]]] = []
+        for key, kind, micro, row in worst:
+            if trials and trials[-1][1] == kind and key >= SAME_SHAPE * trials[-1][0]:
                 trials[-1][4].append(row)
             else:
-                trials.append((key, count, row.plan, micro, [row]))
+                trials.append((key, kind, row.plan, micro, [row]))
         return [(plan, micro, members) for _, _, plan, micro, members in reversed(trials)]
 
     def _make_room_beside(self, group: _Group) -> None:
@@ -341,7 +408,7 @@ class _Measuring:
         populations = []
         for group in live:
             for row in group.fitting:
-                populations.append((row.job.micro_batch_size, self._part_of(self.shapes[id(row.plan)])[1]))
+                populations.append((row.kind, self._part_of(self.shapes[id(row.plan)])[1]))
         for count in STRATA:
             self.strata = make_strata(populations, count)
             if 3 * self._first_guess(live, populations) <= self.budget:
@@ -351,17 +418,21 @@ class _Measuring:
                 f"micro-steps are slow for a budget of {self.budget:g} s: {self.strata.count} classes of micro-batches "
                 f"are timed instead of about {STRATA[0]}. Give more time with --budget."
             )
+        guess = self._first_guess(live, populations)
+        for draws in range(1, LEAST_PER_ROUND // self.strata.count + 1):
+            if draws == 1 or LEAST_ROUNDS * draws * guess <= self.budget:
+                self.draws = draws
         self.work = {
             row.name: plan_work(row, self.shapes[id(row.plan)], self.strata) for group in live for row in group.fitting
         }
 
-    def _first_guess(self, live: list[_Group], populations: list[tuple[int, MicroShapes]]) -> float:
+    def _first_guess(self, live: list[_Group], populations: list[tuple[Kind, MicroShapes]]) -> float:
         """Seconds of a round over all signatures, at the rate seen while probing memory."""
         tokens = 0.0
-        for size in self.strata.sizes:
-            stratum = np.concatenate([self.strata.of(of, s) for of, s in populations if of == size.micro_batch_size])
-            padded = np.concatenate([s.padded_tokens for of, s in populations if of == size.micro_batch_size])
-            for number in range(size.first, size.first + size.count):
+        for one in self.strata.kinds:
+            stratum = np.concatenate([self.strata.of(of, s) for of, s in populations if of == one.kind])
+            padded = np.concatenate([s.padded_tokens for of, s in populations if of == one.kind])
+            for number in range(one.first, one.first + one.count):
                 members = padded[stratum == number]
                 tokens += float(members.mean()) if len(members) else 0.0
         return sum(group.seconds_per_padded_token for group in live) * tokens
@@ -383,10 +454,11 @@ class _Measuring:
             return
         decks = _Decks(self, groups)
         begun = self.spent
+        self.next_look = LEAST_ROUNDS
         for number in range(MOST_ROUNDS):
             left = budget - (self.spent - begun)
             done = number - (1 if groups[0].warmed_up else 0)
-            if number and not self._another_round(groups, left, done):
+            if number and not self._another_round(groups, budget, left, done):
                 break
             draw = decks.draw(self.random)
             for group in groups if number % 2 == 0 else groups[::-1]:
@@ -404,12 +476,19 @@ class _Measuring:
                     self._guarded(group, functools.partial(self._window, group, budget - (self.spent - begun)))
             self.tell(f"timing, round {number + 1}", min(1.0, self.spent / max(self.budget, 1e-9)))
 
-    def _another_round(self, groups: list[_Group], left: float, done: int) -> bool:
+    def _another_round(self, groups: list[_Group], budget: float, left: float, done: int) -> bool:
         """Whether to go on, and if not, why: written to the groups."""
-        if done >= LEAST_ROUNDS and all(self._is_precise(group) for group in groups if not group.is_reference):
-            for group in groups:
-                group.ended_by = "precision"
-            return False
+        if done >= max(LEAST_ROUNDS, self.next_look) and left <= (1 - LEAST_SHARE) * budget:
+            allowed = self.target * (1 if left <= (1 - USUAL_SHARE) * budget else MUCH_NARROWER)
+            excess = max((self._width(group) for group in groups if not group.is_reference), default=0.0) / allowed
+            if excess <= 1:
+                for group in groups:
+                    group.ended_by = "precision"
+                return False
+            # Widths go with 1 / sqrt(rounds): look again when it should do. Who looks after every round stops where a
+            # few happen to agree, or before the first rare slow one, and the interval then holds too seldom.
+            growth = max(1.2, excess**2) if allowed == self.target else USUAL_SHARE / LEAST_SHARE
+            self.next_look = math.ceil(done * min(2.0, growth))
         expected = sum(_seconds_of(group.rounds[-1]) for group in groups)
         if left < expected and (done >= 2 or left < 0.5 * expected):
             for group in groups:
@@ -417,13 +496,13 @@ class _Measuring:
             return False
         return True
 
-    def _is_precise(self, group: _Group) -> bool:
+    def _width(self, group: _Group, least: int = LEAST_ROUNDS) -> float:
+        """Relative half-width of the interval, of the row where it is the widest; infinite from too few rounds."""
         rounds = self._kept(group)
-        if len(rounds) < LEAST_ROUNDS:
-            return False
-        estimator = Estimator(rounds, self.strata)
-        works = [self.work[row.name] for row in group.fitting]
-        return all(estimator.total(work).relative_half_width <= self.target for work in works)
+        if len(rounds) < least:
+            return math.inf
+        estimators = {kind: Estimator(rounds, self.strata, kind) for kind in {row.kind for row in group.fitting}}
+        return max(estimators[row.kind].total(self.work[row.name]).relative_half_width for row in group.fitting)
 
     def _kept(self, group: _Group) -> tuple[Round, ...]:
         """The rounds without warm-up."""
@@ -431,20 +510,28 @@ class _Measuring:
         rounds = tuple(group.rounds[first:])
         if len(rounds) <= LEAST_ROUNDS:
             return rounds
-        totals = Estimator(rounds, self.strata).total(self.work[group.fitting[0].name]).replicates
+        first_row = group.fitting[0]
+        totals = Estimator(rounds, self.strata, first_row.kind).total(self.work[first_row.name]).replicates
         return rounds[split_warmup(totals, LEAST_ROUNDS) :]
 
     def _round(self, group: _Group, draw: list[_Drawn]) -> None:
         prober = group.prober
         assert prober is not None
-        sizes = {row.job.micro_batch_size for row in group.fitting}
-        drawn = [one for one in draw if one.micro_batch_size in sizes and one.key <= group.largest_key]
+        kinds = {row.kind for row in group.fitting}
+        drawn = [one for one in draw if one.kind in kinds and one.key <= group.largest_key]
         started = self.clock()
         seconds = prober.run([_rows_of(one.plan, one.micro) for one in drawn])
         optimizer = prober.optimizer(1)
         self._spend(group, started)
         samples = tuple(replace(one.sample, seconds=value) for one, value in zip(drawn, seconds, strict=True))
-        group.rounds.append(Round(started=started, samples=samples, optimizer_seconds=tuple(optimizer)))
+        group.rounds.append(
+            Round(
+                started=started,
+                samples=samples,
+                optimizer_seconds=tuple(optimizer),
+                conditions=self.meter() if self.meter else None,
+            )
+        )
 
     def _window(self, group: _Group, left: float) -> None:
         """Time one window as a whole, where it takes no more than its share of what is left of the budget."""
@@ -458,7 +545,7 @@ class _Measuring:
         if len(micros) > WINDOW_MICROS:  # evenly over the window: its longest stand first
             micros = [micros[i * len(micros) // WINDOW_MICROS] for i in range(WINDOW_MICROS)]
         samples = tuple(self._sample(row, micro) for micro in micros)
-        if Estimator(self._kept(group), self.strata).window_seconds(samples) > WINDOW_SHARE * left:
+        if Estimator(self._kept(group), self.strata, row.kind).window_seconds(samples) > WINDOW_SHARE * left:
             return
         started = self.clock()
         seconds = prober.window([_rows_of(plan, micro) for micro in micros])
@@ -473,7 +560,7 @@ class _Measuring:
             tokens=shapes.tokens[micro : micro + 1],
         )
         return MicroSample(
-            stratum=int(self.strata.of(row.job.micro_batch_size, one)[0]),
+            stratum=int(self.strata.of(row.kind, one)[0]),
             rows=int(one.rows[0]),
             width=int(one.width[0]),
             tokens=int(one.tokens[0]),
@@ -510,12 +597,17 @@ class _Measuring:
     def _measure_fixed(self, group: _Group) -> None:
         """Evaluation, checkpoint, adapter and sample answers. What fails stays unknown; the timings stand."""
         prober = group.prober
-        if prober is None or not group.is_live or group.is_reference:
+        if prober is None or not group.is_live or group.is_reference or not self.with_fixed:
             return
         self.tell("evaluation and checkpoint", 1.0)
         held_out = group.fitting[0].plan.evaluation
         spec = group.fitting[0].job.evaluation
         try:
+            timed = prober.peak()
+            # A GPU's allocator keeps the holes that many shapes make. Resident memory on a CPU does not, and timing
+            # piles gradients up beside long micro-batches as no window does: there the probe's own figure stands.
+            holes = timed.reserved_bytes - group.reserved if group.signature.device == "cuda" else 0
+            self._raise_peaks(group, by=holes, headroom=timed.headroom_bytes)
             if len(held_out):
                 batches = evaluation_batches(self.data, held_out)
                 places = np.unique(np.linspace(0, len(batches) - 1, EVALUATION_BATCHES).round().astype(int))
@@ -538,21 +630,49 @@ class _Measuring:
             asked = answerable(self.data, held_out, 1)
             tokens = min(ANSWER_TOKENS, spec.max_new_tokens)
             if len(asked) and spec.num_samples and tokens and group.load is not None and group.load.has_tokenizer:
-                seconds_of_answer = prober.answer(asked.tolist(), tokens)
-                group.fixed = replace(group.fixed, answer_seconds=seconds_of_answer, answer_tokens=tokens)
+                prober.answer(asked.tolist(), 1)  # as the first of a process it is slow
+                first_token = prober.answer(asked.tolist(), 1)
+                group.fixed = replace(
+                    group.fixed,
+                    first_token_seconds=first_token,
+                    answer_seconds=prober.answer(asked.tolist(), tokens),
+                    answer_tokens=tokens,
+                )
+            ended = prober.peak()
+            if group.signature.device == "cuda" and ended.reserved_bytes > timed.reserved_bytes:
+                self._raise_peaks(group, to=ended.reserved_bytes, headroom=ended.headroom_bytes)
         except (PlanError, DoesNotFit) as reason:
             self.notes.append(f"{group.fitting[0].name}: not every fixed part could be measured ({reason})")
+
+    def _raise_peaks(self, group: _Group, *, by: int = 0, to: int = 0, headroom: int) -> None:
+        """Add to the rows' peaks what timing showed beside the largest micro-batch alone."""
+        for row in group.fitting:
+            verdict = group.verdicts[row.name]
+            if verdict.peak_reserved_bytes is None or verdict.peak_allocated_bytes is None:
+                continue
+            more = max(0, by, to - verdict.peak_reserved_bytes)
+            reserved = verdict.peak_reserved_bytes + more
+            group.verdicts[row.name] = replace(
+                verdict,
+                peak_reserved_bytes=reserved,
+                peak_allocated_bytes=verdict.peak_allocated_bytes + more,
+                headroom_bytes=headroom + max(0, group.reserved + by - reserved) if not to else headroom,
+            )
 
     # --- results ------------------------------------------------------------------------------------------------------
 
     def _result(self, group: _Group) -> Measurement:
         kept = self._kept(group) if group.rounds and group.is_live else tuple(group.rounds)
-        if group.is_live and kept and group.ended_by == "budget" and not self._is_precise(group):
-            work = self.work[group.fitting[0].name]
-            width = Estimator(kept, self.strata).total(work).relative_half_width
+        width = self._width(group, least=1) if group.is_live and kept else 0.0
+        if group.ended_by == "budget" and width > self.target:
             self.warnings.append(
                 f"{group.rows[0].name}: the budget of {self.budget:g} s was spent at a range of ±{width:.1%}, wider "
                 f"than the ±{self.target:.1%} asked for. Give more time with --budget."
+            )
+        if group.ended_by == "precision" and not group.is_reference:
+            self.notes.append(
+                f"{group.rows[0].name}: timed for {group.spent:.0f} s, until the range of ±{width:.1%} was narrower "
+                f"than the ±{self.target:.1%} asked for"
             )
         first = len(group.rounds) - len(kept)  # what lies before it is warm-up, windows too
         return Measurement(
@@ -578,7 +698,7 @@ class _Drawn:
 
     plan: BatchPlan
     micro: int
-    micro_batch_size: int
+    kind: Kind
     key: float
     sample: MicroSample
 
@@ -595,7 +715,7 @@ class _Decks:
         members: dict[int, list[tuple[int, int]]] = {}
         for number, row in enumerate(self._rows):
             chosen, shapes = measuring._part_of(measuring.shapes[id(row.plan)])
-            stratum = measuring.strata.of(row.job.micro_batch_size, shapes)
+            stratum = measuring.strata.of(row.kind, shapes)
             for micro, where in zip(chosen.tolist(), stratum.tolist(), strict=True):
                 if where >= 0:
                     members.setdefault(where, []).append((number, micro))
@@ -603,9 +723,9 @@ class _Decks:
         self._left: dict[int, list[int]] = {}
 
     def draw(self, random: np.random.Generator) -> list[_Drawn]:
-        """One micro-batch of each stratum, in random order."""
+        """One micro-batch of each stratum, or several where strata are few, in random order."""
         drawn = []
-        for stratum in random.permutation(sorted(self._members)).tolist():
+        for stratum in random.permutation(sorted(self._members) * self._measuring.draws).tolist():
             members = self._members[stratum]
             left = self._left.get(stratum) or random.permutation(len(members)).tolist()
             number, micro = members[left.pop()]
@@ -613,12 +733,17 @@ class _Decks:
             row = self._rows[number]
             sample = self._measuring._sample(row, micro)
             key = sample.rows * sample.width + sample.width / 2.0**20
-            drawn.append(_Drawn(row.plan, micro, row.job.micro_batch_size, key, sample))
+            drawn.append(_Drawn(row.plan, micro, row.kind, key, sample))
         return drawn
 
 
-def _accumulates(plan: BatchPlan) -> bool:
-    return bool((np.diff(plan.window_offsets) > plan.num_devices).any())
+def _neighbourhood(plan: BatchPlan, micro: int) -> list[MicroRows]:
+    """A micro-batch with the one before it and the one after it in its device's share of its window."""
+    window = int(np.searchsorted(plan.window_offsets, micro, side="right")) - 1
+    first, last = int(plan.window_offsets[window]), int(plan.window_offsets[window + 1])
+    places = (micro - plan.num_devices, micro, micro + plan.num_devices)
+    found = [_rows_of(plan, place) for place in places if first <= place < last]
+    return [rows for rows in found if any(rows)]
 
 
 def _rows_of(plan: BatchPlan, micro: int) -> MicroRows:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from planner.prober import LoadReply, SaveReply
-from planner.strata import Strata
+from planner.strata import Kind, Strata
 from presets.schema import Adapter, Attention, BasePrecision, Precision
 from trainer.batching import BatchPlan
-from trainer.job import Device, Job
+from trainer.job import Device, Job, Loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
@@ -27,6 +27,7 @@ class StepSignature:
     gradient_checkpointing: bool
     device: Device
     num_threads: int  # CPU threads; 0: torch's own choice
+    loss: Loss
 
     @classmethod
     def of(cls, job: Job) -> StepSignature:
@@ -45,6 +46,7 @@ class StepSignature:
             gradient_checkpointing=preset.gradient_checkpointing,
             device=job.device,
             num_threads=job.num_threads or 0,
+            loss=job.loss,
         )
 
 
@@ -56,6 +58,10 @@ class PlannedRow:
     job: Job
     plan: BatchPlan
     is_reference: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        return Kind(micro_batch_size=self.job.micro_batch_size, packed=self.job.packing)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,12 +76,37 @@ class MicroSample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GpuConditions:
+    """One reading of the GPU. None: the driver does not say."""
+
+    sm_clock_mhz: int | None = None
+    max_sm_clock_mhz: int | None = None
+    temperature_c: int | None = None
+    power_watts: float | None = None
+    throttle: tuple[str, ...] = ()
+    other_processes: int | None = None
+    other_memory_bytes: int | None = None  # held by other processes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conditions:
+    """What went on since the reading before. Shares are of the whole machine's CPU time; None is unknown."""
+
+    seconds: float
+    load: float | None = None  # processes that run or want to, mean of the last minute
+    steal: float | None = None  # taken by the host of a virtual machine
+    others: float | None = None  # used by processes that are not ours
+    gpu: GpuConditions | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Round:
     """One micro-batch of each stratum, in random order, and an optimizer step."""
 
     started: float  # seconds on the measuring clock
     samples: tuple[MicroSample, ...]
     optimizer_seconds: tuple[float, ...]
+    conditions: Conditions | None = None  # None: not looked at
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +125,7 @@ class FixedSamples:
     save: SaveReply | None = None
     answer_seconds: float | None = None  # one sample answer, of `answer_tokens` tokens at most
     answer_tokens: int = 0
+    first_token_seconds: float = 0.0  # of an answer of one token: most of it goes over the prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +152,7 @@ class RowVerdict:
     fits: bool | None = None  # None: not known, see error
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
+    headroom_bytes: int | None = None  # still free at the peak
     worst_rows: int = 0
     worst_width: int = 0
     error: str | None = None

@@ -37,15 +37,25 @@ class LoadReply:
     weights: str  # "loaded" or "random"
     has_tokenizer: bool = False
     num_threads: int | None = None  # CPU threads that torch really uses
+    lean_refused: str | None = None  # why the lean loss is not used although the job asks for it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryReply:
-    """Peak bytes at one micro-batch with an update, and the seconds of its last micro-step."""
+    """Peak bytes over some windows (or parts of them) and their updates; seconds of the slowest micro-step."""
 
     allocated_bytes: int
     reserved_bytes: int
     micro_step_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeakReply:
+    """Peak bytes since the last `memory` command (on a CPU since the process started), and what was still free then."""
+
+    allocated_bytes: int
+    reserved_bytes: int
+    headroom_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +73,9 @@ class Prober(Protocol):
     def run(self, micro_batches: list[MicroRows]) -> list[float]: ...
     def optimizer(self, repeat: int) -> list[float]: ...
     def window(self, micro_batches: list[MicroRows]) -> float: ...
-    def memory(self, micro_batch: MicroRows, accumulates: bool) -> MemoryReply: ...
+    def memory(self, windows: list[list[MicroRows]]) -> MemoryReply: ...
+    def peak(self) -> PeakReply: ...
+    def packing_refused(self, packed_length: int) -> str | None: ...
     def free(self) -> int: ...
     def evaluate(self, batches: list[list[int]]) -> list[float]: ...
     def save(self) -> SaveReply: ...
@@ -116,9 +128,16 @@ class ProcessProber:
     def window(self, micro_batches: list[MicroRows]) -> float:
         return float(self._ask(command="window", micro_batches=micro_batches)["seconds"])
 
-    def memory(self, micro_batch: MicroRows, accumulates: bool) -> MemoryReply:
-        answer = self._ask(command="memory", micro_batch=micro_batch, accumulates=accumulates)
+    def memory(self, windows: list[list[MicroRows]]) -> MemoryReply:
+        answer = self._ask(command="memory", windows=windows)
         return jsonio.from_plain(MemoryReply, answer, what="worker", error=MeasurementError)
+
+    def packing_refused(self, packed_length: int) -> str | None:
+        reason = self._ask(command="packing", packed_length=packed_length)["refused"]
+        return None if reason is None else str(reason)
+
+    def peak(self) -> PeakReply:
+        return jsonio.from_plain(PeakReply, self._ask(command="peak"), what="worker", error=MeasurementError)
 
     def free(self) -> int:
         return int(self._ask(command="free")["bytes"])

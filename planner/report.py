@@ -60,6 +60,30 @@ class PublishedFigures:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CorrectionInfo:
+    """What past runs on this machine did to a row's figures."""
+
+    factor: float  # of the training seconds
+    num_runs: int
+    raw_seconds: float  # of the whole run, as measured
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BreakdownInfo:
+    """Where a run's seconds go. None is unknown, and not in the sum."""
+
+    forward_backward: float
+    optimizer: float
+    start: float | None = None  # process start and imports
+    load: float | None = None
+    data: float | None = None
+    evaluation: float | None = None
+    samples: float | None = None
+    checkpoints: float | None = None
+    save: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """One configuration. Seconds and bytes; None is unknown.
 
@@ -93,14 +117,24 @@ class Row:
     published: PublishedFigures | None = None
     note: str | None = None  # one remark a line
     error: str | None = None  # why there is no time, e.g. "does not fit"
+    tuned_from: str | None = None  # the preset that this row is the tuned twin of
+    speedup: float | None = None  # the baseline's seconds / this row's, in this table
+    breakdown: BreakdownInfo | None = None
+    calibrated: bool = True  # False: the range is what was seen on an unsteady machine, not a 90 % interval
+    measured_at: str | None = None  # ISO, local time with offset, where the basis is "cached"
+    correction: CorrectionInfo | None = None
 
     def to_plain(self) -> dict[str, Any]:
-        """The row as a JSON object; `phases` and `published` only where there are any."""
+        """The row as a JSON object; phases, published figures, an earlier measurement's time and a correction only
+        where there are any, `calibrated` only where it is false."""
         plain: dict[str, Any] = jsonio.to_plain(self)
         if not self.phases:
             del plain["phases"]
-        if self.published is None:
-            del plain["published"]
+        if self.calibrated:
+            del plain["calibrated"]
+        for name in ("published", "measured_at", "correction", "breakdown", "tuned_from", "speedup"):
+            if getattr(self, name) is None:
+                del plain[name]
         return plain
 
 
@@ -269,6 +303,15 @@ def clock(moment: datetime, now: datetime) -> str:
     return f"{WEEKDAYS[moment.weekday()]} {date} {moment:%H:%M}"
 
 
+def ago(moment: datetime, now: datetime) -> str:
+    """How long something lies back, in its largest unit: "12 s ago", "3 min ago", "5 h ago", "9 d ago"."""
+    seconds = max(0.0, (now - moment).total_seconds())  # a clock that was set back does not make it the future
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= (2 if unit == "d" else 1) * size:
+            return f"{int(seconds // size)} {unit} ago"
+    return f"{int(seconds)} s ago"
+
+
 def figure(value: float | None) -> str:
     """A measured number with three significant digits: "0.731", "3.55", "23.1", "1,234"."""
     if value is None or not math.isfinite(value):
@@ -304,18 +347,26 @@ def measured_text(report: PlanReport, *, now: datetime, width: int | None = None
     """
     rows = tuple(map(_cleaned, report.rows))
     columns = _measured_columns(now)
+    if not any(row.tuned_from for row in rows):  # the presets as written differ in little else than their batches
+        columns = [column for column in columns if column.title != "speed-up"]
     said: dict[str, list[str]] = {}  # what several rows have to say is said once
     for row in rows:
         for text in _under_the_table(row):
             said.setdefault(text, []).append(row.name)
     everyone = [row.name for row in rows if row.error is None]
     lines = [
-        f"{'all rows' if names == everyone and len(names) > 1 else ', '.join(names)}: {text}"
+        f"{'all rows' if names == everyone and len(names) > 1 else ' / '.join(names)}: {text}"
         for text, names in said.items()
     ]
-    cached = [row.name for row in rows if row.basis == "cached" and row.error is None]
-    if cached:
-        lines.append(f"Measured earlier on this device, not now: {', '.join(cached)}.")
+    cached: dict[str, list[str]] = {}
+    for row in rows:
+        if row.basis == "cached" and row.error is None:
+            age = "earlier" if row.measured_at is None else ago(datetime.fromisoformat(row.measured_at), now)
+            cached.setdefault(age, []).append(row.name)
+    for age, names in cached.items():
+        who = "all rows" if names == everyone and len(names) > 1 else " / ".join(names)
+        again = "" if age == "earlier" else " --fresh measures again."
+        lines.append(f"Measured {age} on this device, not now: {who}.{again}")
     return _text(columns, rows, (*lines, *report.notes), width, ascii_only)
 
 
@@ -339,6 +390,7 @@ def _measured_columns(now: datetime) -> list[_Column]:
         _Column(title="s/step", cell=lambda row: _unless_error(row, figure(row.seconds_per_step)), right=True),
         _Column(title="speed factor", cell=_speed_factor, right=True),
         _Column(title="time", cell=lambda row: _time(row, " (", ")"), compact=lambda row: _time(row, "\n", "")),
+        _Column(title="speed-up", cell=_speedup, right=True),
         _Column(title="finish", cell=lambda row: _finish(row, now, " "), compact=lambda row: _finish(row, now, "\n")),
         _Column(title="quality", cell=lambda row: _quality(row, " "), compact=lambda row: _quality(row, "\n")),
         _Column(
@@ -360,6 +412,10 @@ def _published_columns() -> list[_Column]:
         _Column(title="VRAM", cell=lambda row: (row.published and row.published.vram) or UNKNOWN),
         _Column(title="risk", cell=lambda row: row.risk or UNKNOWN),
     ]
+
+
+def _speedup(row: Row) -> str:
+    return UNKNOWN if row.speedup is None else f"{row.speedup:.2f}x"
 
 
 def _cleaned(row: Row) -> Row:

@@ -12,6 +12,7 @@ from presets.demo import demo_folder
 from presets.env import Settings, yours_preset
 from presets.errors import PresetError, SettingsError, did_you_mean
 from presets.schema import (
+    Adapter,
     Attention,
     BasePrecision,
     Precision,
@@ -44,6 +45,7 @@ class Options:
     gradient_accumulation_steps: int | None = None
     precision: Precision | None = None
     base_precision: BasePrecision | None = None
+    adapter: Adapter | None = None
     learning_rate: float | None = None
     epochs: int | None = None
     max_length: int | None = None
@@ -226,6 +228,7 @@ def _with_options(preset: Preset, options: Options) -> tuple[Preset, list[str]]:
     direct = {
         "precision": options.precision,
         "base_precision": options.base_precision,
+        "adapter": options.adapter,
         "learning_rate": options.learning_rate,
         "num_epochs": options.epochs,
         "max_length": options.max_length,

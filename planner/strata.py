@@ -13,11 +13,19 @@ TAIL_SHARE = 0.01  # the longest micro-batches, by number, that are a stratum of
 WIDTH_OF_DOUBLE_WORK = 8192.0  # tokens; where attention is taken to cost as much as the rest (a rough guess will do)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StrataOfSize:
-    """The strata of one micro-batch size: stratum h holds keys above upper[h - 1] up to upper[h]; the last is open."""
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
+class Kind:
+    """What micro-batches must have in common to stand for each other beside their size in tokens."""
 
-    micro_batch_size: int
+    micro_batch_size: int  # rows
+    packed: bool = False  # rows hold several examples, kept apart by a mask that costs time of its own
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StrataOfKind:
+    """The strata of one kind: stratum h holds keys above upper[h - 1] up to upper[h]; the last is open."""
+
+    kind: Kind
     first: int  # number of its first stratum
     upper: tuple[float, ...]
 
@@ -28,20 +36,24 @@ class StrataOfSize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Strata:
-    """Strata of all micro-batch sizes in play, numbered through."""
+    """Strata of all kinds in play, numbered through."""
 
-    sizes: tuple[StrataOfSize, ...]
+    kinds: tuple[StrataOfKind, ...]
 
     @property
     def count(self) -> int:
-        return sum(size.count for size in self.sizes)
+        return sum(one.count for one in self.kinds)
 
-    def of(self, micro_batch_size: int, shapes: MicroShapes) -> IntArray:
-        """Stratum of each micro-batch; -1 for empty ones and for a micro-batch size that has no strata."""
+    def numbers(self, kind: Kind) -> range:
+        """The numbers of a kind's strata; none where it has no strata."""
+        return next((range(one.first, one.first + one.count) for one in self.kinds if one.kind == kind), range(0))
+
+    def of(self, kind: Kind, shapes: MicroShapes) -> IntArray:
+        """Stratum of each micro-batch; -1 for empty ones and for a kind that has no strata."""
         found = np.full(len(shapes.rows), -1, dtype=np.int64)
-        for size in self.sizes:
-            if size.micro_batch_size == micro_batch_size:
-                found = size.first + np.searchsorted(np.array(size.upper), keys(shapes), side="left")
+        for one in self.kinds:
+            if one.kind == kind:
+                found = one.first + np.searchsorted(np.array(one.upper), keys(shapes), side="left")
         return np.where(shapes.rows > 0, found, -1)
 
 
@@ -50,7 +62,7 @@ def keys(shapes: MicroShapes) -> FloatArray:
     return shapes.padded_tokens + shapes.width / 2.0**20
 
 
-def make_strata(populations: list[tuple[int, MicroShapes]], count: int) -> Strata:
+def make_strata(populations: list[tuple[Kind, MicroShapes]], count: int) -> Strata:
     """Strata over the union of some plans' micro-batches.
 
     They are cut so that each holds a like share of the *work*, not of the micro-batches: with noise in proportion to
@@ -59,27 +71,27 @@ def make_strata(populations: list[tuple[int, MicroShapes]], count: int) -> Strat
     timing that is off there moves the sum most.
 
     Args:
-        populations: (micro-batch size, shapes) of each plan, or of a random part of it.
-        count: strata in all, about; each micro-batch size gets at least two.
+        populations: (kind, shapes) of each plan, or of a random part of it.
+        count: strata in all, about; each kind gets at least two.
     """
-    sizes = sorted({size for size, _ in populations})
-    per_size = max(2, count // max(1, len(sizes)))
-    made: list[StrataOfSize] = []
+    kinds = sorted({kind for kind, _ in populations})
+    per_kind = max(2, count // max(1, len(kinds)))
+    made: list[StrataOfKind] = []
     first = 0
-    for size in sizes:
-        shapes = [one for of, one in populations if of == size]
+    for kind in kinds:
+        shapes = [one for of, one in populations if of == kind]
         key = np.concatenate([keys(one)[one.rows > 0] for one in shapes])
         width = np.concatenate([one.width[one.rows > 0] for one in shapes])
         order = np.argsort(key, kind="stable")
         key, width = key[order], width[order]
         work = key * (1 + width / WIDTH_OF_DOUBLE_WORK) + 0.25 * key.mean()
         running = np.cumsum(work)
-        bulk = max(1, per_size - 1) if per_size > 2 else per_size
+        bulk = max(1, per_kind - 1) if per_kind > 2 else per_kind
         cuts = np.searchsorted(running, running[-1] * np.arange(1, bulk) / bulk)
         upper = [float(key[cut]) for cut in cuts]
-        if per_size > 2:
+        if per_kind > 2:
             upper.append(float(key[int(len(key) * (1 - TAIL_SHARE)) - 1]))
         distinct = sorted({value for value in upper if value < key[-1]})
-        made.append(StrataOfSize(micro_batch_size=size, first=first, upper=tuple(distinct)))
+        made.append(StrataOfKind(kind=kind, first=first, upper=tuple(distinct)))
         first += made[-1].count
-    return Strata(sizes=tuple(made))
+    return Strata(kinds=tuple(made))

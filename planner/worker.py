@@ -6,7 +6,9 @@ First line in: {"job": ..., "data_dir": ..., "scratch": ... or null}. Then one c
     {"command": "run", "micro_batches": [...]}             -> {"seconds": [...]}   one per micro-step
     {"command": "optimizer", "repeat": n}                  -> {"seconds": [...]}
     {"command": "window", "micro_batches": [...]}          -> {"seconds": x}       micro-steps and optimizer step as one
-    {"command": "memory", "micro_batch": ..., "accumulates": bool}  -> MemoryReply
+    {"command": "memory", "windows": [[...], ...]}         -> MemoryReply
+    {"command": "peak"}                                    -> PeakReply
+    {"command": "packing", "packed_length": n}             -> {"refused": null or why packing is not for this model}
     {"command": "free"}                                    -> {"bytes": n}
     {"command": "evaluate", "batches": [[example, ...]]}   -> {"seconds": [...]}
     {"command": "save"}                                    -> SaveReply
@@ -33,11 +35,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from planner.prober import LoadReply, MemoryReply, MicroRows, SaveReply
+from planner.prober import LoadReply, MemoryReply, MicroRows, PeakReply, SaveReply
 from presets import jsonio
 from presets.errors import MeasurementError
 from trainer.job import Job
-from trainer.process import peak_resident_bytes, quiet_waiting, seconds_since_process_start
+from trainer.process import peak_resident_bytes, quiet_waiting, resident_bytes, seconds_since_process_start
 from trainer.tokens import IntArray, TokenizedDataset
 
 if TYPE_CHECKING:
@@ -70,9 +72,13 @@ class Worker:
     def load(self) -> LoadReply:
         start_seconds = seconds_since_process_start()
         begin = time.perf_counter()
-        import peft  # noqa: F401  # imported here so that its seconds count as import, not as load
+        # What the trainer imports, neither less nor more: its seconds count as import and its memory as the process's.
+        import accelerate  # noqa: F401
         import torch
         import transformers  # noqa: F401
+
+        if self.job.preset.adapter == "lora":
+            import peft  # noqa: F401
 
         from trainer.data import load_tokenizer
         from trainer.model import inspect_model, load_model
@@ -91,6 +97,7 @@ class Worker:
             self.job.precision,
             weight_decay=preset.weight_decay,
             max_grad_norm=preset.max_grad_norm,
+            loss=self.job.loss,
         )
         self._synchronize()
         return LoadReply(
@@ -102,6 +109,7 @@ class Worker:
             weights=self._loaded.weights,
             has_tokenizer=self._tokenizer is not None,
             num_threads=torch.get_num_threads(),
+            lean_refused=self._stepper.lean_refused,
         )
 
     def run(self, micro_batches: list[MicroRows]) -> list[float]:
@@ -152,11 +160,11 @@ class Worker:
         self._synchronize()
         return time.perf_counter() - begin
 
-    def memory(self, rows: MicroRows, accumulates: bool) -> MemoryReply:
-        """Peak bytes with this micro-batch and an update: since the process started, on a GPU since the last `memory`.
+    def memory(self, windows: list[list[MicroRows]]) -> MemoryReply:
+        """Peak bytes over these windows or parts of them: since the process started, on a GPU since the last `memory`.
 
-        Adam's moments appear at the first update and gradients stay between micro-steps, so the peak is reached in the
-        second window, when activations stand beside both.
+        Adam's moments appear at the first update, so a small one comes first. Then the micro-batches follow each other
+        as in the run: where a window's longest stands at its head, no gradients lie beside its activations.
         """
         from trainer.step import clear_gradients, optimizer_step
 
@@ -166,16 +174,17 @@ class Worker:
 
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        scale = 1.0 / self._supervised([rows])
-        seconds = 0.0
+        self.optimizer(1)
+        seconds: list[float] = []
         try:
-            for window in range(2):
-                for _ in range(2 if window and accumulates else 1):
+            for window in windows:
+                scale = 1.0 / self._supervised(window)
+                for rows in window:
                     self._synchronize()
                     begin = time.perf_counter()
                     self._micro_step(rows, scale)
                     self._synchronize()
-                    seconds = time.perf_counter() - begin
+                    seconds.append(time.perf_counter() - begin)
                 optimizer_step(self.stepper, 0.0)
             self._synchronize()
         finally:
@@ -184,7 +193,37 @@ class Worker:
             allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         else:
             allocated = reserved = peak_resident_bytes()
-        return MemoryReply(allocated_bytes=allocated, reserved_bytes=reserved, micro_step_seconds=seconds)
+        # The first one met its shape for the first time; of the others the longest takes the longest.
+        slowest = max(seconds[1:] or seconds)
+        return MemoryReply(allocated_bytes=allocated, reserved_bytes=reserved, micro_step_seconds=slowest)
+
+    def peak(self) -> PeakReply:
+        """Peak bytes since the last `memory`, with all that ran since: other shapes, evaluation, saving.
+
+        Micro-batches of many shapes in random order leave holes in the allocator's blocks that one shape never makes.
+        """
+        if self.job.device == "cuda":
+            import torch
+
+            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            headroom = self.free() + torch.cuda.memory_reserved() - reserved
+        else:
+            allocated = reserved = peak_resident_bytes()
+            headroom = self.free() + resident_bytes() - reserved
+        return PeakReply(allocated_bytes=allocated, reserved_bytes=reserved, headroom_bytes=max(0, headroom))
+
+    def packing_refused(self, packed_length: int) -> str | None:
+        """Why packed rows are not for this model; None where its packed and separate logits agree."""
+        from trainer.agreement import packing_agrees
+
+        return packing_agrees(
+            self.stepper.model,
+            self.data,
+            device=self.job.device,
+            precision=self.job.precision,
+            base_precision=self.job.base_precision,
+            packed_length=packed_length,
+        )
 
     def free(self) -> int:
         """Bytes free on the device now."""
@@ -212,6 +251,7 @@ class Worker:
                 np.array(examples, dtype=np.int64),
                 device=self.job.device,
                 precision=self.job.precision,
+                head=self.stepper.head,
             )
             self._synchronize()
             seconds.append(time.perf_counter() - begin)
@@ -296,7 +336,11 @@ def answer_command(worker: Worker, request: dict[str, Any]) -> Any:
     if command == "window":
         return {"seconds": worker.window(request["micro_batches"])}
     if command == "memory":
-        return jsonio.to_plain(worker.memory(request["micro_batch"], bool(request["accumulates"])))
+        return jsonio.to_plain(worker.memory(request["windows"]))
+    if command == "peak":
+        return jsonio.to_plain(worker.peak())
+    if command == "packing":
+        return {"refused": worker.packing_refused(int(request["packed_length"]))}
     if command == "free":
         return {"bytes": worker.free()}
     if command == "evaluate":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from collections.abc import Callable
@@ -17,8 +18,13 @@ quiet_waiting()  # before any test imports torch, as the trainer and the worker 
 
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes the user's own cache and history."""
-    monkeypatch.setenv("PLAN_HOME", str(tmp_path_factory.getbasetemp() / "plan-home"))
+    """No test reads or writes the user's own cache and history, nor the measurements and runs of another test."""
+    home = tmp_path_factory.mktemp("plan-home")
+    tokens = tmp_path_factory.getbasetemp() / "tokens"  # tokenised data is the same for all: seconds saved each time
+    tokens.mkdir(exist_ok=True)
+    with contextlib.suppress(OSError):  # links need a right of their own on Windows
+        (home / "tokens").symlink_to(tokens, target_is_directory=True)
+    monkeypatch.setenv("PLAN_HOME", str(home))
 
 
 @pytest.fixture(scope="session")

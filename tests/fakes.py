@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 
 from planner.measurement import PlannedRow
-from planner.prober import DoesNotFit, LoadReply, MemoryReply, MicroRows, SaveReply
+from planner.prober import DoesNotFit, LoadReply, MemoryReply, MicroRows, PeakReply, SaveReply
 from presets.errors import MeasurementError
 from presets.schema import load_preset
 from trainer.batching import BatchPlan
@@ -72,9 +72,16 @@ class FakeDevice:
     seed: int = 0
     slow_first: int = 0  # micro-steps of each worker that take three times as long
     drift: float = 0.0  # slower by this share every minute
+    spikes: float = 0.0  # share of the timings that take `spike_factor` times as long
+    spike_factor: float = 3.0
+    throttle: float = 1.0  # two modes: seconds in the slow one / seconds in the fast one
+    dwell: float = 6.0  # mean seconds between two changes of the mode
     fits_padded_tokens: int | None = None
     memory: int = 8 << 30
     bytes_per_token: int = 1 << 20
+    packing_refused: str | None = None
+    lean_refused: str | None = None
+    growth: int = 0  # bytes by which the peak of many shapes exceeds that of the largest alone
     window_factor: float = 1.0
     half_speed_up: float = 2.0  # of fp16
     broken: tuple[str, ...] = ()  # precisions whose worker fails
@@ -86,6 +93,8 @@ class FakeDevice:
 
     def __post_init__(self) -> None:
         self.random = np.random.default_rng([self.seed, 0xFA])
+        self.is_throttled = bool(self.random.random() < 0.5)
+        self.next_change = float(self.random.exponential(self.dwell))
 
     def clock(self) -> float:
         return self.now
@@ -107,12 +116,30 @@ class FakeDevice:
         return np.asarray(self.base + self.per_token * padded + self.per_token_width * padded * shapes.width)
 
     def true_seconds(self, plan: BatchPlan) -> float:
-        """What the steps of a plan take on this device, noise (of mean 1) left out."""
-        return float(self.true_micro_seconds(plan).sum()) + plan.num_steps * self.optimizer
+        """What the steps of a plan take on this device, noise (of mean 1) left out, spikes counted."""
+        mean = 1 + self.spikes * (self.spike_factor - 1)
+        return mean * (float(self.true_micro_seconds(plan).sum()) + plan.num_steps * self.optimizer)
+
+    def run_seconds(self, plan: BatchPlan, seed: int) -> float:
+        """What one run of a plan takes: as `true_seconds`, each micro-step and optimizer step with noise of its own."""
+        random = np.random.default_rng([seed, 0xFB])
+        spread = np.sqrt(np.log1p(self.noise**2))
+        micro = self.true_micro_seconds(plan)
+        charged = np.concatenate([micro, np.full(plan.num_steps, self.optimizer)])
+        charged *= np.exp(random.normal(-(spread**2) / 2, spread, len(charged)))
+        charged[random.random(len(charged)) < self.spikes] *= self.spike_factor
+        return float(charged.sum())
 
     def pass_time(self, seconds: float) -> float:
         spread = np.sqrt(np.log1p(self.noise**2))
         factor = float(np.exp(self.random.normal(-(spread**2) / 2, spread))) if self.noise else 1.0
+        if self.spikes and self.random.random() < self.spikes:
+            factor *= self.spike_factor
+        while self.throttle != 1.0 and self.now >= self.next_change:
+            self.is_throttled = not self.is_throttled
+            self.next_change += float(self.random.exponential(self.dwell))
+        if self.is_throttled and self.throttle != 1.0:
+            factor *= self.throttle
         charged = seconds * factor * (1 + self.drift * self.now / 60)
         self.now += charged
         return charged
@@ -169,12 +196,22 @@ class FakeProber:
         parts = sum(self.device.pass_time(self._seconds(rows)) for rows in micro_batches)
         return self.device.window_factor * (parts + self.device.pass_time(self.device.optimizer))
 
-    def memory(self, micro_batch: MicroRows, accumulates: bool) -> MemoryReply:
+    def memory(self, windows: list[list[MicroRows]]) -> MemoryReply:
         self._note("memory")
-        seconds = self.device.pass_time(self._seconds(micro_batch))
-        peak = self.device.shape(micro_batch)[0] * self.device.bytes_per_token
+        every = [rows for window in windows for rows in window]
+        seconds = max(self.device.pass_time(self._seconds(rows)) for rows in every)
+        peak = max(self.device.shape(rows)[0] for rows in every) * self.device.bytes_per_token
         self.held = peak
         return MemoryReply(allocated_bytes=peak, reserved_bytes=peak, micro_step_seconds=seconds)
+
+    def packing_refused(self, packed_length: int) -> str | None:
+        self._note("packing")
+        return self.device.packing_refused
+
+    def peak(self) -> PeakReply:
+        self._note("peak")
+        peak = self.held + self.device.growth
+        return PeakReply(allocated_bytes=peak, reserved_bytes=peak, headroom_bytes=self.device.memory - peak)
 
     def free(self) -> int:
         self._note("free")

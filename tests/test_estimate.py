@@ -11,14 +11,10 @@ from fakes import FakeDevice, chat_lengths, make_data, make_job, make_row
 from planner.estimate import (
     Estimate,
     accumulation_saving,
-    drift,
     estimate,
     evaluations_and_checkpoints,
     fit_cost,
-    half_width,
     mean_micro_seconds,
-    split_warmup,
-    t_quantile,
 )
 from planner.measure import measure, with_references
 from planner.measurement import MicroSample, PlannedRow, Round
@@ -187,40 +183,6 @@ def test_no_cost_is_below_zero() -> None:
     assert min(found.base, found.per_token, found.per_token_width) >= 0
 
 
-@pytest.mark.parametrize(("degrees", "quantile"), [(1, 6.314), (4, 2.132), (5, 2.015), (9, 1.833), (30, 1.697)])
-def test_t_quantiles_are_the_table_s(degrees: int, quantile: float) -> None:
-    assert t_quantile(degrees) == pytest.approx(quantile, abs=2e-3)
-
-
-def test_correlated_rounds_widen_the_interval() -> None:
-    alternating = np.array([99.0, 101.0] * 6)
-    blocks = np.array([99.0] * 3 + [101.0] * 3 + [99.0] * 3 + [101.0] * 3)
-    assert half_width(blocks) > 1.5 * half_width(alternating)
-
-
-def test_a_drift_is_told_from_noise() -> None:
-    noise = np.random.default_rng(1).normal(0, 1, 20)
-    assert drift(100 + noise) == 0.0
-    assert drift(100 + noise + np.arange(20)) == pytest.approx(19, rel=0.15)
-    assert half_width(100 + noise + np.arange(20)) > 9
-
-
-def test_a_single_round_claims_no_precision() -> None:
-    assert half_width(np.array([10.0])) == 5.0
-
-
-def test_warmup_is_what_lies_above_the_fence_of_the_later_rounds() -> None:
-    steady = np.random.default_rng(2).normal(10, 0.1, 12)
-    assert split_warmup(steady) == 0
-    assert split_warmup(np.concatenate([[30, 14], steady])) == 2
-    assert split_warmup(np.array([30.0, 10, 10, 10])) == 0  # too few would be left
-
-
-def test_many_slow_rounds_are_a_machine_that_changed_and_not_warmup() -> None:
-    steady = np.random.default_rng(2).normal(10, 0.1, 12)
-    assert split_warmup(np.concatenate([[14] * 4, steady])) == 0
-
-
 def test_an_unsteady_machine_is_warned_of_and_a_steady_one_is_not() -> None:
     row = make_row(make_job(), DATA)
     (unsteady,) = estimates(FakeDevice(LENGTHS, noise=0.02, drift=1.0), [row], precision_target=0.001)
@@ -235,3 +197,16 @@ def test_a_row_that_was_not_measured_is_named() -> None:
     found = measure([row], DATA, device.factory, clock=device.clock)
     with pytest.raises(Exception, match="'other' was not measured"):
         estimate(replace(row, name="other"), DATA, found)
+
+
+def test_what_differs_from_one_run_to_the_next_widens_the_range_and_moves_nothing() -> None:
+    device = FakeDevice(LENGTHS, noise=0.02)
+    row = make_row(make_job(), DATA)
+    found = measure([row], DATA, device.factory, clock=device.clock)
+    plain, wide = estimate(row, DATA, found), estimate(row, DATA, found, between=0.06)
+    assert wide.train_seconds == plain.train_seconds
+    assert wide.train_seconds
+    assert plain.train_seconds_high
+    assert wide.train_seconds_high
+    own = plain.train_seconds_high / wide.train_seconds - 1
+    assert wide.train_seconds_high / wide.train_seconds - 1 == pytest.approx(np.hypot(own, 0.06), rel=0.02)

@@ -42,6 +42,13 @@ def test_timing_stops_when_the_range_is_narrow_enough_and_says_so() -> None:
     assert found.warnings == ()
 
 
+def test_timing_that_stops_before_the_budget_says_how_narrow_the_range_is() -> None:
+    device = FakeDevice(LENGTHS, noise=0.01)
+    found = measure([make_row(make_job(), DATA)], DATA, device.factory, clock=device.clock)
+    assert found.measurements[0].ended_by == "precision"
+    assert any("narrower than the ±2.0% asked for" in note for note in found.notes)
+
+
 def test_timing_stops_at_the_budget_and_warns_of_the_wide_range() -> None:
     device = FakeDevice(LENGTHS, noise=0.5, base=0.1)
     found = measure([make_row(make_job(), DATA)], DATA, device.factory, budget_seconds=20, clock=device.clock)

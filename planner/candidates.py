@@ -1,0 +1,230 @@
+"""Configurations on their way to a table: presets -> jobs -> batch plans, and the tuned twins beside them. No torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from planner.hardware import DeviceFacts
+from planner.history import History
+from planner.measurement import PlannedRow
+from planner.prober import ProberFactory
+from planner.report import duration
+from planner.resolve import Options, Resolved, resolve_job
+from planner.reuse import Keys
+from planner.tune import Twin, Wanted
+from planner.twins import find_twins, known_twin
+from presets.env import Settings
+from presets.errors import DataError, SettingsError
+from presets.schema import Preset, load_preset
+from trainer.data import prepare_data
+from trainer.job import DataSpec, Job
+from trainer.planning import STAND_IN_NOTE, needs_loss, plan_job, stand_in, with_evaluation_on_top
+from trainer.tokens import TokenizedDataset
+
+Say = Callable[[str], None]
+
+BASELINE = "baseline"
+TUNED = "tuned"
+TUNE_BUDGETS = 3.0  # a search takes this many times a measurement's budget: it times three times as much
+OPENED_SECONDS = 0.3  # data that was there so soon lay in the cache, as it will for the run: no need to open it twice
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasureSettings:
+    """How long and how sharply to measure."""
+
+    budget_seconds: float = 60.0
+    quantized: bool = False  # a search for twins also tries 8-bit and 4-bit bases
+    precision_target: float = 0.02  # relative half-width of the 90 % interval
+    fresh: bool = False  # measure again, whatever is stored
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Candidate:
+    """One configuration on its way through the chain."""
+
+    resolved: Resolved
+    twin: Twin | None = None  # set where this is the tuned twin of a preset
+    planned: PlannedRow | None = None
+    data: TokenizedDataset | None = None
+    data_seconds: float | None = None
+    notes: tuple[str, ...] = ()
+    error: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The row's name: the preset's, or that of its twin."""
+        return twin_name(self.resolved.preset.name) if self.twin is not None else self.resolved.preset.name
+
+
+def twin_name(preset: str) -> str:
+    return f"{preset}, tuned"
+
+
+def make_candidates(
+    presets: tuple[Preset, ...], options: Options, settings: Settings, facts: DeviceFacts, spec: DataSpec, say: Say
+) -> tuple[Candidate, ...]:
+    prepared: dict[int, tuple[TokenizedDataset, float]] = {}
+    found = []
+    for preset in presets:
+        resolved = resolve_job(preset, options, settings, facts, spec)
+        if resolved.job is None:
+            found.append(Candidate(resolved=resolved, error=resolved.error))
+            continue
+        job = resolved.job
+        length = job.preset.max_length
+        if length not in prepared:
+            prepared[length] = _prepare(job, say)
+        data, seconds = prepared[length]
+        try:
+            planned = plan_job(stand_in(job), data)
+        except DataError as reason:  # this row's sampling needs a field that the data lacks: the others still show
+            found.append(Candidate(resolved=resolved, error=str(reason)))
+            continue
+        found.append(
+            Candidate(
+                resolved=resolved,
+                planned=PlannedRow(name=preset.name, job=job, plan=planned.plan),
+                data=data,
+                data_seconds=seconds,
+                notes=(*resolved.notes, *planned.notes, *((STAND_IN_NOTE,) if needs_loss(job.preset) else ())),
+            )
+        )
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Search:
+    """What a search for twins needs."""
+
+    measuring: MeasureSettings
+    say: Say
+    factory: Callable[[Path], ProberFactory]
+    history: History | None
+    keys: Keys
+    now: datetime
+    clock: Callable[[], float]
+
+    def twins(self, wanted: list[Wanted], data: TokenizedDataset) -> dict[str, Twin]:
+        return find_twins(
+            wanted,
+            data,
+            self.factory,
+            history=self.history,
+            keys=self.keys,
+            budget_seconds=TUNE_BUDGETS * self.measuring.budget_seconds,
+            quantized=self.measuring.quantized,
+            now=self.now,
+            progress=each_once(self.say),
+            clock=self.clock,
+        )
+
+
+def baseline_job(
+    options: Options, settings: Settings, facts: DeviceFacts, spec: DataSpec, max_length: int
+) -> Job | None:
+    """The published baseline under these options, which speed-ups are counted from; None where it cannot be a job."""
+    resolved = resolve_job(load_preset(BASELINE), options, settings, facts, spec)
+    if resolved.job is None:
+        return None
+    return replace(resolved.job, preset=replace(resolved.job.preset, max_length=max_length))
+
+
+def with_twins(
+    candidates: tuple[Candidate, ...],
+    baseline: Callable[[int], Job | None],
+    search: Search,
+    *,
+    tuned: bool,
+    instead: bool,
+) -> tuple[Candidate, ...]:
+    """Each configuration followed by its tuned twin, where one is known (or, with `tuned`, after a search for it)."""
+    twins: dict[str, Twin] = {}
+    missing: dict[int, list[Wanted]] = {}
+    by_length: dict[int, TokenizedDataset] = {}
+    for candidate in candidates:
+        if candidate.planned is None or candidate.data is None:
+            continue
+        job, data, known = candidate.planned.job, candidate.data, None
+        if search.history is not None and not (tuned and search.measuring.fresh):
+            known = known_twin(search.history, search.keys, job, data, quantized=search.measuring.quantized)
+        length = job.preset.max_length
+        against = baseline(length) if known is None and tuned else None
+        if known is not None:
+            twins[candidate.name] = known
+        elif against is not None:
+            by_length[length] = data
+            missing.setdefault(length, []).append(Wanted(name=candidate.name, job=job, baseline=against))
+    for length, wanted in missing.items():
+        twins |= search.twins(wanted, by_length[length])
+    found: list[Candidate] = []
+    for candidate in candidates:
+        twin = twins.get(candidate.name)
+        made = _twin_candidate(candidate, twin) if twin is not None and twin.changes else None
+        if made is None or not instead:
+            noted: tuple[str, ...] = ()
+            if twin is not None and not twin.changes:
+                reasons = f" ({'; '.join(twin.refused)})" if twin.refused else ""
+                noted = (f"{TUNED}: nothing found that is faster than as written{reasons}",)
+            found.append(replace(candidate, notes=(*candidate.notes, *noted)))
+        if made is not None:
+            found.append(made)
+    return tuple(found)
+
+
+def _twin_candidate(candidate: Candidate, twin: Twin) -> Candidate | None:
+    """The tuned twin of a configuration; None where its split is not possible any more."""
+    if candidate.planned is None or candidate.data is None:
+        return None
+    try:
+        job = twin.job(candidate.planned.job)
+        planned = plan_job(stand_in(job), candidate.data)
+    except (SettingsError, DataError):
+        return None
+    lost = () if all(change.is_neutral for change in twin.changes) else ("tuned with settings that change the result",)
+    return replace(
+        candidate,
+        twin=twin,
+        resolved=replace(candidate.resolved, job=job),
+        planned=PlannedRow(name=twin_name(twin.preset), job=job, plan=planned.plan),
+        notes=(f"{TUNED}: {twin.text}", *lost),
+    )
+
+
+def _prepare(job: Job, say: Say) -> tuple[TokenizedDataset, float]:
+    """The tokenised data, and what a run will take to open it: by then it lies in the cache."""
+    spec = with_evaluation_on_top(job.data, job.evaluation)
+    arguments: dict[str, Any] = {
+        "model": job.model,
+        "max_length": job.preset.max_length,
+        "seed": job.seed,
+        "trust_remote_code": job.trust_remote_code,
+    }
+    begun = time.perf_counter()
+    data = prepare_data(spec, **arguments)
+    first = time.perf_counter() - begun
+    if first > 1.0:
+        say(f"data: {len(data):,} examples tokenised in {duration(first)}")
+    if first < OPENED_SECONDS:
+        return data, first
+    begun = time.perf_counter()
+    prepare_data(spec, **arguments)
+    return data, time.perf_counter() - begun
+
+
+def each_once(say: Say) -> Callable[[str, float], None]:
+    """Progress as lines: each text once, however often it is told."""
+    told: set[str] = set()
+
+    def tell(text: str, _share: float) -> None:
+        kind = text.split(",")[0]  # "timing, round 12" is told as "timing"
+        if kind not in told:
+            told.add(kind)
+            say(kind)
+
+    return tell

@@ -1,0 +1,120 @@
+"""Past runs -> a factor for the next estimate of the same signature. Always from raw predictions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from planner.estimate import Estimate, whole_run
+from planner.history import History
+from planner.student import t_quantile
+
+LEAST_RUNS = 3
+MOST_RUNS = 10  # the latest: what a machine did last year says little of today
+PRIOR_SPREAD = 0.15  # how far a machine's true ratio is expected to lie from 1 (standard deviation of its logarithm)
+RUN_SPREAD = 0.05  # what single runs scatter by before any was seen, likewise
+RUN_SPREAD_DEGREES = 1  # runs that this expectation is worth
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Correction:
+    """What past runs say of the next one, in logarithms of actual / raw predicted training seconds."""
+
+    num_runs: int
+    mean: float
+    weight: float  # of the mean against 0, in [0, 1)
+    half_width: float  # half of the 90 % interval for the next run
+
+    @property
+    def factor(self) -> float:
+        return math.exp(self.weight * self.mean)
+
+    @property
+    def text(self) -> str:
+        return f"corrected by x{self.factor:.2f} from {self.num_runs} runs on this machine"
+
+
+def correction(ratios: Sequence[float]) -> Correction | None:
+    """The correction that follows from actual / raw predicted seconds of past runs; None from fewer than three.
+
+    factor = exp(w m), m the mean of the n log-ratios (their geometric mean, so that twice too long and twice too short
+    cancel), w = n / (n + k), k = s^2 / PRIOR_SPREAD^2. This is the posterior mean of a ratio that is expected near 1
+    (normal in its logarithm, standard deviation PRIOR_SPREAD) and seen n times with scatter s: where runs agree, k is
+    small and the factor soon is their own; where they scatter, a few of them hardly move it. A constant k would leave
+    ten runs that agree on 1.3 at 1.25 for ever.
+
+    s^2 = (d s0^2 + sum of squared deviations) / (d + n - 1), with s0 = RUN_SPREAD and d = RUN_SPREAD_DEGREES: three
+    runs that happen to agree do not prove that the fourth will. From ten runs that agree, s is 1.6 %.
+
+    The next run is expected within t s sqrt(1 + 1 / n), Student's t of d + n - 1 degrees at 90 %.
+
+    Every ratio is that of a *raw* prediction. Ratios of corrected ones would tend to 1 as soon as the correction
+    worked, and take it back.
+    """
+    logs = [math.log(ratio) for ratio in ratios[:MOST_RUNS] if ratio > 0 and math.isfinite(ratio)]
+    n = len(logs)
+    if n < LEAST_RUNS:
+        return None
+    mean = sum(logs) / n
+    degrees = RUN_SPREAD_DEGREES + n - 1
+    variance = (RUN_SPREAD_DEGREES * RUN_SPREAD**2 + sum((one - mean) ** 2 for one in logs)) / degrees
+    return Correction(
+        num_runs=n,
+        mean=mean,
+        weight=n / (n + variance / PRIOR_SPREAD**2),
+        half_width=t_quantile(degrees) * math.sqrt(variance * (1 + 1 / n)),
+    )
+
+
+def past_correction(history: History, signature_key: str) -> Correction | None:
+    """The correction from the latest comparable runs in a history."""
+    return correction(
+        [
+            run.actual_train_seconds / run.raw_train_seconds
+            for run in history.counted_runs(signature_key, MOST_RUNS)
+            if run.actual_train_seconds is not None and run.raw_train_seconds
+        ]
+    )
+
+
+def corrected(raw: Estimate, by: Correction) -> Estimate:
+    """An estimate with its training seconds x factor; what a run does beside its steps stays as measured.
+
+    The interval, in logarithms around the corrected figure, is the measured one or the scatter of past runs, whichever
+    is wider: past ratios hold the error of their profiles already, so the two do not add up. On the side where the
+    runs' own mean lies, what shrinking took off is added, so that the range reaches as far as if there were none.
+    """
+    if raw.train_seconds is None or raw.train_seconds_low is None or raw.train_seconds_high is None:
+        return raw
+    factor = by.factor
+    seconds = raw.train_seconds * factor
+    left_out = by.mean - math.log(factor)
+    up = max(math.log(raw.train_seconds_high / raw.train_seconds), by.half_width) + max(0.0, left_out)
+    down = max(math.log(raw.train_seconds / raw.train_seconds_low), by.half_width) + max(0.0, -left_out)
+    low, high = seconds * math.exp(-down), seconds * math.exp(up)
+    whole = whole_run(seconds, low, high, raw.fixed)
+    cost = raw.cost
+    return replace(
+        raw,
+        seconds_per_step=None if raw.seconds_per_step is None else raw.seconds_per_step * factor,
+        seconds_per_sample=None if raw.seconds_per_sample is None else raw.seconds_per_sample * factor,
+        tokens_per_second=None if raw.tokens_per_second is None else raw.tokens_per_second / factor,
+        train_seconds=seconds,
+        train_seconds_low=low,
+        train_seconds_high=high,
+        seconds=whole[0],
+        seconds_low=whole[1],
+        seconds_high=whole[2],
+        # Planned seconds beside the run's own come from it, and have to add up to what was promised.
+        cost=None
+        if cost is None
+        else replace(
+            cost,
+            base=cost.base * factor,
+            per_token=cost.per_token * factor,
+            per_token_width=cost.per_token_width * factor,
+            optimizer=cost.optimizer * factor,
+        ),
+        notes=(*raw.notes, by.text),
+    )

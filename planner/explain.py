@@ -1,0 +1,53 @@
+"""Where the time of each row goes, and what each change of a tuned twin gained. Formatting only."""
+
+from __future__ import annotations
+
+import textwrap
+
+from tabulate import tabulate
+
+from planner.compare import Comparison
+from planner.report import UNKNOWN, duration, printable
+
+PARTS = (
+    ("forward_backward", "forward+backward"),
+    ("optimizer", "optimizer"),
+    ("start", "start"),
+    ("load", "load"),
+    ("data", "data"),
+    ("evaluation", "evaluation"),
+    ("samples", "samples"),
+    ("checkpoints", "checkpoints"),
+    ("save", "save"),
+)
+
+
+def explain_text(comparison: Comparison, *, width: int | None = None, ascii_only: bool = False) -> str:
+    """A table of the seconds of each part, then a line for each twin."""
+    rows = []
+    for row in comparison.report.rows:
+        if row.breakdown is None:
+            continue
+        parts = [getattr(row.breakdown, name) for name, _ in PARTS]
+        rows.append([printable(row.name), *(UNKNOWN if part is None else duration(part) for part in parts)])
+    lines = ["Where the time goes", ""]
+    lines.append(
+        tabulate(
+            rows,
+            headers=("", *(title for _, title in PARTS)),
+            tablefmt="simple" if ascii_only else "simple_outline",
+            disable_numparse=True,
+            colalign=("left", *("right" for _ in PARTS)),
+        )
+        if rows
+        else "nothing was measured"
+    )
+    twins = [candidate.twin for candidate in comparison.candidates if candidate.twin is not None]
+    if twins:
+        lines += ["", "What each change gained, one after the other, timed in turns in the search"]
+    for twin in twins:
+        text = f"{twin.preset}, tuned: {twin.speedup:.2f}x over the baseline as written: {twin.explained}"
+        lines.append(textwrap.fill(printable(text), min(width or 110, 110), subsequent_indent="  "))
+    refused = sorted({reason for twin in twins for reason in twin.refused})
+    lines += [f"not offered: {printable(reason)}" for reason in refused]
+    return "\n".join(lines)

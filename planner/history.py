@@ -1,0 +1,320 @@
+"""Measurements and past runs in one SQLite file under `plan_home()`. What is in it is never worth failing for.
+
+Two processes may use it at once: each write is one short transaction, and who comes second waits. A file that is
+damaged, or is no history, is renamed aside and a new one begun; a folder that cannot be written is noted, and nothing
+is kept. Notes gather in `History.notes`, and are passed to `say` as they come.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sqlite3
+import time
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from presets import jsonio
+from presets.errors import PlanError
+from presets.home import plan_home
+
+if TYPE_CHECKING:
+    from trainer.record import RunRecord
+
+FILE_NAME = "history.sqlite"
+APPLICATION_ID = 0x504C414E  # "PLAN": tells our file from another program's
+SCHEMA_VERSION = 1
+BUSY_SECONDS = 10.0  # waited for another process; a transaction takes milliseconds
+MOST_MEASUREMENTS = 500  # the oldest go first; one takes about 100 kB
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PastRun:
+    """One run folder: what was predicted and what it took. Seconds and bytes; None is unknown.
+
+    `raw_` figures are as measured; the others as shown, corrected by the runs before where there were enough.
+    """
+
+    folder: str  # absolute: one entry a run folder, the last one counts
+    ended_at: str  # ISO, UTC
+    status: str  # "finished", "stopped" or "failed"
+    name: str  # of the preset
+    model: str
+    num_examples: int | None = None
+    raw_seconds: float | None = None
+    raw_seconds_low: float | None = None
+    raw_seconds_high: float | None = None
+    raw_train_seconds: float | None = None
+    seconds: float | None = None
+    seconds_low: float | None = None
+    seconds_high: float | None = None
+    train_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    correction_factor: float | None = None
+    correction_runs: int | None = None
+    actual_seconds: float | None = None
+    actual_train_seconds: float | None = None
+    actual_peak_memory_bytes: int | None = None
+    num_resumes: int = 0
+    signature_key: str | None = None
+    not_counted: str | None = None  # why later estimates are not corrected by it; None: they are
+    versions: str = ""  # "torch 2.13.0, peft 0.19.0"
+
+    @classmethod
+    def of(cls, record: RunRecord, folder: Path, ended_at: datetime) -> PastRun:
+        """The entry of a run that ended, from its record."""
+        predicted, actual = record.predicted, record.actual
+        return cls(
+            folder=str(folder.absolute()),
+            ended_at=ended_at.astimezone(UTC).isoformat(timespec="seconds"),
+            status=record.status,
+            name=record.job.name,
+            model=record.job.model,
+            num_examples=predicted.num_examples,
+            raw_seconds=predicted.raw_seconds,
+            raw_seconds_low=predicted.raw_seconds_low,
+            raw_seconds_high=predicted.raw_seconds_high,
+            raw_train_seconds=predicted.raw_train_seconds,
+            seconds=predicted.seconds,
+            seconds_low=predicted.seconds_low,
+            seconds_high=predicted.seconds_high,
+            train_seconds=predicted.train_seconds,
+            peak_memory_bytes=predicted.peak_memory_bytes,
+            correction_factor=predicted.correction_factor,
+            correction_runs=predicted.correction_runs,
+            actual_seconds=actual.seconds,
+            actual_train_seconds=actual.train_seconds,
+            actual_peak_memory_bytes=actual.peak_memory_bytes,
+            num_resumes=actual.num_resumes or 0,
+            signature_key=predicted.signature_key,
+            not_counted=_why_not_counted(record),
+            versions=", ".join(f"{name} {version}" for name, version in sorted(record.versions.items())),
+        )
+
+    @property
+    def is_uninterrupted(self) -> bool:
+        """Whether its wall clock can be compared with a prediction."""
+        return self.status == "finished" and self.num_resumes == 0
+
+    @property
+    def error(self) -> float | None:
+        """Actual / predicted seconds of the whole run, less 1; None where they cannot be compared."""
+        if not self.is_uninterrupted or not self.seconds or self.seconds < 0 or self.actual_seconds is None:
+            return None
+        return self.actual_seconds / self.seconds - 1
+
+    @property
+    def is_inside(self) -> bool | None:
+        """Whether the predicted range held the actual time; None where they cannot be compared."""
+        if self.error is None or self.seconds_low is None or self.seconds_high is None or self.actual_seconds is None:
+            return None
+        return self.seconds_low <= self.actual_seconds <= self.seconds_high
+
+
+def _why_not_counted(record: RunRecord) -> str | None:
+    from trainer.planning import needs_loss
+
+    if record.status != "finished":
+        return record.status
+    if record.actual.num_resumes:
+        return "resumed: the clock ran in parts"
+    if (record.actual.micro_batch_split or 1) > 1:
+        return "memory ran out: micro-batches ran in parts"
+    if needs_loss(record.job.preset):
+        return "the model's loss chose other examples than were predicted"
+    return None
+
+
+COLUMNS = tuple(one.name for one in dataclasses.fields(PastRun))
+_SCHEMA = f"""
+CREATE TABLE measurements (key TEXT PRIMARY KEY, created REAL NOT NULL, content TEXT NOT NULL);
+CREATE TABLE runs ({", ".join(f"{name} PRIMARY KEY" if name == "folder" else name for name in COLUMNS)});
+CREATE INDEX runs_by_time ON runs (ended_at);
+CREATE INDEX runs_by_signature ON runs (signature_key, ended_at);
+"""
+
+
+class _Foreign(Exception):
+    """The file is a database, but not ours."""
+
+
+class _TooNew(Exception):
+    """The file is ours, of a later version."""
+
+
+@dataclass(slots=True, eq=False)
+class History:
+    """The history file, opened for each use: between two of them nothing is held that another process waits for."""
+
+    home: Path = field(default_factory=plan_home)
+    say: Callable[[str], None] = lambda text: None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def path(self) -> Path:
+        return self.home / FILE_NAME
+
+    # --- measurements -------------------------------------------------------------------------------------------------
+
+    def measurements(self, keys: Iterable[str]) -> dict[str, str]:
+        """The stored content of those keys that are known."""
+        wanted = sorted(set(keys))
+        marks = ", ".join("?" for _ in wanted)
+        query = f"SELECT key, content FROM measurements WHERE key IN ({marks})"
+        return self._guarded(lambda db: {str(k): str(c) for k, c in db.execute(query, wanted)}, {}, writes=False)
+
+    def keep_measurements(self, contents: dict[str, str]) -> None:
+        """Store them, all or none; each replaces what was there under its key."""
+        created = time.time()
+
+        def keep(db: sqlite3.Connection) -> None:
+            db.executemany(
+                "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?)",
+                [(key, created, content) for key, content in contents.items()],
+            )
+            db.execute(
+                "DELETE FROM measurements WHERE key NOT IN "
+                "(SELECT key FROM measurements ORDER BY created DESC, rowid DESC LIMIT ?)",
+                (MOST_MEASUREMENTS,),
+            )
+
+        self._guarded(keep, None)
+
+    # --- runs ---------------------------------------------------------------------------------------------------------
+
+    def add_run(self, run: PastRun) -> None:
+        """Store a run; an earlier entry of the same folder goes."""
+        marks = ", ".join("?" for _ in COLUMNS)
+        values = [getattr(run, name) for name in COLUMNS]
+
+        def add(db: sqlite3.Connection) -> None:
+            db.execute(f"INSERT OR REPLACE INTO runs ({', '.join(COLUMNS)}) VALUES ({marks})", values)
+
+        self._guarded(add, None)
+
+    def runs(self, limit: int | None = None) -> list[PastRun]:
+        """Runs, newest first."""
+        query = f"SELECT {', '.join(COLUMNS)} FROM runs ORDER BY ended_at DESC, rowid DESC LIMIT ?"
+        return self._runs(query, (-1 if limit is None else limit,))
+
+    def counted_runs(self, signature_key: str, limit: int) -> list[PastRun]:
+        """The latest runs by which estimates of this signature are corrected, newest first."""
+        query = (
+            f"SELECT {', '.join(COLUMNS)} FROM runs WHERE signature_key = ? AND not_counted IS NULL "
+            "AND raw_train_seconds > 0 AND actual_train_seconds > 0 ORDER BY ended_at DESC, rowid DESC LIMIT ?"
+        )
+        return self._runs(query, (signature_key, limit))
+
+    def _runs(self, query: str, values: tuple[object, ...]) -> list[PastRun]:
+        found = []
+        nothing: list[tuple[object, ...]] = []
+        for row in self._guarded(lambda db: db.execute(query, values).fetchall(), nothing, writes=False):
+            try:
+                found.append(jsonio.from_plain(PastRun, dict(zip(COLUMNS, row, strict=True)), what=str(self.path)))
+            except PlanError as reason:  # one odd row is no reason to lose the others
+                self._note(f"one entry of the history was left out ({reason})")
+        return found
+
+    # --- the file -----------------------------------------------------------------------------------------------------
+
+    def _guarded(self, action: Callable[[sqlite3.Connection], T], otherwise: T, *, writes: bool = True) -> T:
+        """Do it in a transaction of its own; where the file cannot be used, note why and give `otherwise`."""
+        if not writes and not self.path.exists():
+            return otherwise
+        for _ in range(2):  # again once a damaged file is out of the way
+            identity = _identity(self.path)
+            try:
+                return self._transaction(action, writes)
+            except _TooNew:
+                self._note(f"{self.path} is of a later version of plan: left alone, nothing is read from it or kept")
+                return otherwise
+            except _Foreign:
+                self._set_aside(identity, "it is not a history of plan")
+            except sqlite3.OperationalError as reason:
+                if str(reason).startswith("no such"):  # marked as ours, without our tables
+                    self._set_aside(identity, f"it is damaged ({reason})")
+                    continue
+                # Locked, full, not writable: the file itself is sound.
+                self._note(f"{self.path} cannot be used ({reason}): nothing is read from it or kept")
+                return otherwise
+            except sqlite3.DatabaseError as reason:
+                self._set_aside(identity, f"it is damaged ({reason})")
+            except OSError as reason:
+                self._note(f"{self.path} cannot be used ({reason.strerror or reason}): nothing is read from it or kept")
+                return otherwise
+        return otherwise
+
+    def _transaction(self, action: Callable[[sqlite3.Connection], T], writes: bool) -> T:
+        if writes:
+            self.home.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)) as db:
+            if _needs_tables(db):
+                # Immediately: of two processes that find no tables, the second has to see those of the first.
+                db.execute("BEGIN IMMEDIATE")
+                if _needs_tables(db):
+                    for statement in filter(str.strip, _SCHEMA.split(";")):
+                        db.execute(statement)
+                    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                db.execute("COMMIT")
+            db.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
+            found = action(db)
+            db.execute("COMMIT")  # without it, closing takes everything back
+            return found
+
+    def _set_aside(self, identity: tuple[int, int] | None, why: str) -> None:
+        """Rename the file that was found wanting, unless another process has done so and begun a new one."""
+        if identity is None or _identity(self.path) != identity:
+            return
+        moment = datetime.now().strftime("%Y%m%d-%H%M%S")
+        aside = self.path.with_name(f"{FILE_NAME}.set-aside-{moment}")
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = self.path.with_name(f"{FILE_NAME}.set-aside-{moment}-{number}")
+        try:
+            self.path.rename(aside)
+        except OSError as reason:
+            self._note(f"{self.path}: {why}, and cannot be renamed ({reason.strerror or reason}): delete it yourself")
+            return
+        # What was left of a broken transaction belongs to the old file; the new one must not be rolled back by it.
+        for ending in ("-journal", "-wal", "-shm"):
+            leftover = self.path.with_name(FILE_NAME + ending)
+            if leftover.exists():
+                leftover.rename(aside.with_name(aside.name + ending))
+        self._note(f"{self.path}: {why}. It was renamed to {aside.name} and a new one begun")
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+            self.say(f"note: {text}.")
+
+
+def _needs_tables(db: sqlite3.Connection) -> bool:
+    """Whether the file is new.
+
+    Raises:
+        _Foreign, _TooNew: it is not new, and not of this version.
+        sqlite3.DatabaseError: it is no database.
+    """
+    [(application,)], [(version,)] = db.execute("PRAGMA application_id"), db.execute("PRAGMA user_version")
+    if application == APPLICATION_ID:
+        if version > SCHEMA_VERSION:
+            raise _TooNew
+        return False
+    if application or version or db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        raise _Foreign
+    return True
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

@@ -1,0 +1,145 @@
+"""Reads what else goes on while something is timed: /proc through psutil, the GPU through NVML."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from planner.conditions import throttle_reasons
+from planner.measurement import Conditions, GpuConditions
+
+LEAST_SECONDS = 0.5  # between two readings: the kernel counts CPU time in hundredths of a second
+
+
+class ConditionsMeter:
+    """Reads the conditions since the last call; at most every half second, in between the last reading again."""
+
+    def __init__(self, *, is_gpu: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._own = psutil.Process()
+        self._gpu = _NvmlGpu() if is_gpu else None
+        self._last = Conditions(seconds=0.0)
+        self._read_at = clock()
+        self._times = _machine_seconds()
+        self._own_seconds = self._own_cpu_seconds()
+
+    def __call__(self) -> Conditions:
+        now = self._clock()
+        seconds = now - self._read_at
+        if seconds < LEAST_SECONDS:
+            return self._last
+        times, own = _machine_seconds(), self._own_cpu_seconds()
+        total = times.total - self._times.total
+        steal = others = None
+        if total > 0:
+            steal = max(0.0, times.steal - self._times.steal) / total
+            # A child that ended since takes its seconds with it into our own count, so `own` never falls for long.
+            others = max(0.0, (times.busy - self._times.busy) - max(0.0, own - self._own_seconds)) / total
+        self._last = Conditions(
+            seconds=seconds,
+            load=_load(),
+            steal=steal,
+            others=None if others is None else min(1.0, others),
+            gpu=None if self._gpu is None else self._gpu.read(self._own_pids()),
+        )
+        self._read_at, self._times, self._own_seconds = now, times, own
+        return self._last
+
+    def _family(self) -> Iterator[psutil.Process]:
+        yield self._own
+        with contextlib.suppress(psutil.Error):
+            yield from self._own.children(recursive=True)
+
+    def _own_pids(self) -> set[int]:
+        return {process.pid for process in self._family()}
+
+    def _own_cpu_seconds(self) -> float:
+        """CPU seconds of this process and its children, living and waited for."""
+        seconds = 0.0
+        for process in self._family():
+            with contextlib.suppress(psutil.Error):  # it ended while it was looked at
+                times = process.cpu_times()
+                seconds += times.user + times.system
+                seconds += getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
+        return seconds
+
+
+@dataclass(frozen=True, slots=True)
+class _MachineSeconds:
+    """CPU seconds since the machine started, over all its cores."""
+
+    busy: float
+    steal: float
+    total: float
+
+
+def _machine_seconds() -> _MachineSeconds:
+    times = psutil.cpu_times()
+    idle = times.idle + getattr(times, "iowait", 0.0)
+    steal = getattr(times, "steal", 0.0)
+    # guest time is counted in user time already
+    guest = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
+    total = sum(times) - guest
+    return _MachineSeconds(busy=total - idle - steal, steal=steal, total=total)
+
+
+def _load() -> float | None:
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows has none
+        return None
+
+
+class _NvmlGpu:
+    """The first visible GPU, through NVML; what it cannot say is None."""
+
+    def __init__(self) -> None:
+        self._nvml: Any = None
+        self._handle: Any = None
+        try:
+            import pynvml
+        except ImportError:
+            return
+        from planner.hardware import visible_devices
+
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlInit()
+            visible = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), pynvml.nvmlDeviceGetCount())
+            if visible:
+                first = visible[0]
+                by = pynvml.nvmlDeviceGetHandleByIndex if isinstance(first, int) else pynvml.nvmlDeviceGetHandleByUUID
+                self._handle = by(first)
+                self._nvml = pynvml
+
+    def read(self, own: set[int]) -> GpuConditions | None:
+        nvml, handle = self._nvml, self._handle
+        if nvml is None:
+            return None
+
+        def ask(function: str, *arguments: Any) -> Any:
+            try:
+                return getattr(nvml, function)(handle, *arguments)
+            except (nvml.NVMLError, AttributeError):  # not every card and driver answers everything
+                return None
+
+        power = ask("nvmlDeviceGetPowerUsage")
+        bits = ask("nvmlDeviceGetCurrentClocksEventReasons")
+        if bits is None:
+            bits = ask("nvmlDeviceGetCurrentClocksThrottleReasons")
+        processes = ask("nvmlDeviceGetComputeRunningProcesses")
+        others = None if processes is None else [one for one in processes if one.pid not in own]
+        return GpuConditions(
+            sm_clock_mhz=ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
+            max_sm_clock_mhz=ask("nvmlDeviceGetMaxClockInfo", nvml.NVML_CLOCK_SM),
+            temperature_c=ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
+            power_watts=None if power is None else power / 1000,
+            throttle=throttle_reasons(bits or 0),
+            other_processes=None if others is None else len(others),
+            other_memory_bytes=None if others is None else sum(one.usedGpuMemory or 0 for one in others),
+        )

@@ -1,0 +1,155 @@
+"""Past runs as text and JSON: a list, and how good the predictions were. Standard library and tabulate only."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from planner.history import PastRun
+from planner.report import NOT_APPLICABLE, UNKNOWN, clock, duration, duration_range, printable
+from presets import jsonio
+
+SCHEMA = 1
+NO_RUNS = "no finished runs yet"
+_LONGEST_NAME = 28  # characters of a model in the table
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accuracy:
+    """How far predictions of whole runs were off (actual / predicted - 1), and how often their range held."""
+
+    num_runs: int
+    median_absolute: float
+    percentile_90_absolute: float
+    worst: float  # signed
+    median: float  # signed
+    num_inside: int
+    num_with_range: int
+    inside_low: float | None  # Wilson's 95 % interval for the share inside
+    inside_high: float | None
+
+
+def accuracy(runs: Sequence[PastRun]) -> Accuracy | None:
+    """The accuracy over all runs that finished without interruption; None where there are none."""
+    errors = [run.error for run in runs if run.error is not None]
+    if not errors:
+        return None
+    absolute = sorted(abs(error) for error in errors)
+    held = [run.is_inside for run in runs if run.is_inside is not None]
+    low, high = wilson(sum(held), len(held)) if held else (None, None)
+    return Accuracy(
+        num_runs=len(errors),
+        median_absolute=statistics.median(absolute),
+        percentile_90_absolute=_quantile(absolute, 0.9),
+        worst=max(errors, key=abs),
+        median=statistics.median(errors),
+        num_inside=sum(held),
+        num_with_range=len(held),
+        inside_low=low,
+        inside_high=high,
+    )
+
+
+def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's interval for a share (95 % by default); unlike the plain one it stays sensible at 0 of n and n of n."""
+    share = successes / trials
+    middle = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z / (1 + z**2 / trials) * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    """Linear between the two nearest."""
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def accuracy_text(found: Accuracy | None) -> str:
+    if found is None:
+        return NO_RUNS
+    lines = [
+        f"Predicted against actual wall-clock of {found.num_runs:,} run(s) that finished without interruption:",
+        f"  median error (absolute)   {found.median_absolute:.1%}",
+        f"  90th percentile           {found.percentile_90_absolute:.1%}",
+        f"  worst                     {found.worst:+.1%}",
+        f"  median error (signed)     {found.median:+.1%}   above 0: runs took longer than predicted",
+    ]
+    if found.num_with_range and found.inside_low is not None and found.inside_high is not None:
+        lines.append(
+            f"The 90 % range held the actual time in {found.num_inside:,} of {found.num_with_range:,} "
+            f"({found.num_inside / found.num_with_range:.0%}; 95 % interval {found.inside_low:.0%} – "
+            f"{found.inside_high:.0%})."
+        )
+    return "\n".join(lines)
+
+
+def accuracy_json(found: Accuracy | None) -> str:
+    plain = {"schema": SCHEMA, "accuracy": None if found is None else jsonio.to_plain(found)}
+    return json.dumps(plain, indent=2, allow_nan=False)
+
+
+def runs_text(runs: Sequence[PastRun], now: datetime) -> str:
+    """A table of runs, in the order given."""
+    if not runs:
+        return NO_RUNS
+    from tabulate import tabulate
+
+    table = tabulate(
+        [_cells(run, now) for run in runs],
+        headers=("ended", "preset", "model", "examples", "predicted", "actual", "error", "in range", "status"),
+        tablefmt="simple",
+        disable_numparse=True,
+        colalign=("left", "left", "left", "right", "left", "right", "right", "left", "left"),
+    )
+    return str(table)
+
+
+def _cells(run: PastRun, now: datetime) -> tuple[str, ...]:
+    predicted = duration(run.seconds)
+    if run.seconds_low is not None and run.seconds_high is not None:
+        predicted += f" ({duration_range(run.seconds_low, run.seconds_high)})"
+    if run.correction_factor is not None:
+        predicted += f", x{run.correction_factor:.2f}"
+    resumed = ", resumed" if run.num_resumes and run.status == "finished" else ""
+    inside = run.is_inside
+    return (
+        _when(run.ended_at, now),
+        printable(run.name),
+        _model(run.model),
+        UNKNOWN if run.num_examples is None else f"{run.num_examples:,}",
+        predicted,
+        duration(run.actual_seconds),
+        NOT_APPLICABLE if run.error is None else f"{run.error:+.1%}",
+        NOT_APPLICABLE if inside is None else "yes" if inside else "NO",
+        printable(run.status) + resumed,
+    )
+
+
+def _when(text: str, now: datetime) -> str:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return printable(text)
+    return clock(moment if moment.tzinfo else moment.astimezone(), now)
+
+
+def _model(name: str) -> str:
+    """The last part of a folder, a hub name whole; the end of a long one, since that is where names differ."""
+    absolute = name.startswith(("/", "\\")) or name[1:3] in (":\\", ":/")
+    shown = printable(name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] if absolute else name)
+    return shown if len(shown) <= _LONGEST_NAME else "…" + shown[-_LONGEST_NAME + 1 :]
+
+
+def runs_json(runs: Sequence[PastRun]) -> str:
+    """The runs as one JSON object; `error` and `inside` are null where a run cannot be compared."""
+    plain: list[dict[str, Any]] = [
+        {**jsonio.to_plain(run), "error": run.error, "inside": run.is_inside} for run in runs
+    ]
+    return json.dumps({"schema": SCHEMA, "runs": plain}, indent=2, ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,403 @@
+"""Which earlier measurement may stand for a new one, and whether it may. numpy only."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from planner.estimate import plan_work
+from planner.hardware import DeviceFacts, cpu_name
+from planner.history import History
+from planner.measurement import Measurement, Measurements, PlannedRow, RowVerdict, StepSignature
+from planner.strata import Strata, keys
+from presets import jsonio
+from presets.errors import PlanError
+from trainer.batching import BatchPlan, MicroShapes
+from trainer.evaluate import answerable
+from trainer.job import Job
+from trainer.model import inspect_model
+from trainer.tokens import TokenizedDataset
+
+VERSIONED = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "training-planner")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "PYTORCH_CUDA_ALLOC_CONF")
+# A change in one of these makes other timings, or keeps them in another form.
+TIMED_SOURCES = (
+    ("trainer", "step.py"), ("trainer", "model.py"), ("trainer", "collate.py"), ("trainer", "evaluate.py"),
+    ("trainer", "lean.py"), ("trainer", "process.py"), ("planner", "worker.py"), ("planner", "prober.py"),
+    ("planner", "measurement.py"),
+    ("planner", "strata.py"),
+)  # fmt: skip
+# A change in one of these makes another prediction of the same timings.
+ESTIMATED_SOURCES = (
+    ("planner", "estimate.py"), ("planner", "measure.py"), ("planner", "steadiness.py"), ("planner", "intervals.py"),
+)  # fmt: skip
+NOT_SHAPE = ("_name_or_path", "transformers_version")  # of a config.json
+LIKE = 2.0  # a class of micro-batches may lie on average this factor from those timed for it; the fit bridges that much
+SMALL_SHARE = 0.02  # of the plan's padded tokens: a class below it moves the sum too little to ask for that
+NEAR = 0.95  # of the micro-batch whose memory is shown: below it, a note says so
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachedRow:
+    """How a row was judged, and what a later row is compared with."""
+
+    micro_batch_size: int
+    accumulates: bool  # gradients were held while its memory was measured
+    verdict: RowVerdict
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachedMeasurement:
+    """One step signature's part of a `Measurements`, as it is stored."""
+
+    measured_at: str  # ISO, UTC
+    call: str  # the same for all signatures that were timed together, and only they are compared with each other
+    budget_seconds: float
+    precision_target: float
+    free_bytes: int | None  # on the device, before
+    in_turns: bool
+    strata: Strata
+    measurement: Measurement
+    rows: tuple[CachedRow, ...]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reused:
+    """Measurements for new rows, made from stored ones."""
+
+    measurements: Measurements
+    measured_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sharpness:
+    """How long and how sharply a measurement is asked to be."""
+
+    budget_seconds: float
+    precision_target: float
+
+
+@dataclass(slots=True, eq=False)
+class Keys:
+    """Keys of jobs on one machine as it is now; what they share is gathered once."""
+
+    facts: DeviceFacts
+    _machine: dict[str, Any] | None = None
+    _models: dict[tuple[str, bool], Any] = field(default_factory=dict)
+
+    def of_runs(self, job: Job) -> str | None:
+        """Runs of jobs with the same key are comparable; None where the model's shape is not known."""
+        parts = self._parts(job)
+        return None if parts is None else _digest({**parts, "estimate": _source_digest(ESTIMATED_SOURCES)})
+
+    def of_measurement(self, job: Job) -> str | None:
+        """A measurement stands for jobs with the same key, as far as their batches allow; None as for `of_runs`."""
+        parts = self._parts(job)
+        if parts is None:
+            return None
+        return _digest({**parts, "max_length": job.preset.max_length, "packed_length": job.packed_length})
+
+    def _parts(self, job: Job) -> dict[str, Any] | None:
+        self._machine = self._machine or machine(self.facts)
+        place = (job.model, job.trust_remote_code)
+        if place not in self._models:
+            self._models[place] = model_shape(*place)
+        shape = self._models[place]
+        if shape is None:
+            return None
+        signature = jsonio.to_plain(StepSignature.of(job))
+        del signature["model"]  # a folder's name says nothing of what is in it
+        return {
+            "machine": self._machine,
+            "model": shape,
+            "signature": signature,
+            "num_devices": job.num_devices,
+            "packing": job.packing,
+        }
+
+
+def machine(facts: DeviceFacts) -> dict[str, Any]:
+    """What a timing depends on beside the job: device, processor, versions, our own code."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    return {
+        "device": [facts.name, facts.kind, facts.memory_bytes, facts.driver, facts.num_devices, facts.capability],
+        "cpu": [cpu_name(), os.cpu_count(), len(affinity(0)) if affinity else None],
+        "system": [platform.system(), platform.machine(), list(sys.version_info[:2])],
+        "threads": {name: os.environ.get(name) for name in THREAD_VARIABLES},
+        "versions": {name: _version(name) for name in VERSIONED},
+        "sources": _source_digest(TIMED_SOURCES),
+    }
+
+
+def model_shape(model: str, trust_remote_code: bool = False) -> dict[str, Any] | None:
+    """What decides the cost of a model's step: its configuration and, where that runs, its code. None: not known.
+
+    The weights' values cost nothing, so only whether there are any is part of it: loading them takes its time.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        found = _hub_snapshot(model)
+        if found is None:
+            return None
+        folder = found
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        code = [path.read_bytes() for path in sorted(folder.glob("*.py"))] if trust_remote_code else []
+        has_weights = inspect_model(str(folder)).has_weights
+    except (OSError, ValueError, PlanError):
+        return None
+    if isinstance(content, dict):
+        content = {key: value for key, value in content.items() if key not in NOT_SHAPE}
+    return {"config": content, "has_weights": has_weights, "code": hashlib.sha256(b"\0".join(code)).hexdigest()}
+
+
+def _hub_snapshot(name: str) -> Path | None:
+    """The folder of a hub model that was fetched before, found without importing what fetches it."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    repository = hub / f"models--{name.replace('/', '--')}"
+    try:
+        snapshot = repository / "snapshots" / (repository / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError, ValueError):
+        return None
+    return snapshot if snapshot.is_dir() else None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _source_digest(sources: Sequence[tuple[str, str]]) -> str:
+    sha = hashlib.sha256()
+    for package, name in sources:
+        content = resources.files(package).joinpath(name).read_bytes()
+        sha.update(f"{package}/{name} {len(content)}\n".encode() + content)
+    return sha.hexdigest()
+
+
+def _digest(parts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+# --- storing ----------------------------------------------------------------------------------------------------------
+
+
+def keep(
+    history: History, made: Keys, rows: Sequence[PlannedRow], found: Measurements, asked: Sharpness, now: datetime
+) -> None:
+    """Store what was measured, each step signature under its own key; what failed is left to be tried again."""
+    contents = {}
+    call = uuid.uuid4().hex
+    for measurement in found.measurements:
+        members = [row for row in rows if StepSignature.of(row.job) == measurement.signature]
+        verdicts = [found.verdict(row.name) for row in members]
+        judged = [
+            CachedRow(micro_batch_size=row.job.micro_batch_size, accumulates=_accumulates(row.plan), verdict=verdict)
+            for row, verdict in zip(members, verdicts, strict=True)
+            if verdict is not None and verdict.fits is not None
+        ]
+        key = made.of_measurement(members[0].job) if members else None
+        timed = measurement.rounds or not any(row.verdict.fits for row in judged)
+        if key is None or measurement.error is not None or not judged or not timed:
+            continue
+        entry = CachedMeasurement(
+            measured_at=now.astimezone(UTC).isoformat(timespec="seconds"),
+            call=call,
+            budget_seconds=asked.budget_seconds,
+            precision_target=asked.precision_target,
+            free_bytes=made.facts.free_bytes,
+            in_turns=found.in_turns,
+            strata=found.strata,
+            measurement=measurement,
+            rows=tuple(judged),
+            notes=found.notes,
+            warnings=found.warnings,
+        )
+        contents[key] = json.dumps(jsonio.to_plain(entry), allow_nan=False)
+    if contents:
+        history.keep_measurements(contents)
+
+
+# --- reusing ----------------------------------------------------------------------------------------------------------
+
+
+class _Unfit(Exception):
+    """Why the stored measurement cannot stand for these rows."""
+
+
+def reuse(
+    history: History, made: Keys, rows: Sequence[PlannedRow], data: TokenizedDataset, asked: Sharpness
+) -> Reused | str | None:
+    """Stored measurements for these rows, or why those that are stored do not do, or None where there are none.
+
+    They do where the rows' micro-batches lie within what was measured: the same micro-batch sizes, every class that has
+    work was timed with micro-batches like the plan's, and each row's worst micro-batch is no larger than one that
+    fitted (or no smaller than one that did not). All step signatures must come from one call, in which they were timed
+    in turns: the speed factor compares them.
+    """
+    wanted: dict[StepSignature, list[PlannedRow]] = {}
+    for row in rows:
+        wanted.setdefault(StepSignature.of(row.job), []).append(row)
+    keyed = {signature: made.of_measurement(members[0].job) for signature, members in wanted.items()}
+    if None in keyed.values():
+        return None
+    stored = history.measurements(key for key in keyed.values() if key is not None)
+    if len(stored) < len(set(keyed.values())):
+        return None
+    entries = {}
+    for signature, key in keyed.items():
+        assert key is not None
+        try:
+            entries[signature] = jsonio.from_json(CachedMeasurement, stored[key])
+        except PlanError:  # of another form than today's
+            return None
+    try:
+        return _checked(entries, wanted, data, asked, made.facts)
+    except _Unfit as reason:
+        return str(reason)
+
+
+def _checked(
+    entries: dict[StepSignature, CachedMeasurement],
+    wanted: dict[StepSignature, list[PlannedRow]],
+    data: TokenizedDataset,
+    asked: Sharpness,
+    facts: DeviceFacts,
+) -> Reused:
+    first = next(iter(entries.values()))
+    if any(entry.call != first.call for entry in entries.values()):
+        raise _Unfit("the configurations were not measured together")
+    verdicts: list[RowVerdict] = []
+    notes = list(first.notes)
+    shapes_of: dict[int, MicroShapes] = {}
+    for signature, rows in wanted.items():
+        entry = entries[signature]
+        _check_sharpness(entry, asked)
+        for row in rows:
+            shapes = shapes_of.setdefault(id(row.plan), row.plan.micro_shapes(data.lengths))
+            cached = _judged(entry, row, shapes, facts)
+            verdicts.append(replace(cached.verdict, name=row.name, signature=signature))
+            if cached.verdict.fits:
+                _check_strata(entry, row, shapes)
+                if not row.is_reference:
+                    _check_fixed(entry.measurement, row, data)
+                    notes += _memory_note(cached, row, shapes)
+    return Reused(
+        measurements=Measurements(
+            strata=first.strata,
+            measurements=tuple(replace(entry.measurement, signature=signature) for signature, entry in entries.items()),
+            rows=tuple(verdicts),
+            in_turns=first.in_turns,
+            notes=tuple(dict.fromkeys(notes)),
+            warnings=first.warnings,
+        ),
+        measured_at=datetime.fromisoformat(min(entry.measured_at for entry in entries.values())),
+    )
+
+
+def _check_sharpness(entry: CachedMeasurement, asked: Sharpness) -> None:
+    """A request for more time or a narrower range is not answered with what was there before it."""
+    if not entry.measurement.rounds:
+        return
+    sharp = entry.measurement.ended_by == "precision"
+    if entry.precision_target <= asked.precision_target if sharp else entry.budget_seconds >= asked.budget_seconds:
+        return
+    raise _Unfit("a sharper measurement is asked for than the one that is stored")
+
+
+def _judged(entry: CachedMeasurement, row: PlannedRow, shapes: MicroShapes, facts: DeviceFacts) -> CachedRow:
+    """The stored verdict that covers a row: of those that fitted the smallest, so that its memory is the nearest."""
+    worst = int(keys(shapes).argmax())
+    padded, width = int(shapes.padded_tokens[worst]), int(shapes.width[worst])
+    accumulates = _accumulates(row.plan)
+    covering = [
+        one
+        for one in entry.rows
+        if one.verdict.fits and _padded(one) >= padded and one.verdict.worst_width >= width
+        if one.accumulates or not accumulates
+    ]
+    if covering:
+        found = min(covering, key=_padded)
+        needed = found.verdict.peak_reserved_bytes
+        if needed is not None and facts.free_bytes is not None and needed > facts.free_bytes:
+            raise _Unfit("less memory is free than was needed then")
+        return found
+    beyond = [
+        one
+        for one in entry.rows
+        if one.verdict.fits is False and _padded(one) <= padded and one.verdict.worst_width <= width
+        if accumulates or not one.accumulates
+    ]
+    if not beyond:
+        raise _Unfit(f"the longest micro-batch ({padded:,} tokens) lies outside what was measured")
+    if entry.free_bytes is not None and facts.free_bytes is not None and facts.free_bytes > 1.02 * entry.free_bytes:
+        raise _Unfit("more memory is free than when it did not fit")
+    return beyond[0]
+
+
+def _padded(row: CachedRow) -> int:
+    return row.verdict.worst_rows * row.verdict.worst_width
+
+
+def _accumulates(plan: BatchPlan) -> bool:
+    return bool((np.diff(plan.window_offsets) > plan.num_devices).any())
+
+
+def _check_strata(entry: CachedMeasurement, row: PlannedRow, shapes: MicroShapes) -> None:
+    if not entry.strata.numbers(row.kind):
+        raise _Unfit(f"micro-batches of {row.job.micro_batch_size} were not measured")
+    work = plan_work(row, shapes, entry.strata)
+    timed: dict[int, list[int]] = {}
+    for one in entry.measurement.rounds:
+        for sample in one.samples:
+            if sample.seconds is not None:
+                timed.setdefault(sample.stratum, []).append(sample.rows * sample.width)
+    total = float(work.padded.sum())
+    for stratum in np.flatnonzero(work.count).tolist():
+        if stratum not in timed:
+            raise _Unfit("there are micro-batches of a size that was not timed")
+        mean = float(work.padded[stratum] / work.count[stratum])
+        mean_timed = sum(timed[stratum]) / len(timed[stratum])
+        unlike = mean > LIKE * mean_timed or mean < mean_timed / LIKE
+        if unlike and work.padded[stratum] > SMALL_SHARE * total:
+            raise _Unfit("the lengths lie too far from those that were timed")
+
+
+def _check_fixed(measurement: Measurement, row: PlannedRow, data: TokenizedDataset) -> None:
+    """What the run does beside its steps must have been timed, where this row does it."""
+    held_out, spec, fixed = row.plan.evaluation, row.job.evaluation, measurement.fixed
+    if len(held_out) == 0:
+        return
+    if not fixed.evaluation:
+        raise _Unfit("evaluation was not timed")
+    answers = spec.num_samples and spec.max_new_tokens and measurement.load and measurement.load.has_tokenizer
+    if answers and not fixed.answer_tokens and len(answerable(data, held_out, 1)):
+        raise _Unfit("sample answers were not timed")
+
+
+def _memory_note(cached: CachedRow, row: PlannedRow, shapes: MicroShapes) -> list[str]:
+    largest = int(shapes.padded_tokens.max())
+    if largest >= NEAR * _padded(cached):
+        return []
+    return [
+        f"memory is that of a longer micro-batch ({_padded(cached):,} tokens) than this data's longest ({largest:,}); "
+        "--fresh measures this one"
+    ]

@@ -1,0 +1,141 @@
+"""Is the machine the same from the first timing to the last? Warm-up, drift and jumps. numpy only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.student import t_quantile
+from trainer.tokens import FloatArray
+
+MOST_WARMUP = 2  # rounds, beside the very first
+WARMUP_SHARE = 0.08  # of all rounds, at most: what lasts longer is a machine that was slow, and may be so again
+STEADY = 0.10  # relative: standard deviation of the rounds, or movement, above which the machine is called unsteady
+JUMP = 0.05  # relative: distance of two levels of speed above which they are worth a warning
+KOLMOGOROV_99 = 1.628  # 99 % quantile of the largest deviation of a Brownian bridge
+LAG_999 = 3.09  # 99.9 % quantile of the lag-1 correlation of n independent values, x sqrt(n)
+LEAST_TIMINGS = 24  # below it the quantile, which is a limit, is not to be trusted
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Steadiness:
+    """How much the machine's speed changed while it was timed. All relative; 0 where nothing stands out from noise."""
+
+    spread: float = 0.0  # standard deviation of the rounds
+    moved: float = 0.0  # from the first round to the last, along a slope
+    jumped: float = 0.0  # from one level to another
+    fast: float = 1.0  # the faster level, as a part of the mean
+    slow: float = 1.0
+
+    @property
+    def is_steady(self) -> bool:
+        return self.spread <= STEADY and self.moved <= STEADY and self.jumped <= JUMP
+
+    @property
+    def warning(self) -> str | None:
+        """Number, threshold and what to do."""
+        if self.is_steady:
+            return None
+        if self.moved > STEADY and self.moved >= self.jumped:
+            what, limit = f"its speed moved by {self.moved:.0%}", STEADY
+        elif self.jumped > JUMP:
+            what, limit = f"its speed jumped between two levels {self.jumped:.0%} apart", JUMP
+        else:
+            what, limit = f"the rounds scatter by {self.spread:.0%}", STEADY
+        return (
+            f"this machine is not steady: {what} while it was timed, more than {limit:.0%}. The range is widened, but "
+            "holds only if the run meets the same conditions. Close other programs, measure again, or raise --budget."
+        )
+
+
+def judge(replicates: FloatArray, timings: FloatArray) -> Steadiness:
+    """Whether the speed stayed the same.
+
+    Args:
+        replicates: (rounds,) the total as each round alone would have it.
+        timings: (timings,) logarithm of seconds / expected seconds of every micro-step, in the order of time.
+    """
+    rounds = len(replicates)
+    mean = float(replicates.mean()) if rounds else 0.0
+    if rounds < 3 or mean <= 0:
+        return Steadiness()
+    spread, moved = float(replicates.std(ddof=1)) / mean, drift(replicates) / mean
+    if not has_changed(timings):
+        return Steadiness(spread=spread, moved=moved)
+    fast, slow = two_levels(replicates / mean)
+    return Steadiness(spread=spread, moved=moved, jumped=slow / fast - 1, fast=fast, slow=slow)
+
+
+def has_changed(timings: FloatArray) -> bool:
+    """Whether timings in the order of time are not of one level.
+
+    Two looks, since each is blind to what the other sees. The largest deviation of the cumulative sum: independent
+    timings of one level make a Brownian bridge of it, which stays below `KOLMOGOROV_99` in 99 of 100 cases; a drift and
+    a single jump exceed it (a Kolmogorov-Smirnov statistic of a change point; Csörgő and Horváth, Limit Theorems in
+    Change-Point Analysis, 1997). And the correlation of each timing with the next: levels that take turns for longer
+    than a few timings may cancel in the sum, but not there. Outliers are pulled in first: a single slow timing is no
+    change of level.
+    """
+    count = len(timings)
+    if count < LEAST_TIMINGS:
+        return False
+    middle = float(np.median(timings))
+    robust = 1.4826 * float(np.median(np.abs(timings - middle)))
+    if robust <= 0:
+        return False
+    pulled = np.clip(timings, middle - 3 * robust, middle + 3 * robust)
+    deviation = pulled - pulled.mean()
+    squares = float((deviation**2).sum())
+    if squares <= 0:
+        return False
+    bridge = float(np.abs(np.cumsum(deviation)).max()) / math.sqrt(squares)
+    lag = float((deviation[1:] * deviation[:-1]).sum()) / squares + 1 / count  # without correlation its mean is -1 / n
+    return bridge > KOLMOGOROV_99 or lag > LAG_999 / math.sqrt(count)
+
+
+def two_levels(values: FloatArray) -> tuple[float, float]:
+    """Means of the two groups, low and high, that leave the least scatter inside (2-means, exact in one dimension)."""
+    ordered = np.sort(values)
+    count = len(ordered)
+    sums = np.cumsum(ordered)
+    below = np.arange(1, count)
+    low = sums[:-1] / below
+    high = (sums[-1] - sums[:-1]) / (count - below)
+    between = below * (count - below) * (high - low) ** 2  # the larger, the less is left inside
+    best = int(between.argmax())
+    return float(low[best]), float(high[best])
+
+
+def drift(replicates: FloatArray) -> float:
+    """Seconds by which the total moved from the first round to the last where that stands out from noise, else 0."""
+    rounds = len(replicates)
+    if rounds < 6:
+        return 0.0
+    place = np.arange(rounds) - (rounds - 1) / 2
+    squares = float((place**2).sum())
+    slope = float((place * replicates).sum()) / squares
+    residual = replicates - replicates.mean() - slope * place
+    error = math.sqrt(float((residual**2).sum()) / (rounds - 2) / squares)
+    # 2.5 standard errors more than at 90 %: a false alarm in a hundred.
+    if abs(slope) <= 1.6 * t_quantile(rounds - 2) * error:
+        return 0.0
+    return abs(slope) * (rounds - 1)
+
+
+def split_warmup(totals: FloatArray, least: int = 5) -> int:
+    """How many leading rounds are warm-up: pyperf's rule, first values are while they lie above the fence of the rest.
+
+    The fence is the third quartile of the later rounds plus 1.5 interquartile ranges, and at least 5 % above their
+    median (without noise the range is nothing, and every first value an outlier). At least `least` rounds stay. Where
+    more than `MOST_WARMUP` or `WARMUP_SHARE` would have to go, none does: that is no warm-up but a machine that changed
+    its speed, which the run may meet again and the interval has to show.
+    """
+    dropped = 0
+    while dropped <= MOST_WARMUP and len(totals) - dropped > least:
+        low, middle, high = np.quantile(totals[dropped + 1 :], [0.25, 0.5, 0.75])
+        if totals[dropped] <= max(high + 1.5 * (high - low), 1.05 * middle):
+            break
+        dropped += 1
+    return dropped if dropped <= min(MOST_WARMUP, WARMUP_SHARE * len(totals)) else 0

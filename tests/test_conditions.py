@@ -1,0 +1,154 @@
+"""What else went on while something was timed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fakes import FakeDevice, chat_lengths, make_data, make_job, make_row
+
+from planner import meter
+from planner.conditions import summarise, throttle_reasons
+from planner.estimate import estimate
+from planner.measure import measure
+from planner.measurement import Conditions, GpuConditions
+from planner.meter import ConditionsMeter
+
+LENGTHS = chat_lengths(2000)
+DATA = make_data(LENGTHS)
+QUIET = Conditions(seconds=1.0, load=1.0, steal=0.0, others=0.01)
+
+
+def test_a_quiet_machine_gets_no_warning() -> None:
+    found = summarise([QUIET] * 5, on_cpu=True)
+    assert found.warnings == ()
+    assert found.is_calibrated
+
+
+def test_steal_and_other_programs_are_warned_of_with_number_and_threshold() -> None:
+    found = summarise([replace(QUIET, steal=0.08), replace(QUIET, seconds=3.0, others=0.30)], on_cpu=True)
+    assert found.steal == pytest.approx(0.02)
+    assert found.others == pytest.approx((0.01 + 3 * 0.30) / 4)
+    assert len(found.warnings) == 1
+    assert "other programs used 23%" in found.warnings[0]
+    assert "more than 10%" in found.warnings[0]
+    assert not found.is_calibrated
+    assert "the host took 8%" in summarise([replace(QUIET, steal=0.08)], on_cpu=True).warnings[0]
+
+
+def test_other_programs_on_the_cpu_do_not_matter_beside_a_gpu() -> None:
+    assert summarise([replace(QUIET, others=0.9)], on_cpu=False).warnings == ()
+
+
+def test_a_gpu_that_throttles_drops_its_clock_or_is_shared_is_warned_of() -> None:
+    cool = GpuConditions(sm_clock_mhz=1900, temperature_c=60, other_processes=0)
+    hot = GpuConditions(
+        sm_clock_mhz=1500,
+        temperature_c=89,
+        throttle=("power cap", "thermal limit (hardware)"),
+        other_processes=2,
+        other_memory_bytes=3 << 30,
+    )
+    readings = [replace(QUIET, seconds=1.0 + i / 10, gpu=gpu) for i, gpu in enumerate((cool, cool, hot, cool))]
+    slowed, clock, shared = summarise(readings, on_cpu=False).warnings
+    assert "thermal limit (hardware)) at up to 89 °C" in slowed
+    assert "1500 and 1900 MHz" in clock
+    assert "2 other process(es)" in shared
+    assert "3.0 GiB" in shared
+    assert summarise([replace(QUIET, gpu=replace(cool, throttle=("power cap",)))], on_cpu=False).warnings == ()
+
+
+def test_nvml_s_bits_become_words() -> None:
+    assert throttle_reasons(0x01) == ()  # idle
+    assert throttle_reasons(0x44) == ("power cap", "thermal limit (hardware)")
+
+
+def test_the_conditions_are_kept_with_each_round_and_widen_the_range() -> None:
+    device = FakeDevice(LENGTHS, noise=0.02)
+    row = make_row(make_job(), DATA)
+    quiet = estimate(row, DATA, measure([row], DATA, device.factory, clock=device.clock, meter=lambda: QUIET))
+    found = measure([row], DATA, device.factory, clock=device.clock, meter=lambda: replace(QUIET, others=0.25))
+    assert all(one.conditions is not None for one in found.measurements[0].rounds)
+    busy = estimate(row, DATA, found)
+    assert quiet.calibrated
+    assert not busy.calibrated
+    assert busy.train_seconds
+    assert busy.train_seconds_low
+    assert busy.train_seconds_high
+    assert busy.train_seconds_low == pytest.approx(0.75 * busy.train_seconds)
+    assert busy.train_seconds_high == pytest.approx(busy.train_seconds / 0.75)
+    assert any("other programs used 25%" in warning for warning in busy.warnings)
+
+
+def test_a_stranger_s_process_counts_as_other_and_a_child_of_ours_does_not() -> None:
+    burn = "import time\nend = time.time() + 2.5\nwhile time.time() < end: pass"
+    read = ConditionsMeter(is_gpu=False)
+    begun = time.process_time()
+    child = subprocess.Popen([sys.executable, "-c", burn])
+    time.sleep(1.5)
+    ours = read()
+    used = read._own_cpu_seconds() - begun
+    child.kill()
+    child.wait()
+    assert used > 0.1  # the child's seconds are ours
+    assert ours.others is not None
+    assert ours.load is None or ours.load >= 0
+    # A process of another family: started by a shell that has gone.
+    read = ConditionsMeter(is_gpu=False)
+    subprocess.run(["sh", "-c", f"'{sys.executable}' -c '{burn}' >/dev/null 2>&1 &"], check=True)
+    time.sleep(1.5)
+    strangers = read()
+    assert strangers.others is not None
+    assert strangers.others > 0.05
+
+
+def test_readings_closer_than_half_a_second_are_one() -> None:
+    now = [100.0]
+    read = ConditionsMeter(is_gpu=False, clock=lambda: now[0])
+    now[0] += 1.0
+    first = read()
+    now[0] += 0.1
+    assert read() is first
+    now[0] += 1.0
+    assert read() is not first
+
+
+def test_a_gpu_that_answers_only_in_part_is_read_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NVMLError(Exception):
+        pass
+
+    def unsupported(*_: Any) -> None:
+        raise NVMLError
+
+    nvml = SimpleNamespace(
+        NVMLError=NVMLError,
+        NVML_CLOCK_SM=1,
+        NVML_TEMPERATURE_GPU=0,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetClockInfo=lambda handle, kind: 1410,
+        nvmlDeviceGetMaxClockInfo=unsupported,
+        nvmlDeviceGetTemperature=lambda handle, kind: 71,
+        nvmlDeviceGetPowerUsage=lambda handle: 250_000,
+        nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 0x40,
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: [SimpleNamespace(pid=1, usedGpuMemory=5)],
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(meter, "LEAST_SECONDS", 0.0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    time.sleep(0.02)
+    found = ConditionsMeter(is_gpu=True)().gpu
+    assert found == GpuConditions(
+        sm_clock_mhz=1410,
+        temperature_c=71,
+        power_watts=250.0,
+        throttle=("thermal limit (hardware)",),
+        other_processes=1,
+        other_memory_bytes=5,
+    )

@@ -1,0 +1,113 @@
+"""Warm-up, drift, jumps: is the machine the same from the first timing to the last?"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from planner.intervals import half_width, lopsided, one_more_outlier
+from planner.steadiness import Steadiness, drift, has_changed, judge, split_warmup, two_levels
+from planner.student import t_quantile
+
+NORMAL = np.random.default_rng(1)
+
+
+@pytest.mark.parametrize(("degrees", "quantile"), [(1, 6.314), (4, 2.132), (5, 2.015), (9, 1.833), (30, 1.697)])
+def test_t_quantiles_are_the_table_s(degrees: int, quantile: float) -> None:
+    assert t_quantile(degrees) == pytest.approx(quantile, abs=2e-3)
+
+
+def test_correlated_rounds_widen_the_interval() -> None:
+    alternating = np.array([99.0, 101.0] * 6)
+    blocks = np.array([99.0] * 3 + [101.0] * 3 + [99.0] * 3 + [101.0] * 3)
+    assert half_width(blocks) > 1.5 * half_width(alternating)
+
+
+def test_a_drift_is_told_from_noise() -> None:
+    noise = np.random.default_rng(1).normal(0, 1, 20)
+    assert drift(100 + noise) == 0.0
+    assert drift(100 + noise + np.arange(20)) == pytest.approx(19, rel=0.15)
+    assert half_width(100 + noise + np.arange(20)) > 9
+
+
+def test_a_single_round_claims_no_precision() -> None:
+    assert half_width(np.array([10.0])) == 5.0
+
+
+def test_warmup_is_what_lies_above_the_fence_of_the_later_rounds() -> None:
+    steady = np.random.default_rng(2).normal(10, 0.1, 30)
+    assert split_warmup(steady) == 0
+    assert split_warmup(np.concatenate([[30, 14], steady])) == 2
+    assert split_warmup(np.array([30.0, 10, 10, 10])) == 0  # too few would be left
+
+
+def test_many_slow_rounds_are_a_machine_that_changed_and_not_warmup() -> None:
+    steady = np.random.default_rng(2).normal(10, 0.1, 12)
+    assert split_warmup(np.concatenate([[14] * 4, steady])) == 0
+
+
+def test_timings_of_one_level_are_called_changed_once_in_a_hundred() -> None:
+    alarms = sum(has_changed(NORMAL.normal(0, 0.1, 300)) for _ in range(1000))
+    assert 2 <= alarms <= 20
+
+
+def test_a_slow_timing_here_and_there_is_no_change_of_level() -> None:
+    timings = NORMAL.normal(0, 0.05, 300)
+    timings[40:43] = 1.5
+    assert not has_changed(timings)
+
+
+@pytest.mark.parametrize("gap", [0.08, 0.3])
+def test_levels_that_take_turns_are_seen(gap: float) -> None:
+    timings = NORMAL.normal(0, 0.05, 300)
+    timings[60:140] += gap
+    timings[220:] += gap
+    assert has_changed(timings)
+
+
+def test_two_levels_are_the_means_of_the_groups() -> None:
+    assert two_levels(np.array([1.0, 2.1, 0.9, 1.9, 1.1])) == pytest.approx((1.0, 2.0))
+
+
+def test_a_jump_is_warned_of_with_number_threshold_and_remedy() -> None:
+    rounds = np.array(([10.0] * 5 + [13.0] * 5) * 2) + NORMAL.normal(0, 0.1, 20)
+    found = judge(rounds, np.log(np.repeat(rounds / 11.5, 10)) + NORMAL.normal(0, 0.05, 200))
+    assert found.jumped == pytest.approx(0.3, abs=0.02)
+    assert found.fast < 1 < found.slow
+    assert found.warning is not None
+    assert "30%" in found.warning
+    assert "more than 5%" in found.warning
+    assert "measure again" in found.warning
+
+
+def test_a_steady_machine_is_not_warned_of() -> None:
+    rounds = NORMAL.normal(10, 0.3, 20)
+    assert judge(rounds, NORMAL.normal(0, 0.1, 200)).warning is None
+    assert judge(np.array([10.0, 12.0]), np.zeros(3)).is_steady  # two rounds say nothing
+
+
+def test_rare_slow_timings_push_the_upper_end_outwards() -> None:
+    even = NORMAL.normal(0, 0.05, 400)
+    spiky = even.copy()
+    spiky[::100] += np.log(4)
+    assert lopsided(even) < 0.1 < lopsided(spiky)
+    assert one_more_outlier(even) < 1.03
+    assert one_more_outlier(spiky) > 1.08
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (Steadiness(spread=0.04, moved=0.09, jumped=0.06), "two levels 6% apart"),
+        (Steadiness(spread=0.04, moved=0.12, jumped=0.06), "moved by 12%"),
+        (Steadiness(spread=0.12, moved=0.0, jumped=0.0), "scatter by 12%"),
+    ],
+)
+def test_the_warning_names_what_is_over_its_own_threshold(found: Steadiness, text: str) -> None:
+    assert found.warning is not None
+    assert text in found.warning
+
+
+def test_a_slow_start_that_is_a_tenth_of_the_timing_is_a_mode_and_not_warmup() -> None:
+    steady = np.random.default_rng(2).normal(10, 0.1, 8)
+    assert split_warmup(np.concatenate([[13], steady])) == 0

@@ -1,0 +1,327 @@
+"""The search for the fastest way to train on the same batches, on a fake device whose truth is known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import FakeDevice, FakeProber, chat_lengths, make_data, make_job
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.history import History
+from planner.prober import LoadReply, MicroRows
+from planner.reuse import Keys
+from planner.tune import WORTH, Change, Twin, Wanted, is_faster, tune
+from planner.twins import find_twins, known_twin
+from presets.errors import MeasurementError
+from presets.schema import preset_names
+from trainer.job import Job
+from trainer.planning import plan_job, stand_in
+from trainer.tokens import TokenizedDataset
+
+LENGTHS = chat_lengths(1500, longest=512)
+DATA = make_data(LENGTHS)
+
+
+class Device(FakeDevice):
+    """A fake device on which lean losses, attention and threads have a cost too."""
+
+    lean_factor: float = 1.0
+    eager_factor: float = 1.1
+
+    def factory(self, job: Job) -> FakeProber:
+        return Prober(self, job)
+
+
+class Prober(FakeProber):
+    device: Device
+
+    def _seconds(self, rows: MicroRows) -> float:
+        seconds = super()._seconds(rows)
+        if self.job.loss == "lean":
+            seconds *= self.device.lean_factor
+        if self.job.preset.attention == "eager":
+            seconds *= self.device.eager_factor
+        if self.job.num_threads == 1:
+            seconds *= 1.5
+        return seconds
+
+    def load(self) -> LoadReply:
+        refused = self.device.lean_refused if self.job.loss == "lean" else None
+        return replace(super().load(), lean_refused=refused)
+
+
+def device_of(**changes: Any) -> Device:
+    lean, eager = changes.pop("lean_factor", 1.0), changes.pop("eager_factor", 1.1)
+    made = Device(LENGTHS, **changes)
+    made.lean_factor, made.eager_factor = lean, eager
+    return made
+
+
+def tuned(
+    device: Device, *names: str, data: TokenizedDataset = DATA, budget: float = 90.0, **job: Any
+) -> tuple[Twin, ...]:
+    baseline = make_job("baseline")
+    wanted = [Wanted(name=name, job=make_job(name, **job), baseline=baseline) for name in names or ("recommended",)]
+    return tune(wanted, data, device.factory, budget_seconds=budget, clock=device.clock, seed=device.seed)
+
+
+def test_where_every_micro_step_costs_a_lot_by_itself_fewer_of_them_are_chosen() -> None:
+    (twin,) = tuned(device_of(base=0.2, per_token=1e-5, per_token_width=0.0))
+    layout = twin.changes[0]
+    assert layout.packed_length is not None or (layout.micro_batch_size or 0) >= 4
+    assert twin.gain > 2
+    assert twin.speedup == pytest.approx(twin.baseline_seconds / twin.seconds)
+
+
+def test_where_only_real_tokens_cost_nothing_is_changed() -> None:
+    # Padding costs as much as tokens and a micro-step next to nothing: one example a row is the best there is.
+    (twin,) = tuned(device_of(base=0.0, per_token=4e-4, per_token_width=4e-6, optimizer=0.001))
+    assert twin.changes == ()
+    assert twin.text == "as written"
+    assert twin.seconds == twin.written_seconds
+
+
+def test_the_links_stand_in_their_order_and_multiply_to_the_speed_up() -> None:
+    device = device_of(base=0.2, per_token=1e-4, per_token_width=0.0, lean_factor=0.8, memory=64 << 30)
+    (twin,) = tuned(device, budget=300.0, precision="fp16", base_precision="fp16")
+    kept = [link for link in twin.links if link.is_kept]
+    assert [link.name for link in kept][:2] == ["accumulation", "fp16"]
+    assert kept[0].factor == pytest.approx(1.0, abs=0.03)
+    assert kept[1].factor == pytest.approx(2.0, rel=0.05)
+    assert kept[-1].name == "lean loss"
+    assert kept[-1].factor == pytest.approx(1.25, rel=0.05)
+    assert math.prod(link.factor for link in kept) == pytest.approx(twin.speedup)
+    assert twin.explained.startswith("accumulation 1.0")
+
+
+def test_where_the_time_is_too_short_to_tell_it_says_so_and_keeps_nothing_more() -> None:
+    (twin,) = tuned(device_of(base=0.2, per_token=1e-4, lean_factor=0.5, memory=64 << 30), budget=40.0)
+    assert all(change.loss is None for change in twin.changes)
+    assert any("--budget" in reason for reason in twin.refused)
+
+
+def test_a_precision_that_the_device_lacks_is_said_to_give_nothing() -> None:
+    (twin,) = tuned(device_of())
+    link = next(link for link in twin.links if "fp16" in link.name)
+    assert link.name == "fp16 (not on this device)"
+    assert link.factor == pytest.approx(1.0)
+
+
+def test_packing_that_the_model_refuses_is_never_offered() -> None:
+    device = device_of(base=0.2, per_token=1e-5, packing_refused="documents leak into each other")
+    (twin,) = tuned(device)
+    assert all(change.packed_length is None for change in twin.changes)
+    assert "packing: documents leak into each other" in twin.refused
+
+
+def test_a_lean_loss_that_the_worker_refuses_is_not_kept() -> None:
+    (twin,) = tuned(device_of(lean_factor=0.5, lean_refused="the logits are scaled", memory=64 << 30), budget=300.0)
+    assert "lean loss: the logits are scaled" in twin.refused
+    assert all(change.loss is None for change in twin.changes)
+    assert not any("lean" in link.name for link in twin.links)
+
+
+def test_a_preset_with_another_base_than_the_baseline_s_is_timed_as_written_too() -> None:
+    (twin,) = tuned(device_of(), base_precision="8bit")
+    assert twin.written_seconds > 0
+    assert [link.name for link in twin.links][:2] == ["accumulation", "base in 8bit"]
+
+
+def test_memory_bounds_the_search_and_runs_out_at_most_once_a_step() -> None:
+    longest = int(LENGTHS.max())
+    failures = []
+
+    class Small(Device):
+        def factory(self, job: Job) -> FakeProber:
+            return Counting(self, job)
+
+    class Counting(Prober):
+        def memory(self, windows: list[list[MicroRows]]) -> Any:
+            try:
+                return super().memory(windows)
+            except Exception:
+                failures.append(self.job.micro_batch_size)
+                raise
+
+    device = Small(LENGTHS, base=0.2, per_token=1e-5, fits_padded_tokens=2 * longest)
+    (twin,) = tuned(device)
+    for change in twin.changes:
+        assert (change.packed_length or 0) <= 2 * longest
+        assert (change.micro_batch_size or 1) * longest <= 2 * longest
+    assert len(failures) <= 3
+
+
+def test_where_a_preset_as_written_does_not_fit_it_is_an_error_that_says_so() -> None:
+    with pytest.raises(MeasurementError, match=r"'recommended' as written cannot be timed"):
+        tuned(device_of(fits_padded_tokens=4))
+
+
+def test_presets_with_the_same_step_share_a_search() -> None:
+    device = device_of(base=0.2, per_token=1e-5)
+    twins = tuned(device, "baseline", "recommended", "aggressive", "today")
+    assert [twin.preset for twin in twins] == ["baseline", "recommended", "aggressive", "today"]
+    assert device.log.count(("fp32", "load")) < 12
+    assert all(twin.changes for twin in twins)
+
+
+def test_noise_alone_is_seldom_taken_for_a_gain() -> None:
+    kept = 0
+    for seed in range(12):
+        device = device_of(base=0.0, per_token=4e-4, per_token_width=4e-6, noise=0.1, seed=seed, optimizer=0.001)
+        kept += bool(tuned(device)[0].changes)
+    assert kept <= 1
+
+
+def test_a_gain_of_a_sixth_is_found_in_noise() -> None:
+    found = 0
+    for seed in range(8):
+        device = device_of(
+            base=0.0, per_token=4e-4, per_token_width=4e-6, noise=0.05, seed=seed, lean_factor=0.85, optimizer=0.001
+        )
+        found += any(change.loss == "lean" for change in tuned(device)[0].changes)
+    assert found >= 7
+
+
+def test_faster_means_beyond_chance_and_worth_it() -> None:
+    noise = np.random.default_rng(1).normal(0, 0.3, 20)
+    assert is_faster(9 + noise, 10 + noise)  # what slows a round slows both
+    assert not is_faster((1 - WORTH / 2) * (10 + noise), 10 + noise)
+    assert not is_faster(10 + noise, 10 + noise[::-1])
+    assert not is_faster(np.array([9.0, 10.6, 9.0, 10.2]), np.full(4, 10.0))  # 3 % less, well within chance
+    assert not is_faster(np.array([5.0, 5.0]), np.array([10.0, 10.0]))  # too few rounds
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 200), min_size=70, max_size=150),
+    preset=st.sampled_from([name for name in preset_names() if name not in ("two-stage", "prioritized")]),
+    layout=st.sampled_from(
+        [
+            Change(name="micro-batch", micro_batch_size=4),
+            Change(name="micro-batch", micro_batch_size=8),
+            Change(name="packing", packed_length=256, micro_batch_size=1),
+            Change(name="packing", packed_length=1024, micro_batch_size=2),
+        ]
+    ),
+)
+def test_a_tuned_plan_trains_on_the_same_examples_in_each_window(
+    lengths: list[int], preset: str, layout: Change
+) -> None:
+    data = make_data(np.array(lengths))
+    job = make_job(preset, max_length=200)
+    written = plan_job(stand_in(job), data).plan
+    changed = plan_job(stand_in(layout.applied(job)), data).plan
+    assert changed.num_steps == written.num_steps
+    for window in range(written.num_steps):
+        assert sorted(changed.documents_of_window(window)) == sorted(written.documents_of_window(window))
+
+
+def test_a_twin_is_kept_for_this_data_and_machine_only(tmp_path: Path) -> None:
+    from planner.hardware import DeviceFacts
+    from presets.demo import demo_folder
+
+    facts = DeviceFacts(name="Fake", kind="cpu", memory_bytes=8 << 30, free_bytes=4 << 30, driver="1")
+    history = History(home=tmp_path)
+    job = make_job("recommended", model=str(demo_folder()))
+    device = device_of(base=0.2, per_token=1e-5)
+    found = find_twins(
+        [Wanted(name="recommended", job=job, baseline=make_job("baseline", model=str(demo_folder())))],
+        DATA,
+        lambda folder: device.factory,
+        history=history,
+        keys=Keys(facts),
+        budget_seconds=60,
+        now=datetime(2026, 1, 1, tzinfo=UTC),
+        clock=device.clock,
+    )
+    assert known_twin(history, Keys(facts), job, DATA) == found["recommended"]
+    assert known_twin(history, Keys(facts), job, DATA, quantized=True) is None
+    assert known_twin(history, Keys(facts), job, make_data(LENGTHS[:-1])) is None
+    assert known_twin(history, Keys(replace(facts, driver="2")), job, DATA) is None
+    assert known_twin(history, Keys(facts), replace(job, micro_batch_size=2), DATA) is None
+    assert known_twin(history, Keys(facts), make_job("aggressive", model=job.model), DATA) is None
+
+
+def test_a_changed_job_is_split_as_the_twin_says() -> None:
+    change = Change(name="packing", packed_length=512, micro_batch_size=1)
+    twin = Twin(
+        preset="aggressive",
+        changes=(
+            change,
+            Change(name="lean loss", loss="lean"),
+            Change(name="checkpointing", gradient_checkpointing=True),
+        ),
+        links=(),
+        written_seconds=2.0,
+        seconds=1.0,
+        baseline_seconds=4.0,
+    )
+    job = twin.job(make_job("aggressive"))
+    assert job.packing
+    assert job.packed_length == 512
+    assert job.loss == "lean"
+    assert job.preset.gradient_checkpointing
+    assert job.global_batch_sizes == (64,)
+    assert twin.speedup == 4.0
+    assert twin.gain == 2.0
+    assert twin.text == "packed to 512 tokens, lean loss, checkpointing"
+
+
+def test_compare_shows_a_known_twin_after_its_preset_and_runs_it_alone(tmp_path: Path) -> None:
+    from planner.candidates import MeasureSettings
+    from planner.compare import compare
+    from planner.hardware import DeviceFacts
+    from planner.resolve import Options
+    from presets.demo import demo_folder
+    from presets.env import read_settings
+
+    devices: list[Device] = []
+
+    def factory(folder: Path) -> Any:
+        made = Device(TokenizedDataset.load(folder).lengths, base=0.2, per_token=1e-5)
+        made.lean_factor, made.eager_factor = 1.0, 1.1
+        devices.append(made)
+        return made.factory
+
+    def plan(**more: Any) -> Any:
+        return compare(
+            Options(model=str(demo_folder()), limit=300),
+            read_settings(tmp_path, {}),
+            MeasureSettings(),
+            factory=factory,
+            facts=DeviceFacts(name="Fake", kind="cpu", memory_bytes=64 << 30, free_bytes=32 << 30),
+            history=History(home=tmp_path),
+            clock=lambda: devices[-1].clock(),
+            **more,
+        )
+
+    first = plan(names=("baseline", "recommended"))
+    assert [row.name for row in first.report.rows] == ["baseline", "recommended"]
+    assert any("plan tune" in note for note in first.report.notes)
+    searched = plan(names=("baseline", "recommended"), tuned=True)
+    names = ["baseline", "baseline, tuned", "recommended", "recommended, tuned"]
+    assert [row.name for row in searched.report.rows] == names
+    twin = searched.report.rows[3].to_plain()
+    assert twin["tuned_from"] == "recommended"
+    assert twin["speedup"] > 2
+    assert searched.report.rows[0].speedup == 1.0
+    known = plan(names=("baseline", "recommended"))
+    assert [row.name for row in known.report.rows] == names
+    assert not any("plan tune" in note for note in known.report.notes)
+    alone = plan(names=("recommended",), running=True, tuned=True)
+    assert [candidate.name for candidate in alone.candidates] == ["recommended, tuned"]
+    written = plan(names=("recommended",), running=True)
+    assert [candidate.name for candidate in written.candidates] == ["recommended"]
+    from planner.explain import explain_text
+
+    text = explain_text(searched)
+    assert "forward+backward" in text
+    assert "recommended, tuned: " in text
+    assert "accumulation 1.0" in text
