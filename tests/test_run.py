@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from presets.errors import NonFiniteLossError, OutOfMemoryError, RunError
-from trainer import loop
+from trainer import loop, outputs
 from trainer.batching import BatchPlan
 from trainer.job import EvaluationSpec
 from trainer.loop import Stopped, train
@@ -81,7 +81,7 @@ def test_the_adapter_loads_in_plain_peft_and_gives_the_same_logits(make_run: Any
 
     run = make_run()
     seen: dict[str, Any] = {}
-    real = loop._save_result
+    real = loop.save_result
 
     def save(state: Any) -> None:
         real(state)
@@ -89,7 +89,7 @@ def test_the_adapter_loads_in_plain_peft_and_gives_the_same_logits(make_run: Any
         seen["logits"] = state.stepper.model.eval()(input_ids=ids).logits.detach()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_save_result", save)
+        patch.setattr(loop, "save_result", save)
         train(run)
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     plain = base(input_ids=torch.arange(20)[None]).logits.detach()
@@ -205,7 +205,7 @@ def test_the_best_checkpoint_outlives_the_rotation_and_a_resume(make_run: Any, m
     run = make_run(evaluation=EvaluationSpec(times_during_training=9), keep_checkpoints=1)
     scripted = iter([5.0, 4.0, 3.0, 3.5, 3.4, 3.6, 3.3, 3.2, 3.1, 3.05, 3.05, 3.05])
     monkeypatch.setattr(
-        loop, "evaluate", lambda *_, **__: EvaluationResult(loss=next(scripted), num_examples=8, num_tokens=80)
+        outputs, "evaluate", lambda *_, **__: EvaluationResult(loss=next(scripted), num_examples=8, num_tokens=80)
     )
     with pytest.MonkeyPatch.context() as patch:
         StopAfter(patch, 37)  # in the fifth window: the best one is of the second

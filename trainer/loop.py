@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import shutil
 import signal
@@ -15,17 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from presets import jsonio
 from presets.errors import NonFiniteLossError, OutOfMemoryError, PlanError, RunError
 from trainer import checkpoint as ckpt
 from trainer import step as steps
 from trainer.batching import BatchPlan
 from trainer.collate import collate
 from trainer.data import load_tokenizer, prepare_data
-from trainer.evaluate import EvaluationResult, answerable, evaluate, evaluation_batches, sample_answers
+from trainer.evaluate import EvaluationResult
 from trainer.job import Job
 from trainer.model import LoadedModel, is_out_of_memory, load_model
 from trainer.monitor import Monitor
+from trainer.outputs import held_out_loss, save_result, write_record, write_samples
 from trainer.planning import (
     checkpoint_interval,
     evaluation_steps,
@@ -35,16 +34,15 @@ from trainer.planning import (
     split,
     with_evaluation_on_top,
 )
-from trainer.process import peak_memory_bytes, seconds_since_process_start
-from trainer.record import TOKENS_ONLY, Actual, Breakdown, Predicted, RunRecord, read_predicted
+from trainer.process import seconds_since_process_start
+from trainer.record import TOKENS_ONLY, RunRecord, read_predicted
+from trainer.run import Clock, Run
 from trainer.scoring import example_losses
 from trainer.tokens import FloatArray, IntArray, TokenizedDataset
 
 # With several processes: longest wait, about, until each knows that one was told to stop or ran out of memory. The
 # launcher kills processes that are still there 30 s after a signal, and the checkpoint has to be written by then.
 ASK_SECONDS = 5.0
-
-VERSIONED = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "numpy")
 
 
 class Stopped(Exception):
@@ -53,53 +51,6 @@ class Stopped(Exception):
     def __init__(self, signal_number: int):
         super().__init__(signal_number)
         self.signal_number = signal_number
-
-
-class _Clock:
-    """Adds up where the seconds go."""
-
-    def __init__(self) -> None:
-        self.parts: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - begun
-
-
-@dataclass(slots=True, eq=False)
-class _Run:
-    """Everything the loop holds while it runs."""
-
-    job: Job
-    folder: Path
-    data: TokenizedDataset
-    plan: BatchPlan
-    rates: FloatArray
-    supervised: IntArray  # targets of each window
-    accelerator: Any
-    stepper: steps.Stepper
-    tokenizer: Any
-    clock: _Clock
-    progress: ckpt.Progress
-    predicted: Predicted
-    notes: list[str]
-    monitor: Monitor | None = None
-    num_resumes: int = 0
-    wall_before: float = 0.0
-    stop_signal: int = 0
-    ask_every: int = 1  # micro-steps between two exchanges of news, with several processes
-
-    @property
-    def is_main(self) -> bool:
-        return bool(self.accelerator.is_main_process)
-
-    def say(self, text: str) -> None:
-        if self.monitor is not None:
-            self.monitor.say(text)
 
 
 def train(folder: Path, *, resume: bool = False) -> RunRecord | None:
@@ -114,12 +65,12 @@ def train(folder: Path, *, resume: bool = False) -> RunRecord | None:
         with _signals(run):
             return _train(run)
     except Stopped:
-        _write_record(run, "stopped", None, error=None)
+        write_record(run, "stopped", None, error=None)
         _leave_together(run)
         raise
     except PlanError as reason:
         run.say(f"Stopped: {reason}")
-        _write_record(run, "failed", None, error=str(reason))
+        write_record(run, "failed", None, error=str(reason))
         if isinstance(reason, (NonFiniteLossError, OutOfMemoryError)):
             _leave_together(run)
         raise
@@ -129,17 +80,22 @@ def train(folder: Path, *, resume: bool = False) -> RunRecord | None:
         run.accelerator.end_training()
 
 
-def _leave_together(run: _Run) -> None:
+def _leave_together(run: Run) -> None:
     """Wait for the record, where an end is every process's: the launcher ends the others when the first one leaves."""
     if run.job.num_devices > 1:
         run.accelerator.wait_for_everyone()
 
 
-def _prepare(folder: Path, resume: bool) -> _Run:
+def _prepare(folder: Path, resume: bool) -> Run:
+    """Data, batch plan, model and display of a run; on every process.
+
+    Raises:
+        PlanError: anything a user can mend.
+    """
     import torch
     from accelerate import Accelerator
 
-    clock = _Clock()
+    clock = Clock()
     clock.parts["start"] = seconds_since_process_start()
     job = Job.read(folder / "job.json")
     if job.num_threads:
@@ -189,7 +145,7 @@ def _prepare(folder: Path, resume: bool) -> _Run:
             steps.share_parameters(stepper.parameters)
     if stepper.lean_refused is not None:
         notes += (f"the plain loss is used instead of the lean one: {stepper.lean_refused}",)
-    run = _Run(
+    run = Run(
         job=job,
         folder=folder,
         data=data,
@@ -271,7 +227,7 @@ def _clear_leftovers(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def _restore(run: _Run) -> None:
+def _restore(run: Run) -> None:
     progress, path, notes = ckpt.load_newest(
         run.folder / "checkpoints", run.stepper, run.accelerator.process_index, run.is_main
     )
@@ -284,7 +240,7 @@ def _restore(run: _Run) -> None:
 
 
 @contextlib.contextmanager
-def _signals(run: _Run) -> Iterator[None]:
+def _signals(run: Run) -> Iterator[None]:
     """First SIGINT or SIGTERM: finish what must be finished and save. Second: leave at once."""
 
     def stop(number: int, _frame: Any) -> None:
@@ -300,14 +256,14 @@ def _signals(run: _Run) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _train(run: _Run) -> RunRecord | None:
+def _train(run: Run) -> RunRecord | None:
     job, plan = run.job, run.plan
     for note in run.notes:
         run.say(f"note: {note}")
     if run.progress.windows_done == 0 and run.progress.eval_loss_before is None:
-        before = _evaluate(run)
+        before = held_out_loss(run)
         run.progress = replace(run.progress, eval_loss_before=before.loss if before else None)
-        _write_samples(run, "before")
+        write_samples(run, "before")
     evaluate_at = evaluation_steps(job, plan.num_steps)
     every = checkpoint_interval(job, plan.num_steps)
     while run.progress.windows_done < plan.num_steps:
@@ -319,13 +275,13 @@ def _train(run: _Run) -> RunRecord | None:
         elif done % every == 0:
             _checkpoint(run, ckpt.random_state(run.accelerator.process_index))
     after = _evaluate_and_keep_best(run)
-    _write_samples(run, "after")
+    write_samples(run, "after")
     with run.clock.part("save"):
-        _save_result(run)
-    return _write_record(run, "finished", after, error=None)
+        save_result(run)
+    return write_record(run, "finished", after, error=None)
 
 
-def _window(run: _Run, random_state: dict[str, Any]) -> None:
+def _window(run: Run, random_state: dict[str, Any]) -> None:
     """One optimizer step: micro-steps over this process's share, then the update; in parts if memory runs out."""
     begun = time.perf_counter()
     while (losses := _micro_steps(run, random_state)) is None:
@@ -369,7 +325,7 @@ def _window(run: _Run, random_state: dict[str, Any]) -> None:
         )
 
 
-def _micro_steps(run: _Run, random_state: dict[str, Any]) -> Any:
+def _micro_steps(run: Run, random_state: dict[str, Any]) -> Any:
     """Forward and backward over this process's micro-batches of the open window; their token losses, (num_micro,).
 
     None where memory ran out, on this process or on another. A stop signal discards the window, and resume repeats it.
@@ -407,7 +363,7 @@ def _micro_steps(run: _Run, random_state: dict[str, Any]) -> Any:
     return torch.stack(losses)
 
 
-def _micro_batch(run: _Run, micro: int, scale: float) -> Any:
+def _micro_batch(run: Run, micro: int, scale: float) -> Any:
     """Forward and backward of one planned micro-batch, in as many parts as it takes; None where memory ran out."""
     total: Any = None
     try:
@@ -430,7 +386,7 @@ class _News:
     seconds: float  # that the slowest took since the last exchange
 
 
-def _exchange_news(run: _Run, *, failed: bool, seconds: float) -> _News:
+def _exchange_news(run: Run, *, failed: bool, seconds: float) -> _News:
     """The same answer on every process, so that all of them do the same next."""
     import torch
     import torch.distributed as dist
@@ -456,7 +412,7 @@ def _parts(rows: list[IntArray], split: int) -> list[list[IntArray]]:
     return [rows[start : start + size] for start in range(0, max(1, len(rows)), size)]
 
 
-def _split_further(run: _Run, random_state: dict[str, Any]) -> None:
+def _split_further(run: Run, random_state: dict[str, Any]) -> None:
     """After running out of memory: halve what is executed at once; the plan and the global batch stay."""
     import torch
 
@@ -482,7 +438,7 @@ def _split_further(run: _Run, random_state: dict[str, Any]) -> None:
     run.say(note)
 
 
-def _require_finite(run: _Run, values: FloatArray) -> None:
+def _require_finite(run: Run, values: FloatArray) -> None:
     """Stop at a NaN or infinite loss, before it reaches the weights, and name the examples."""
     bad = np.flatnonzero(~np.isfinite(values))
     if not len(bad):
@@ -502,7 +458,7 @@ def _require_finite(run: _Run, values: FloatArray) -> None:
     )
 
 
-def _discard_and_stop(run: _Run, random_state: dict[str, Any], number: int) -> None:
+def _discard_and_stop(run: Run, random_state: dict[str, Any], number: int) -> None:
     """Save the open window's start, and leave."""
     run.stop_signal = number  # it may have come to another process
     steps.clear_gradients(run.stepper.parameters)
@@ -511,7 +467,7 @@ def _discard_and_stop(run: _Run, random_state: dict[str, Any], number: int) -> N
     raise Stopped(number)
 
 
-def _checkpoint(run: _Run, random_state: dict[str, Any]) -> None:
+def _checkpoint(run: Run, random_state: dict[str, Any]) -> None:
     with run.clock.part("checkpoints"):
         run.progress = replace(run.progress, wall_seconds=run.wall_before + seconds_since_process_start())
         states = _gather_random(run, random_state)
@@ -523,7 +479,7 @@ def _checkpoint(run: _Run, random_state: dict[str, Any]) -> None:
             run.accelerator.wait_for_everyone()
 
 
-def _gather_random(run: _Run, mine: dict[str, Any]) -> dict[str, Any]:
+def _gather_random(run: Run, mine: dict[str, Any]) -> dict[str, Any]:
     if run.job.num_devices == 1:
         return mine
     from accelerate.utils import gather_object
@@ -534,35 +490,9 @@ def _gather_random(run: _Run, mine: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _evaluate(run: _Run) -> EvaluationResult | None:
-    if len(run.plan.evaluation) == 0:
-        return None
-    many = run.job.num_devices > 1
-
-    def total(tensor: Any) -> Any:
-        return run.accelerator.reduce(tensor.to(run.accelerator.device), "sum").cpu()
-
-    with run.clock.part("evaluation"):
-        batches = len(evaluation_batches(run.data, run.plan.evaluation))
-        result = evaluate(
-            run.stepper.model,
-            run.data,
-            run.plan.evaluation,
-            device=run.stepper.device,
-            precision=run.job.precision,
-            share=slice(run.accelerator.process_index, batches, run.job.num_devices),
-            reduce=total if many else None,
-            head=run.stepper.head,
-        )
-    if result is not None:
-        step = run.progress.windows_done
-        run.say(f"step {step}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
-    return result
-
-
-def _evaluate_and_keep_best(run: _Run) -> EvaluationResult | None:
+def _evaluate_and_keep_best(run: Run) -> EvaluationResult | None:
     """Evaluate at a window boundary and keep a checkpoint of it; the best one is never rotated away."""
-    result = _evaluate(run)
+    result = held_out_loss(run)
     progress = run.progress
     if result is not None:
         run.progress = progress = replace(progress, last_eval_loss=result.loss)
@@ -570,115 +500,6 @@ def _evaluate_and_keep_best(run: _Run) -> EvaluationResult | None:
             run.progress = replace(progress, best_eval_loss=result.loss, best_step=progress.windows_done)
     _checkpoint(run, ckpt.random_state(run.accelerator.process_index))
     return result
-
-
-def _write_samples(run: _Run, when: str) -> None:
-    """samples-before.json and samples-after.json; with both there, samples.md side by side."""
-    path = run.folder / f"samples-{when}.json"
-    if not run.is_main or path.exists():
-        return
-    examples = answerable(run.data, run.plan.evaluation, run.job.evaluation.num_samples)
-    with run.clock.part("samples"):
-        answers = sample_answers(
-            run.stepper.model,
-            run.tokenizer,
-            run.data,
-            examples,
-            device=run.stepper.device,
-            precision=run.job.precision,
-            max_new_tokens=run.job.evaluation.max_new_tokens,
-        )
-    jsonio.write_atomically(path, jsonio.to_json(answers))
-    if when == "after":
-        _write_side_by_side(run.folder)
-
-
-def _write_side_by_side(folder: Path) -> None:
-    import json
-
-    pairs = zip(
-        json.loads((folder / "samples-before.json").read_text(encoding="utf-8")),
-        json.loads((folder / "samples-after.json").read_text(encoding="utf-8")),
-        strict=True,
-    )
-    lines = ["# Sample answers on held-out examples", ""]
-    for before, after in pairs:
-        lines += [f"## Example {before['example']}", ""]
-        for title, text in (
-            ("Prompt", before["prompt"]),
-            ("Before", before["answer"]),
-            ("After", after["answer"]),
-            ("Expected", before["expected"]),
-        ):
-            lines += [f"**{title}**", "", *("    " + line for line in text.strip().splitlines() or [""]), ""]
-    jsonio.write_atomically(folder / "samples.md", "\n".join(lines))
-
-
-def _save_result(run: _Run) -> None:
-    """The adapter in PEFT's format, or the whole model after full fine-tuning; written aside, then renamed."""
-    if not run.is_main:
-        return
-    model = run.stepper.model
-    name = "adapter" if run.job.preset.adapter == "lora" else "model"
-    aside, target = run.folder / f".{name}.tmp", run.folder / name
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        if run.job.preset.adapter == "lora":
-            model.save_pretrained(aside, save_embedding_layers=False)
-        else:
-            model.save_pretrained(aside)
-        run.tokenizer.save_pretrained(aside)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(aside, target)
-    except OSError as reason:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise RunError(
-            f"{target}: the result cannot be written ({reason.strerror or reason}). The last checkpoint is kept: "
-            "make room and run 'plan --resume'."
-        ) from None
-
-
-def _write_record(run: _Run, status: str, after: EvaluationResult | None, *, error: str | None) -> RunRecord | None:
-    if not run.is_main:
-        return None
-    progress = run.progress
-    record = RunRecord(
-        status=status,
-        job=run.job,
-        predicted=run.predicted,
-        actual=Actual(
-            seconds=run.wall_before + seconds_since_process_start(),
-            train_seconds=progress.train_seconds,
-            peak_memory_bytes=peak_memory_bytes(run.stepper.device),
-            num_steps=progress.windows_done,
-            num_examples=int(run.plan.window_documents[progress.windows_done]),
-            num_tokens=progress.tokens,
-            train_loss=progress.loss_sum / progress.loss_tokens if progress.loss_tokens else None,
-            eval_loss_before=progress.eval_loss_before,
-            eval_loss_after=after.loss if after else None,
-            best_eval_loss=progress.best_eval_loss,
-            best_step=progress.best_step,
-            applied_steps=progress.applied_steps,
-            skipped_steps=progress.skipped_steps,
-            micro_batch_split=progress.split,
-            num_resumes=run.num_resumes,
-            breakdown=Breakdown(train=progress.train_seconds, **run.clock.parts),
-        ),
-        versions=_versions(),
-        notes=tuple(run.notes),
-        error=error,
-    )
-    record.write(run.folder / "record.json")
-    return record
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in VERSIONED:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def _memory_now(device: str) -> int:

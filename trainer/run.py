@@ -1,0 +1,65 @@
+"""What a run holds while it goes: job, data, plan, model, progress. Made and executed by `trainer.loop`."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.batching import BatchPlan
+from trainer.checkpoint import Progress
+from trainer.job import Job
+from trainer.monitor import Monitor
+from trainer.record import Predicted
+from trainer.step import Stepper
+from trainer.tokens import FloatArray, IntArray, TokenizedDataset
+
+
+class Clock:
+    """Adds up where the seconds go."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - begun
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """Everything the loop holds while it runs."""
+
+    job: Job
+    folder: Path
+    data: TokenizedDataset
+    plan: BatchPlan
+    rates: FloatArray
+    supervised: IntArray  # targets of each window
+    accelerator: Any
+    stepper: Stepper
+    tokenizer: Any
+    clock: Clock
+    progress: Progress
+    predicted: Predicted
+    notes: list[str]
+    monitor: Monitor | None = None
+    num_resumes: int = 0
+    wall_before: float = 0.0
+    stop_signal: int = 0
+    ask_every: int = 1  # micro-steps between two exchanges of news, with several processes
+
+    @property
+    def is_main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    def say(self, text: str) -> None:
+        if self.monitor is not None:
+            self.monitor.say(text)
