@@ -30,6 +30,7 @@ import tempfile
 import threading
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -62,6 +63,7 @@ class Worker:
         self._stepper: Stepper | None = None
         self._tokenizer: Any = None
         self._targets = data.num_supervised  # per example
+        self._is_settled = False  # how packed documents are kept apart
 
     @property
     def stepper(self) -> Stepper:
@@ -117,6 +119,7 @@ class Worker:
         from trainer.step import clear_gradients
 
         seconds = []
+        self._settle(micro_batches)
         try:
             for rows in micro_batches:
                 scale = 1.0 / self._supervised([rows])
@@ -152,6 +155,7 @@ class Worker:
 
         from trainer.step import optimizer_step
 
+        self._settle(micro_batches)
         scale = 1.0 / self._supervised(micro_batches)
         self._synchronize()
         begin = time.perf_counter()
@@ -169,6 +173,7 @@ class Worker:
         from trainer.step import clear_gradients, optimizer_step
 
         cuda = self.job.device == "cuda"
+        self._settle([rows for window in windows for rows in window])
         if cuda:
             import torch
 
@@ -214,16 +219,24 @@ class Worker:
 
     def packing_refused(self, packed_length: int) -> str | None:
         """Why packed rows are not for this model; None where its packed and separate logits agree."""
-        from trainer.agreement import packing_agrees
+        from trainer.agreement import settle_packing
 
-        return packing_agrees(
-            self.stepper.model,
-            self.data,
-            device=self.job.device,
-            precision=self.job.precision,
-            base_precision=self.job.base_precision,
-            packed_length=packed_length,
-        )
+        self._is_settled = True
+        job = replace(self.job, packed_length=packed_length)
+        return settle_packing(self.stepper.model, self.data, job, tell_leaks=True)
+
+    def _settle(self, micro_batches: list[MicroRows]) -> None:
+        """Before the first packed row is timed, choose how its documents are kept apart, as a run does at its start."""
+        if self._is_settled or not any(len(row) > 1 for rows in micro_batches for row in rows):
+            return
+        from trainer.agreement import NO_COMPANY, settle_packing
+
+        self._is_settled = True
+        longest = max(int(self.data.lengths[row].sum()) for rows in micro_batches for row in rows)
+        job = self.job if self.job.packing else replace(self.job, packed_length=longest)
+        refused = settle_packing(self.stepper.model, self.data, job)
+        if refused is not None and refused != NO_COMPANY:
+            raise MeasurementError(f"packing: {refused}")
 
     def free(self) -> int:
         """Bytes free on the device now."""

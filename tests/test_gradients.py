@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import random_data, small_model, with_lora
 
+from trainer import documents
 from trainer.batching import BatchPlan, Pass, Stretch, make_batch_plan
 from trainer.collate import collate
 from trainer.data import prepare_data
@@ -62,7 +63,7 @@ def moved(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "documents"])
 @pytest.mark.parametrize(("double", "tolerance"), [(False, 1e-5), (True, 1e-12)])
 def test_gradient_is_the_same_for_every_split_of_a_global_batch(
     make_job: Any,
@@ -75,7 +76,10 @@ def test_gradient_is_the_same_for_every_split_of_a_global_batch(
 ) -> None:
     import torch.nn.functional as F
 
-    model = moved(load_model(make_job(adapter=adapter, attention=attention), need_weights=True).model)
+    kind = "sdpa" if attention == "documents" else attention
+    model = moved(load_model(make_job(adapter=adapter, attention=kind), need_weights=True).model)
+    if attention == "documents":
+        documents.use(model, apart=True)
     if double:
         model.double()
         # Eager attention takes its softmax in fp32 whatever the model is in, and the rounding of that depends on the
@@ -104,6 +108,7 @@ def two_models() -> dict[str, Any]:
     sort=st.booleans(),
     kind=st.sampled_from(["lora", "full"]),
     lean=st.booleans(),
+    apart=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_any_tuned_plan_has_the_windows_and_gradients_of_the_untuned_one(
@@ -116,11 +121,13 @@ def test_any_tuned_plan_has_the_windows_and_gradients_of_the_untuned_one(
     sort: bool,
     kind: str,
     lean: bool,
+    apart: bool,
     seed: int,
 ) -> None:
     from trainer.lean import find_lean_head
 
     model, data = two_models[kind], random_data(lengths, seed=seed, supervised=0.7)
+    documents.use(model, apart=apart)
     passes = (
         Pass(examples=np.arange(len(lengths)), num_epochs=1, stretches=(Stretch(phase=0, global_batch_size=size),)),
     )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from presets.errors import NonFiniteLossError, OutOfMemoryError, RunError
+from presets.errors import ModelError, NonFiniteLossError, OutOfMemoryError, RunError
 from trainer import loop, outputs
 from trainer.batching import BatchPlan
 from trainer.job import EvaluationSpec
@@ -472,3 +472,15 @@ def wait_for(condition: Any, child: Any) -> None:
     while not condition():
         assert child.poll() is None, "the run ended by itself"
         time.sleep(0.05)
+
+
+def test_packing_that_the_model_gets_wrong_stops_the_run_before_the_first_step(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer import loop
+
+    folder = make_run(packing=True)
+    monkeypatch.setattr(loop, "settle_packing", lambda *_: "packed logits differ from separate ones")
+    with pytest.raises(ModelError, match="packed logits differ.*--packing"):
+        loop.train(folder)
+    assert not (folder / "metrics.jsonl").exists()

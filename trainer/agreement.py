@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from trainer import documents
+from trainer.job import Job
 from trainer.tokens import IntArray, TokenizedDataset
 
 # Largest difference at any position, relative to the typical size of a position's logits around their mean. A packed
@@ -17,6 +21,33 @@ TOLERANCES = {"fp32": 1e-3, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}
 # on context (random weights, say) would hide a leak under the tolerance.
 LEAK_SHARE = 0.1
 MAX_DOCUMENTS = 4
+NO_COMPANY = "no two examples fit into one row"
+
+
+def settle_packing(model: Any, data: TokenizedDataset, job: Job, *, tell_leaks: bool = False) -> str | None:
+    """Choose how this very model keeps packed documents apart; None, or why packed rows are not for it.
+
+    On a CPU with "sdpa" each document is attended to by itself (`trainer.documents`) where that gives the separate
+    logits; else, and elsewhere, a mask over the whole row is compared. On a GPU a loop over documents starts many small
+    kernels and has not been timed yet.
+    """
+    arguments: dict[str, Any] = {
+        "device": job.device,
+        "precision": job.precision,
+        "base_precision": job.base_precision,
+        "packed_length": job.packed_length or job.preset.max_length,
+        "tell_leaks": tell_leaks,
+    }
+    if job.device == "cpu" and job.preset.attention == "sdpa":
+        try:
+            documents.use(model, apart=True)
+        except (ValueError, AttributeError) as reason:  # a model that takes no attention but its own
+            logging.getLogger(__name__).debug("attention document by document: %s", reason)
+        else:
+            if packing_agrees(model, data, **arguments) is None:
+                return None
+            documents.use(model, apart=False)
+    return packing_agrees(model, data, **arguments)
 
 
 def packing_agrees(
@@ -28,6 +59,7 @@ def packing_agrees(
     base_precision: str = "fp32",
     packed_length: int | None = None,
     examples: IntArray | None = None,
+    tell_leaks: bool = True,
 ) -> str | None:
     """None where packed and separate logits agree on this very model, else the reason why packing is not for it.
 
@@ -38,16 +70,17 @@ def packing_agrees(
     Args:
         packed_length: tokens in a packed row; examples are taken while they fit.
         examples: which to take from, all by default.
+        tell_leaks: also refuse where mixing documents would hardly show, as with random weights.
     """
     import torch
 
     from trainer.collate import collate
     from trainer.model import is_out_of_memory
-    from trainer.step import autocast
+    from trainer.step import autocast, model_arguments
 
     chosen = _documents(data, np.arange(len(data)) if examples is None else examples, packed_length)
     if len(chosen) < 2:
-        return "no two examples fit into one row"
+        return NO_COMPANY
     tolerance = TOLERANCES["bf16" if base_precision == "8bit" else precision]
     was_training = model.training
     model.eval()
@@ -56,8 +89,8 @@ def packing_agrees(
 
             def logits(row: IntArray, *, apart: bool = True) -> torch.Tensor:
                 batch = collate([row], data).to(device)
-                more = {"position_ids": batch.position_ids} if apart and batch.position_ids is not None else {}
-                found = model(input_ids=batch.input_ids, use_cache=False, **more).logits[0].float()
+                named = model_arguments(model, batch if apart else replace(batch, position_ids=None, documents=None))
+                found = model(**named).logits[0].float()
                 return found - found.mean(dim=-1, keepdim=True)  # what softmax does not see does not count
 
             alone = torch.cat([logits(chosen[index : index + 1]) for index in range(len(chosen))])
@@ -72,7 +105,7 @@ def packing_agrees(
         model.train(was_training)
     if not packed <= tolerance:
         return f"packed logits differ from separate ones by {packed:.1e} of their size, more than {tolerance:.0e}"
-    if not packed <= LEAK_SHARE * mixed:
+    if tell_leaks and not packed <= LEAK_SHARE * mixed:
         return (
             f"packed logits differ from separate ones by {packed:.1e} of their size, and mixing the documents on "
             f"purpose changes them by no more than {mixed:.1e}: a leak could not be told from rounding"

@@ -13,13 +13,16 @@ if TYPE_CHECKING:
     import torch
 
 
+Document = tuple[int, int, int]  # row, first position, end
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class MicroBatch:
     """One forward and backward pass.
 
     Rows are padded on the right and carry no attention mask: causal attention never looks right, so a real token does
     not see padding, and without a mask the fastest kernels apply. Packed rows carry `position_ids` that start at 0
-    with each document; the model keeps documents apart by them.
+    with each document; the model keeps documents apart by them, or by `documents` (see `trainer.documents`).
     """
 
     input_ids: torch.Tensor  # (rows, width) int64
@@ -27,6 +30,8 @@ class MicroBatch:
     predicts: torch.Tensor  # (num_targets,) positions in the flattened (rows * width) that predict a target
     targets: torch.Tensor  # (num_targets,) token ids
     num_tokens: int  # real ones
+    # Where each document of a packed row lies, row by row without gaps; padding is a document too.
+    documents: tuple[Document, ...] | None = None
 
     def to(self, device: str) -> MicroBatch:
         """The same batch on a device; copies run beside the computation where the memory is pinned."""
@@ -42,6 +47,7 @@ class MicroBatch:
             predicts=move(self.predicts),
             targets=move(self.targets),
             num_tokens=self.num_tokens,
+            documents=self.documents,
         )
 
 
@@ -61,6 +67,7 @@ def collate(rows: list[IntArray], data: TokenizedDataset, *, pad_token_id: int =
     counts = np.zeros((len(spans), width), dtype=bool)
     packed = any(len(row) > 1 for row in spans)
     positions = np.zeros((len(spans), width), dtype=np.int64) if packed else None
+    documents: list[Document] = []
     num_tokens = 0
     for index, row in enumerate(spans):
         at = 0
@@ -71,9 +78,11 @@ def collate(rows: list[IntArray], data: TokenizedDataset, *, pad_token_id: int =
             counts[index, at] = False  # nothing before a document's first token predicts it
             if positions is not None:
                 positions[index, at : at + size] = np.arange(size)
+                documents.append((index, at, at + size))
             at += size
-        if positions is not None:
+        if positions is not None and at < width:
             positions[index, at:] = np.arange(width - at)  # padding is a document of its own
+            documents.append((index, at, width))
         num_tokens += at
     target_positions = np.flatnonzero(counts.ravel())
     return MicroBatch(
@@ -82,4 +91,5 @@ def collate(rows: list[IntArray], data: TokenizedDataset, *, pad_token_id: int =
         predicts=torch.from_numpy(target_positions - 1),
         targets=torch.from_numpy(ids.ravel()[target_positions]),
         num_tokens=num_tokens,
+        documents=tuple(documents) if packed else None,
     )

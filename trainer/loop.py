@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from presets.errors import NonFiniteLossError, OutOfMemoryError, PlanError, RunError
+from presets.errors import ModelError, NonFiniteLossError, OutOfMemoryError, PlanError, RunError
 from trainer import checkpoint as ckpt
 from trainer import step as steps
+from trainer.agreement import NO_COMPANY, settle_packing
 from trainer.batching import BatchPlan
 from trainer.collate import collate
 from trainer.data import load_tokenizer, prepare_data
@@ -133,6 +134,11 @@ def _prepare(folder: Path, resume: bool) -> Run:
         if job.num_devices > 1:  # the weights are the same on each process, what dropout leaves out is not
             torch.manual_seed(job.seed + accelerator.process_index)
         tokenizer = load_tokenizer(job.model, trust_remote_code=job.trust_remote_code)
+        refused = settle_packing(loaded.model, data, job) if job.packing else None
+        if refused == NO_COMPANY:
+            notes += (f"packing changes nothing: {refused}",)
+        elif refused is not None:
+            raise ModelError(f"packing is not for this model: {refused}. Run it without --packing.")
         stepper = steps.make_stepper(
             loaded.model,
             str(accelerator.device),

@@ -70,6 +70,8 @@ def load_model(job: Job, *, need_weights: bool) -> LoadedModel:
     """
     import torch
 
+    from trainer.fused import fuse_adapters
+
     quiet_libraries()
     files = inspect_model(job.model)
     if need_weights and not files.has_weights:
@@ -95,6 +97,7 @@ def load_model(job: Job, *, need_weights: bool) -> LoadedModel:
     num_parameters = _count_parameters(base)
     if job.preset.adapter == "lora":
         model = _add_lora(base, job)
+        fuse_adapters(model)
     else:
         model = base.float()
         model.requires_grad_(True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trainer import documents
 from trainer.collate import MicroBatch
 from trainer.job import Loss
 
@@ -93,6 +94,16 @@ def autocast(device: str, precision: str) -> Any:
     return torch.autocast(device.split(":")[0], dtype=dtype, enabled=dtype is not None)
 
 
+def model_arguments(model: Any, batch: MicroBatch) -> dict[str, Any]:
+    """What the model's forward is called with: of packed rows also where their documents lie."""
+    arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    if batch.position_ids is not None:
+        arguments["position_ids"] = batch.position_ids
+        if documents.are_used(model):
+            arguments["documents"] = batch.documents
+    return arguments
+
+
 def token_losses(
     model: Any,
     batch: MicroBatch,
@@ -112,9 +123,7 @@ def token_losses(
     import torch
     import torch.nn.functional as F
 
-    arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
-    if batch.position_ids is not None:
-        arguments["position_ids"] = batch.position_ids
+    arguments = model_arguments(model, batch)
     if head is not None:
         from trainer.lean import lean_losses
 
