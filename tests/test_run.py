@@ -481,6 +481,6 @@ def test_packing_that_the_model_gets_wrong_stops_the_run_before_the_first_step(
 
     folder = make_run(packing=True)
     monkeypatch.setattr(loop, "settle_packing", lambda *_: "packed logits differ from separate ones")
-    with pytest.raises(ModelError, match="packed logits differ.*--packing"):
+    with pytest.raises(ModelError, match=r"packed logits differ.*--packing"):
         loop.train(folder)
     assert not (folder / "metrics.jsonl").exists()
