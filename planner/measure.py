@@ -46,6 +46,10 @@ WINDOW_MICROS = 16  # micro-batches of a window timed as a whole; a longer windo
 WINDOW_AFTER = (2, 5, 10, 20, 40)  # rounds after which one is timed
 WINDOW_SHARE = 0.2  # of the budget that is left, at most, for one window
 SAME_SHAPE = 0.95  # a worst micro-batch this near to a larger one is judged by the larger one's peak
+# On a CPU the heap keeps growing over the first few of the longest micro-batches, since freed blocks seldom fit the
+# next tensor exactly: with glibc 2.36 one long micro-batch after another took 1.47, 1.61, 1.64, 1.66 GB (2026-11-25).
+LONG_ONES = 10  # so many are run, as far as the plan holds them, while their time lasts
+LONG_ONES_SHARE = 0.2  # of the budget, for all rows' together
 EVALUATION_BATCHES = 5
 ANSWER_TOKENS = 16
 
@@ -244,7 +248,9 @@ class _Measuring:
             if failed is None:
                 self.tell(f"memory: {members[0].name}", 0.0)
                 try:
-                    reply = self._try_alone(group, self._worst_windows(members, plan, micro))
+                    seconds = LONG_ONES_SHARE * self.budget / (len(trials) * len(self.groups))
+                    more = self._long_windows(members) if group.signature.device == "cpu" else []
+                    reply = self._try_alone(group, self._worst_windows(members, plan, micro), more, seconds)
                     group.reserved = reply.reserved_bytes
                     group.largest_key = max(group.largest_key, float(keys(shapes)[micro]))
                     padded = int(shapes.padded_tokens[micro])
@@ -298,12 +304,14 @@ class _Measuring:
         if reply.reserved_bytes > group.reserved:
             self._raise_peaks(group, to=reply.reserved_bytes, headroom=reply.headroom_bytes)
 
-    def _try_alone(self, group: _Group, windows: list[list[MicroRows]]) -> MemoryReply:
+    def _try_alone(
+        self, group: _Group, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float
+    ) -> MemoryReply:
         """The memory reply; out of memory is believed only of a worker that had the device to itself."""
         try:
             self._start(group)
             assert group.prober is not None
-            return group.prober.memory(windows)
+            return group.prober.memory(windows, more, seconds)
         except DoesNotFit:
             others = [other for other in self.groups if other is not group and other.prober is not None]
             if not others:
@@ -313,7 +321,7 @@ class _Measuring:
             group.close()
             self._start(group)
             assert group.prober is not None
-            return group.prober.memory(windows)
+            return group.prober.memory(windows, more, seconds)
 
     def _worst_windows(self, members: list[PlannedRow], plan: BatchPlan, micro: int) -> list[list[MicroRows]]:
         """The longest micro-batch with its neighbours in its window, and the same of the longest that is at no head.
@@ -327,6 +335,15 @@ class _Measuring:
             key[heads[heads < len(key)]] = -1.0
             if len(key) and key.max() > 0:
                 windows.append(_neighbourhood(other, int(key.argmax())))
+        return windows
+
+    def _long_windows(self, members: list[PlannedRow]) -> list[list[MicroRows]]:
+        """The longest micro-batches of each plan with their neighbours, in the plan's order."""
+        windows = []
+        for plan in {id(row.plan): row.plan for row in members}.values():
+            key = keys(self.shapes[id(plan)])
+            for micro in np.sort(np.argsort(key, kind="stable")[-LONG_ONES:]).tolist():
+                windows.append(_neighbourhood(plan, micro))
         return windows
 
     def _worst_micro_batches(self, rows: list[PlannedRow]) -> list[tuple[BatchPlan, int, list[PlannedRow]]]:

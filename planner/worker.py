@@ -6,7 +6,7 @@ First line in: {"job": ..., "data_dir": ..., "scratch": ... or null}. Then one c
     {"command": "run", "micro_batches": [...]}             -> {"seconds": [...]}   one per micro-step
     {"command": "optimizer", "repeat": n}                  -> {"seconds": [...]}
     {"command": "window", "micro_batches": [...]}          -> {"seconds": x}       micro-steps and optimizer step as one
-    {"command": "memory", "windows": [[...], ...]}         -> MemoryReply
+    {"command": "memory", "windows": [[...], ...], "more": [[...], ...], "seconds": x}   -> MemoryReply
     {"command": "peak"}                                    -> PeakReply
     {"command": "packing", "packed_length": n}             -> {"refused": null or why packing is not for this model}
     {"command": "free"}                                    -> {"bytes": n}
@@ -164,8 +164,10 @@ class Worker:
         self._synchronize()
         return time.perf_counter() - begin
 
-    def memory(self, windows: list[list[MicroRows]]) -> MemoryReply:
+    def memory(self, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float) -> MemoryReply:
         """Peak bytes over these windows or parts of them: since the process started, on a GPU since the last `memory`.
+
+        `more` windows follow while they take no longer than `seconds`.
 
         Adam's moments appear at the first update, so a small one comes first. Then the micro-batches follow each other
         as in the run: where a window's longest stands at its head, no gradients lie beside its activations.
@@ -180,16 +182,21 @@ class Worker:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         self.optimizer(1)
-        seconds: list[float] = []
+        taken: list[float] = []
+        until = float("inf")
         try:
-            for window in windows:
+            for number, window in enumerate([*windows, *more]):
+                if number == len(windows):
+                    until = time.perf_counter() + seconds
+                if time.perf_counter() >= until:
+                    break
                 scale = 1.0 / self._supervised(window)
                 for rows in window:
                     self._synchronize()
                     begin = time.perf_counter()
                     self._micro_step(rows, scale)
                     self._synchronize()
-                    seconds.append(time.perf_counter() - begin)
+                    taken.append(time.perf_counter() - begin)
                 optimizer_step(self.stepper, 0.0)
             self._synchronize()
         finally:
@@ -199,7 +206,7 @@ class Worker:
         else:
             allocated = reserved = peak_resident_bytes()
         # The first one met its shape for the first time; of the others the longest takes the longest.
-        slowest = max(seconds[1:] or seconds)
+        slowest = max(taken[1:] or taken)
         return MemoryReply(allocated_bytes=allocated, reserved_bytes=reserved, micro_step_seconds=slowest)
 
     def peak(self) -> PeakReply:
@@ -349,7 +356,7 @@ def answer_command(worker: Worker, request: dict[str, Any]) -> Any:
     if command == "window":
         return {"seconds": worker.window(request["micro_batches"])}
     if command == "memory":
-        return jsonio.to_plain(worker.memory(request["windows"]))
+        return jsonio.to_plain(worker.memory(request["windows"], request["more"], float(request["seconds"])))
     if command == "peak":
         return jsonio.to_plain(worker.peak())
     if command == "packing":

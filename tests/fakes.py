@@ -196,13 +196,13 @@ class FakeProber:
         parts = sum(self.device.pass_time(self._seconds(rows)) for rows in micro_batches)
         return self.device.window_factor * (parts + self.device.pass_time(self.device.optimizer))
 
-    def memory(self, windows: list[list[MicroRows]]) -> MemoryReply:
+    def memory(self, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float) -> MemoryReply:
         self._note("memory")
         every = [rows for window in windows for rows in window]
-        seconds = max(self.device.pass_time(self._seconds(rows)) for rows in every)
+        slowest = max(self.device.pass_time(self._seconds(rows)) for rows in every)
         peak = max(self.device.shape(rows)[0] for rows in every) * self.device.bytes_per_token
         self.held = peak
-        return MemoryReply(allocated_bytes=peak, reserved_bytes=peak, micro_step_seconds=seconds)
+        return MemoryReply(allocated_bytes=peak, reserved_bytes=peak, micro_step_seconds=slowest)
 
     def packing_refused(self, packed_length: int) -> str | None:
         self._note("packing")

@@ -1,4 +1,10 @@
-"""Peak memory as predicted and as a run had it, on the CPU, each in a process of its own."""
+"""Peak memory as predicted and as a run had it, on the CPU, each in a process of its own.
+
+The system's heap is kept out of it: glibc seldom gives a freed block to the next tensor, so that the same training run
+twice holds up to 60 % more than its tensors need, and differs from itself by 3 % (2.36, with checkpointing 956 to
+1,026 MB). With every tensor in a mapping of its own the peak is what the tensors need, and a prediction that leaves
+something out shows. That takes half as long again, so runs do not do it.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +56,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "options", [["--adapter", "full"], [], ["--gradient-checkpointing", "--micro-batch-size", "4"]]
 )
-def test_the_predicted_peak_is_within_5_percent_of_the_run_s(
+def test_the_predicted_peak_is_that_of_the_run(
     options: list[str], wide_model: Path, texts: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "planner.cli", "--run", "baseline", "--model", str(wide_model), "--fresh"]
@@ -66,8 +72,9 @@ def test_the_predicted_peak_is_within_5_percent_of_the_run_s(
         "--output",
         str(tmp_path / "run"),
     ]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, env=dict(os.environ), check=False)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "run" / "record.json").read_text(encoding="utf-8"))
     predicted, actual = record["predicted"]["peak_memory_bytes"], record["actual"]["peak_memory_bytes"]
-    assert predicted == pytest.approx(actual, rel=0.05)
+    assert predicted == pytest.approx(actual, rel=0.03)

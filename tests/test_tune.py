@@ -143,9 +143,9 @@ def test_memory_bounds_the_search_and_runs_out_at_most_once_a_step() -> None:
             return Counting(self, job)
 
     class Counting(Prober):
-        def memory(self, windows: list[list[MicroRows]]) -> Any:
+        def memory(self, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float) -> Any:
             try:
-                return super().memory(windows)
+                return super().memory(windows, more, seconds)
             except Exception:
                 failures.append(self.job.micro_batch_size)
                 raise

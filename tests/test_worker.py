@@ -61,7 +61,7 @@ def test_a_worker_loads_times_and_reports_memory(prober: ProcessProber) -> None:
     assert 0 < loaded.num_trainable_parameters < loaded.num_parameters
     assert loaded.start_seconds > 0
     assert loaded.num_threads == 1
-    memory = prober.memory([[[[int(LENGTHS.argmax())]], [[0]]]])
+    memory = prober.memory([[[[int(LENGTHS.argmax())]], [[0]]]], [], 0.0)
     assert memory.reserved_bytes == memory.allocated_bytes > 50 << 20
     seconds = prober.run([[[0]], [[1, 2]], [[3], [4]]])  # one row, a packed one, two rows
     assert len(seconds) == 3
