@@ -182,6 +182,7 @@ def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
     from planner.report import measured_text
     from planner.resolve import presets_to_compare
 
+    _check_tracker(options.tracker)
     output = given["output"] or (Path(settings.output) if settings.output else None)
     check_output(output)
     if given["accelerate_config"] is not None:
@@ -222,7 +223,20 @@ def _resume(folder: Path, accelerate_config: Path | None) -> int:
         _remember(record, folder)  # where this program was ended before the trainer was
         _say(f"'{folder}' is finished: there is nothing to resume.")
         return 0
+    _check_tracker(job.tracker)
     return _ended(folder, start(command(folder.absolute(), job, resume=True, accelerate_config=accelerate_config)))
+
+
+def _check_tracker(name: str | None) -> None:
+    """Before minutes are spent on measuring: a tracker that is not installed is a wrong value of its option."""
+    if name is None:
+        return
+    from trainer.trackers import check_tracker
+
+    try:
+        check_tracker(name)
+    except SettingsError as reason:
+        raise click.UsageError(f"--tracker: {reason}") from None
 
 
 def _ended(folder: Path, code: int, *, as_json: bool = False) -> int:

@@ -101,6 +101,14 @@ def test_bad_input_gives_one_clear_line_and_starts_nothing(tmp_path: Path, tiny_
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_a_tracker_that_cannot_log_is_refused_before_anything_is_measured(tmp_path: Path, tiny_model: Path) -> None:
+    missing = "clearml"  # in no extra of this project
+    run = ["--run", "baseline", "--model", str(tiny_model), "--tracker"]
+    refused(plan(*run, missing, cwd=tmp_path), f"tracker '{missing}' needs the package {missing}, which is not", code=2)
+    refused(plan(*run, "wand", cwd=tmp_path), r"no tracker 'wand'\. Did you mean 'wandb'\?", code=2)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_bad_option_exits_with_2(tmp_path: Path) -> None:
     for arguments in (["--budget", "0"], ["--precision", "fp13"], ["--nonsense"], ["agressive"]):
         refused(plan(*arguments, cwd=tmp_path), "Error|No such option", code=2)

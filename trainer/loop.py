@@ -40,6 +40,7 @@ from trainer.record import TOKENS_ONLY, RunRecord, read_predicted
 from trainer.run import Clock, Run
 from trainer.scoring import example_losses
 from trainer.tokens import FloatArray, IntArray, TokenizedDataset
+from trainer.trackers import check_tracker, start_trackers
 
 # With several processes: longest wait, about, until each knows that one was told to stop or ran out of memory. The
 # launcher kills processes that are still there 30 s after a signal, and the checkpoint has to be written by then.
@@ -101,6 +102,8 @@ def _prepare(folder: Path, resume: bool) -> Run:
     job = Job.read(folder / "job.json")
     if job.num_threads:
         torch.set_num_threads(job.num_threads)
+    if job.tracker:
+        check_tracker(job.tracker)
     accelerator = Accelerator(
         cpu=job.device == "cpu", mixed_precision="no", log_with=job.tracker, project_dir=str(folder)
     )
@@ -170,15 +173,14 @@ def _prepare(folder: Path, resume: bool) -> Run:
         _restore(run)
     if run.is_main:
         planned = (run.predicted.cost or TOKENS_ONLY).window_seconds(plan, data.lengths)
-        if job.tracker:
-            accelerator.init_trackers("training-planner")
+        trackers = start_trackers(accelerator, job.tracker, run.tell, must_start=not resume) if job.tracker else None
         run.monitor = Monitor(
             folder,
             job.name,
             planned,
             is_time=run.predicted.cost is not None,
             done=run.progress.windows_done,
-            tracker=accelerator if job.tracker else None,
+            trackers=trackers,
         )
         for note in run.notes:
             run.monitor.log.info(note)
@@ -440,8 +442,7 @@ def _split_further(run: Run, random_state: dict[str, Any]) -> None:
         f"step {progress.windows_done + 1}: out of memory; micro-batches of {rows} are now executed as "
         f"{-(-job.micro_batch_size // split)}, with twice the accumulation. The global batch stays the same."
     )
-    run.notes.append(note)
-    run.say(note)
+    run.tell(note)
 
 
 def _require_finite(run: Run, values: FloatArray) -> None:

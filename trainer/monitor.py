@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from trainer.tokens import FloatArray
+from trainer.trackers import Trackers
 
 PLAIN_LINE_SECONDS = 15.0
 
@@ -21,10 +22,12 @@ PLAIN_LINE_SECONDS = 15.0
 class Monitor:
     """One run's display and files. `planned` are the planned seconds (or work) of each window, (num_windows,)."""
 
-    def __init__(self, run: Path, name: str, planned: FloatArray, *, is_time: bool, done: int, tracker: Any = None):
+    def __init__(
+        self, run: Path, name: str, planned: FloatArray, *, is_time: bool, done: int, trackers: Trackers | None = None
+    ):
         self.planned = np.concatenate([[0.0], np.cumsum(planned)])
         self.is_time = is_time  # planned is in seconds, so drift can be said
-        self.run, self.name, self.tracker = run, name, tracker
+        self.run, self.name, self.trackers = run, name, trackers
         self.total = len(planned)
         self.started_at = done
         self.elapsed = 0.0  # seconds of this process's loop
@@ -83,9 +86,9 @@ class Monitor:
         }
         self.metrics.write(json.dumps(clean) + "\n")
         self.metrics.flush()
-        if self.tracker is not None:
+        if self.trackers is not None:
             numbers = {key: value for key, value in clean.items() if isinstance(value, (int, float))}
-            self.tracker.log(numbers, step=done)
+            self.trackers.log(numbers, step=done)
         told = self._told(done, values)
         if self.bar is not None:
             self.bar.update(self.task, completed=done, told=told)
@@ -114,6 +117,8 @@ class Monitor:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+        if self.trackers is not None:
+            self.trackers.finish()
         self.metrics.close()
         for handler in list(self.log.handlers):
             handler.close()

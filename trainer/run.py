@@ -63,3 +63,8 @@ class Run:
     def say(self, text: str) -> None:
         if self.monitor is not None:
             self.monitor.say(text)
+
+    def tell(self, note: str) -> None:
+        """Say it and keep it in the record."""
+        self.notes.append(note)
+        self.say(note)
