@@ -7,7 +7,7 @@ PlanError                 anything a user can mend; the message says what, value
 ├── ModelError            the model or tokenizer cannot be loaded, or is not what the job needs
 ├── MeasurementError      the worker process failed in a way that is not "does not fit"
 └── RunError              the run cannot start, go on or be resumed
-    ├── NonFiniteLossError  a loss became NaN or infinite
+    ├── NonFiniteLossError  a loss, a gradient or a weight became NaN or infinite
     └── OutOfMemoryError    micro-batch 1 does not fit any more
 """
 
@@ -46,7 +46,7 @@ class RunError(PlanError):
 
 
 class NonFiniteLossError(RunError):
-    """A loss became NaN or infinite; the message names the step and the examples."""
+    """A loss, a gradient or a weight became NaN or infinite; the message names the step."""
 
 
 class OutOfMemoryError(RunError):

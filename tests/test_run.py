@@ -250,6 +250,64 @@ def test_a_nan_loss_stops_the_run_with_the_step_and_the_examples_and_touches_no_
     train(run, resume=True)
 
 
+def all_checkpoints_are_finite(run: Path) -> bool:
+    from safetensors.numpy import load_file
+
+    files = [path for path in (run / "checkpoints").rglob("*.safetensors") if path.name != "random.safetensors"]
+    return all(np.isfinite(values).all() for path in files for values in load_file(path).values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(make_run: Any, value: float) -> None:
+    whole, run = make_run("whole", checkpoint_every=1), make_run("run", checkpoint_every=1)
+    train(whole)
+    real, count = loop.steps.micro_step, [0]
+
+    def spoiling(stepper: Any, batch: Any, *, scale: float) -> Any:
+        loss = real(stepper, batch, scale=scale)
+        count[0] += 1
+        if count[0] == 20:  # in the third window; the loss stays as it was
+            stepper.parameters[-1].grad.view(-1)[0] = value
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.steps, "micro_step", spoiling)
+        with pytest.raises(
+            NonFiniteLossError, match=r"^step 3: the norm of the gradient is (nan|inf), although"
+        ) as seen:
+            train(run)
+    assert "\n" not in str(seen.value)
+    record = RunRecord.read(run / "record.json")
+    assert (record.status, record.actual.num_steps, record.error) == ("failed", 2, str(seen.value))
+    assert sorted(path.name for path in (run / "checkpoints").iterdir())[-1] == "step-000002"
+    assert all_checkpoints_are_finite(run)
+    train(run, resume=True)
+    assert adapter_bytes(run) == adapter_bytes(whole)
+
+
+def test_weights_that_are_not_finite_are_never_written_as_a_checkpoint(make_run: Any) -> None:
+    import torch
+
+    run = make_run(checkpoint_every=1)
+    real, count = loop.steps.optimizer_step, [0]
+
+    def spoiling(stepper: Any, learning_rate: float) -> Any:
+        result = real(stepper, learning_rate)
+        count[0] += 1
+        if count[0] == 3:  # as by a learning rate that is beyond fp32
+            with torch.no_grad():
+                stepper.parameters[-1].view(-1)[0] = float("inf")
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.steps, "optimizer_step", spoiling)
+        with pytest.raises(NonFiniteLossError, match=r"^step 3: weights have become NaN or infinite\. No checkpoint"):
+            train(run)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir())[-1] == "step-000002"
+    assert all_checkpoints_are_finite(run)
+    assert not (run / "adapter").exists()
+
+
 def test_running_out_of_memory_halves_the_micro_batch_keeps_the_global_batch_and_says_so(make_run: Any) -> None:
     whole, run = (
         make_run("whole", micro=4, gradient_accumulation_steps=8),

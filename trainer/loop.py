@@ -298,12 +298,14 @@ def _window(run: Run, random_state: dict[str, Any]) -> None:
     window = progress.windows_done
     targets = int(run.supervised[window])
     gathered = run.accelerator.gather(losses) if run.job.num_devices > 1 else losses
-    values = gathered.double().cpu().numpy()  # the one wait for the device in a window
+    values = gathered.double().cpu().numpy()  # waits for the device
     _require_finite(run, values)
     if run.job.num_devices > 1:
         steps.add_up_gradients(run.stepper.parameters)
     result = steps.optimizer_step(run.stepper, float(run.rates[min(progress.applied_steps, len(run.rates) - 1)]))
     steps.synchronize(run.stepper.device)
+    grad_norm = float(result.grad_norm)
+    _require_finite_gradient(run, grad_norm)
     seconds = time.perf_counter() - begun
     tokens = int(run.data.lengths[run.plan.documents_of_window(window)].sum())
     loss = float(values.sum())
@@ -325,7 +327,7 @@ def _window(run: Run, random_state: dict[str, Any]) -> None:
             {
                 "loss": loss / targets if targets else None,
                 "learning_rate": rate,
-                "grad_norm": float(result.grad_norm),
+                "grad_norm": grad_norm,
                 "applied": result.applied,
                 "tokens_per_second": tokens / seconds,
                 "memory_bytes": _memory_now(run.stepper.device),
@@ -465,6 +467,28 @@ def _require_finite(run: Run, values: FloatArray) -> None:
     )
 
 
+def _require_finite_gradient(run: Run, grad_norm: float) -> None:
+    """Stop where the gradient overflowed although the loss did not. With fp16 that is the loss scaler's to mend."""
+    if run.stepper.scaler is not None or np.isfinite(grad_norm):
+        return
+    raise NonFiniteLossError(
+        f"step {run.progress.windows_done + 1}: the norm of the gradient is {grad_norm}, although the loss is finite. "
+        "No weight was changed by it and the last checkpoint is kept. Lower the learning rate, or use fp32."
+    )
+
+
+def _require_finite_weights(run: Run) -> None:
+    """Never write a checkpoint that no resume could go on from. Every process asks: all hold the same weights."""
+    import torch
+
+    whole = torch.stack([torch.isfinite(parameter.detach()).all() for parameter in run.stepper.parameters])
+    if not bool(whole.all()):
+        raise NonFiniteLossError(
+            f"step {run.progress.windows_done}: weights have become NaN or infinite. No checkpoint is written of them, "
+            "and the last one is kept. Lower the learning rate, or use fp32."
+        )
+
+
 def _discard_and_stop(run: Run, random_state: dict[str, Any], number: int) -> None:
     """Save the open window's start, and leave."""
     run.stop_signal = number  # it may have come to another process
@@ -476,6 +500,7 @@ def _discard_and_stop(run: Run, random_state: dict[str, Any], number: int) -> No
 
 def _checkpoint(run: Run, random_state: dict[str, Any]) -> None:
     with run.clock.part("checkpoints"):
+        _require_finite_weights(run)
         run.progress = replace(run.progress, wall_seconds=run.wall_before + seconds_since_process_start())
         states = _gather_random(run, random_state)
         if run.is_main:

@@ -38,7 +38,7 @@ class StepResult:
     """What one optimizer step did."""
 
     grad_norm: torch.Tensor  # before clipping, on the device
-    applied: bool  # False: fp16 gradients overflowed and the step was skipped
+    applied: bool  # False: a gradient was NaN or infinite (in fp16: overflowed), and no weight was changed
 
 
 def make_stepper(
@@ -169,7 +169,7 @@ def micro_step(stepper: Stepper, batch: MicroBatch, *, scale: float) -> torch.Te
 
 
 def optimizer_step(stepper: Stepper, learning_rate: float) -> StepResult:
-    """Unscale, clip, update, clear. A step whose fp16 gradients overflowed changes no weight and says so."""
+    """Unscale, clip, update, clear. A step whose gradients are not finite changes no weight and says so."""
     import torch
 
     for group in stepper.optimizer.param_groups:
@@ -179,9 +179,11 @@ def optimizer_step(stepper: Stepper, learning_rate: float) -> StepResult:
         scaler.unscale_(stepper.optimizer)
     limit = stepper.max_grad_norm if stepper.max_grad_norm > 0 else float("inf")
     grad_norm = torch.nn.utils.clip_grad_norm_(stepper.parameters, limit)
-    applied = True
     if scaler is None:
-        stepper.optimizer.step()
+        # Waits for the device; the loop has just waited for the window's losses, so little is left to wait for.
+        applied = bool(torch.isfinite(grad_norm))
+        if applied:
+            stepper.optimizer.step()
     else:
         before = scaler.get_scale()
         scaler.step(stepper.optimizer)
