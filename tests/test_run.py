@@ -390,6 +390,24 @@ def test_a_real_overflow_skips_the_step_and_leaves_the_weights(make_job: Any) ->
     assert not torch.equal(layer.weight, before)
 
 
+def test_without_a_scaler_too_an_infinite_gradient_leaves_the_weights() -> None:
+    import torch
+
+    from trainer.step import make_stepper, optimizer_step
+
+    layer = torch.nn.Linear(4, 4)
+    before = layer.weight.detach().clone()
+    stepper = make_stepper(layer, "cpu", "fp32")
+    layer(torch.ones(1, 4)).sum().backward()
+    layer.weight.grad[0, 0] = float("inf")
+    assert not optimizer_step(stepper, 0.1).applied
+    assert torch.equal(layer.weight, before)
+    assert layer.weight.grad is None
+    layer(torch.ones(1, 4)).sum().backward()
+    assert optimizer_step(stepper, 0.1).applied
+    assert not torch.equal(layer.weight, before)
+
+
 def test_full_fine_tuning_writes_a_model_that_loads_by_itself(make_run: Any) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
