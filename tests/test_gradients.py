@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from fakes import make_data
 from small_models import random_data, small_model, with_lora
 
 from trainer import documents
@@ -263,6 +264,16 @@ def test_a_four_bit_model_has_the_same_gradients_after_an_evaluation(make_job: A
     model.train()
     assert all(gradient.norm() > 0 for gradient in before.values())
     assert largest_difference(before, window_gradient(model, data, plan)) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [[[0], [1]], [[0, 1]]])
+def test_a_target_that_is_the_padding_token_stays_a_target_and_padding_is_none(rows: list[list[int]]) -> None:
+    """Where the padding token is the stop token too, leaving it out by its id would teach no answer to end."""
+    data = make_data(np.array([4, 7]))
+    pad = int(data.token_ids[3])
+    batch = collate([np.array(row) for row in rows], data, pad_token_id=pad)
+    assert batch.targets.tolist() == [*data.token_ids[1:4].tolist(), *data.token_ids[5:11].tolist()]
+    assert batch.targets.tolist().count(pad) == 1
 
 
 def test_an_empty_share_of_a_window_adds_nothing(make_job: Any, data: TokenizedDataset) -> None:
