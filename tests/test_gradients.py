@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes import make_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from fakes import make_data
 from small_models import random_data, small_model, with_lora
 
 from trainer import documents

@@ -107,6 +107,30 @@ def test_a_resumed_run_keeps_the_plan_that_was_made_from_the_untrained_model(mak
     assert (run / "batch_plan.npz").read_bytes() == before
 
 
+@pytest.mark.parametrize("moment", ["example_losses", "_plan"])
+def test_a_run_killed_before_its_plan_is_written_scores_again_and_ends_the_same(make_run: Any, moment: str) -> None:
+    from trainer import loop
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: Any, **__: Any) -> Any:
+        raise Killed
+
+    whole, run = (make_run(name, micro=2, lora_dropout=0.1, **BY_LOSS) for name in ("whole", "run"))
+    train(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, moment, killed)
+        with pytest.raises(Killed):
+            train(run)
+    assert not (run / "batch_plan.npz").exists()
+    train(run, resume=True)
+    ours, theirs = [BatchPlan.load(folder / "batch_plan.npz").order.tolist() for folder in (run, whole)]
+    assert ours == theirs
+    adapters = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (run, whole)]
+    assert adapters[0] == adapters[1]
+
+
 def test_an_example_without_a_usable_loss_is_named_and_not_left_out_silently(make_job: Any, monkeypatch: Any) -> None:
     import torch
 
