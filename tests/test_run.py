@@ -165,6 +165,22 @@ def test_resume_repeats_the_open_window_from_its_own_start(make_run: Any) -> Non
     assert state["progress"]["windows_done"] == 2
 
 
+def test_what_was_found_before_training_is_not_found_anew_by_a_resume(make_run: Any) -> None:
+    run = make_run()
+    with pytest.MonkeyPatch.context() as patch:
+        StopAfter(patch, 50)
+        with pytest.raises(Stopped):
+            train(run)
+    loss_before = RunRecord.read(run / "record.json").actual.eval_loss_before
+    path = run / "samples-before.json"
+    answers = json.loads(path.read_text())
+    answers[0]["answer"] = "of the untrained model"
+    path.write_text(json.dumps(answers))
+    record = train(run, resume=True)
+    assert record.actual.eval_loss_before == loss_before
+    assert "of the untrained model" in (run / "samples.md").read_text()
+
+
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(make_run: Any) -> None:
     whole, run = make_run("whole"), make_run("run")
     train(whole)
