@@ -1,0 +1,361 @@
+"""Real tokens per second beside TRL's SFTTrainer and Transformers' Trainer: same checkpoint, data, LoRA, precision.
+
+    python bench/peers.py --rounds 3 --out bench/results/peers-DATE.json
+
+Every round runs each contestant once, in a process of its own and in shuffled order, so that a change of the machine's
+speed meets all alike; what counts is the ratio within a round. Seconds run from the end of the third optimizer step to
+the end of the last one, loading and first shapes left out; tokens are those of the examples, without padding.
+
+Two questions: at equal settings (micro-batch x accumulation, padded, plain loss), and each trainer at the best of the
+settings tried for it. TRL's packing puts the documents of a row under one causal mask unless FlashAttention is there:
+on a CPU its documents see each other. It stands in the table all the same, as the fastest that it offers.
+
+Written after each round; a second call with the same --out adds to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY / "bench"))
+
+import same_loss as base  # noqa: E402
+
+SKIPPED_STEPS = 3  # shapes met for the first time, allocator, caches
+MOST_TOKENS = 1024
+MODEL = "Llama-shaped, 4 layers, hidden 256, 8 heads (4 key-value), 4,096-word vocabulary, random weights"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One trainer under one setting. `packed`: tokens in a packed row; 0: padded."""
+
+    who: str  # ours, trainer, sft
+    micro: int = 1
+    packed: int = 0
+    is_grouped: bool = False  # the peers' grouping by length, over the whole data
+    is_lean: bool = False
+    is_equal: bool = False  # takes part in the comparison at equal settings
+
+    @property
+    def name(self) -> str:
+        parts = [base.TITLES[self.who], f"packed {self.packed}" if self.packed else f"micro {self.micro}"]
+        parts += ["grouped"] * self.is_grouped + ["lean loss"] * self.is_lean
+        return ", ".join(parts)
+
+
+EQUAL = (1, 4)
+ENTRIES = (
+    *(Entry(who, micro, is_equal=True) for micro in EQUAL for who in (base.OURS, base.TRAINER, base.SFT)),
+    *(Entry(base.OURS, packed=tokens, is_lean=True) for tokens in (512, 1024, 2048)),
+    *(Entry(base.SFT, micro, is_grouped=True) for micro in (2, 4, 8)),
+    *(Entry(base.SFT, packed=tokens) for tokens in (512, 1024)),
+)
+
+
+def main() -> int:
+    arguments = _arguments()
+    if arguments.worker is not None:
+        from trainer.process import quiet_waiting
+
+        quiet_waiting()  # for all contestants alike, before torch is imported
+        entry = ENTRIES[arguments.worker]
+        (_ours if entry.who == base.OURS else _theirs)(entry, arguments)
+        return 0
+    if not base.DATA.is_file():
+        print(f"peers: skipped, there is no {Path('..') / base.DATA.relative_to(REPOSITORY.parent)}")
+        return 0
+    if importlib.util.find_spec("trl") is None:
+        print("peers: trl is missing; install it with: pip install -c constraints.txt -e '.[bench]'", file=sys.stderr)
+        return 1
+    settings = {"rows": arguments.rows, "global_batch_size": base.GLOBAL_BATCH_SIZE, "threads": arguments.threads}
+    result: dict[str, Any] = {"rounds": []}
+    if arguments.out.is_file():
+        result = json.loads(arguments.out.read_text(encoding="utf-8"))
+        if result["settings"] != settings:
+            print(f"peers: {arguments.out} has other settings: {result['settings']}", file=sys.stderr)
+            return 1
+    with tempfile.TemporaryDirectory(prefix="peers-") as name:
+        folder = Path(name)
+        base.prepare(argparse.Namespace(threads=arguments.threads, folder=folder, pretrain_steps=0))
+        for _ in range(arguments.rounds):
+            result["rounds"].append(_round(folder, arguments))
+            result |= {
+                "what": "real tokens per second of three trainers, interleaved; ratios within a round",
+                "date": date.today().isoformat(),
+                "model": MODEL,
+                "data": f"the first {arguments.rows} records of gsm8k_train.jsonl, loss on the answers",
+                "settings": settings,
+                "hardware": base._hardware(arguments.threads),
+                "versions": {one: importlib.metadata.version(one) for one in base.VERSIONED},
+                "commit": base._commit(),
+                "verdict": verdict(result["rounds"]),
+            }
+            arguments.out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    _print(result)
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Real tokens per second: ours, Transformers' Trainer, TRL's SFTTrainer."
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=136, help="records; eight are held out")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=base.RESULTS / f"peers-{date.today().isoformat()}.json")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _round(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Each contestant once; its tokens, seconds and tokens per second by name."""
+    order = list(range(len(ENTRIES)))
+    random.shuffle(order)
+    found = {}
+    for number in order:
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            environment = os.environ | {
+                "OMP_NUM_THREADS": str(arguments.threads),
+                "PYTHONPATH": str(REPOSITORY),
+                "PLAN_HOME": str(folder / "plan-home"),
+                "HF_HOME": str(folder / "hf-home"),
+                "HF_HUB_OFFLINE": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+                "TOKENIZERS_PARALLELISM": "false",
+            }
+            command = [sys.executable, str(Path(__file__).resolve()), "--worker", str(number), "--folder", own]
+            command += ["--threads", str(arguments.threads), "--rows", str(arguments.rows)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"peers: '{ENTRIES[number].name}' failed\n{done.stderr[-4000:]}")
+            one = json.loads((Path(own) / "result.json").read_text(encoding="utf-8"))
+        found[ENTRIES[number].name] = one
+        print(f"{ENTRIES[number].name}: {one['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)
+    return {"order": [ENTRIES[number].name for number in order], "results": found}
+
+
+def verdict(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Ratios ours / theirs, one a round: at equal settings against the faster peer, and best setting against best."""
+
+    def rate(one: dict[str, Any], entry: Entry) -> float:
+        return float(one["results"][entry.name]["tokens_per_second"])
+
+    def median(entry: Entry) -> float:
+        return statistics.median(rate(one, entry) for one in rounds)
+
+    def summary(ours: Entry, theirs: Entry) -> dict[str, Any]:
+        ratios = [rate(one, ours) / rate(one, theirs) for one in rounds]
+        return {
+            "ours": ours.name,
+            "theirs": theirs.name,
+            "ratios": ratios,
+            "median": statistics.median(ratios),
+            "lowest": min(ratios),
+            "highest": max(ratios),
+        }
+
+    equal = []
+    for micro in EQUAL:
+        at = [entry for entry in ENTRIES if entry.is_equal and entry.micro == micro]
+        equal.append(summary(at[0], max(at[1:], key=median)))
+    best = {side: max((e for e in ENTRIES if (e.who == base.OURS) == side), key=median) for side in (True, False)}
+    return {"equal_settings": equal, "best_settings": summary(best[True], best[False])}
+
+
+def _print(result: dict[str, Any]) -> None:
+    from tabulate import tabulate
+
+    reference = next(entry for entry in ENTRIES if entry.who == base.SFT)
+    rows = []
+    for entry in ENTRIES:
+        ratios = [
+            one["results"][entry.name]["tokens_per_second"] / one["results"][reference.name]["tokens_per_second"]
+            for one in result["rounds"]
+        ]
+        rows.append([entry.name, f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}-{max(ratios):.2f}"])
+    print(tabulate(rows, ["contestant", f"over {reference.name}", "spread"], disable_numparse=True))
+    found = result["verdict"]
+    for one in (*found["equal_settings"], found["best_settings"]):
+        print(f"{one['ours']} over {one['theirs']}: {one['median']:.2f} ({one['lowest']:.2f}-{one['highest']:.2f})")
+
+
+# -- workers -----------------------------------------------------------------------------------------------------------
+
+
+def _write(folder: Path, marks: list[tuple[float, int]]) -> None:
+    """`marks`: (clock, tokens so far) at the end of each optimizer step."""
+    (begin, before), (end, after) = marks[SKIPPED_STEPS - 1], marks[-1]
+    result = {
+        "tokens": after - before,
+        "seconds": end - begin,
+        "tokens_per_second": (after - before) / (end - begin),
+        "steps": len(marks),
+    }
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def _job(entry: Entry, arguments: argparse.Namespace) -> Any:
+    from presets.schema import load_preset
+    from trainer.job import DataSpec, EvaluationSpec, Job
+
+    preset = replace(
+        load_preset("recommended"),
+        micro_batch_size=entry.micro,
+        gradient_accumulation_steps=base.GLOBAL_BATCH_SIZE // entry.micro,
+        learning_rate=base.LEARNING_RATE,
+        precision="fp32",
+        lora_rank=8,
+        lora_alpha=16.0,
+        max_length=MOST_TOKENS,
+    )
+    return Job(
+        name="recommended",
+        preset=preset,
+        model=str(arguments.folder.parent / "model"),
+        data=DataSpec(source=str(base.DATA), limit=arguments.rows),
+        device="cpu",
+        precision="fp32",
+        base_precision="fp32",
+        micro_batch_size=entry.micro,
+        num_threads=arguments.threads,
+        seed=base.SEED,
+        packing=entry.packed > 0,
+        packed_length=entry.packed or None,
+        loss="lean" if entry.is_lean else "plain",
+        checkpoint_every=10**6,  # none, as for the others
+        evaluation=EvaluationSpec(times_during_training=0, num_samples=0),
+    )
+
+
+def _ours(entry: Entry, arguments: argparse.Namespace) -> None:
+    from trainer import loop
+    from trainer.monitor import Monitor
+
+    run = arguments.folder / "run"
+    run.mkdir()
+    (run / "job.json").write_text(_job(entry, arguments).to_json(), encoding="utf-8")
+    marks: list[tuple[float, int]] = []
+    watched: Any = Monitor
+    step = watched.step
+
+    def watched_step(self: Any, done: int, seconds: float, values: dict[str, Any]) -> None:
+        step(self, done, seconds, values)
+        before = marks[-1][1] if marks else 0
+        marks.append((time.perf_counter(), before + round(values["tokens_per_second"] * seconds)))
+
+    watched.step = watched_step
+    loop.train(run)
+    _write(arguments.folder, marks)
+
+
+def _theirs(entry: Entry, arguments: argparse.Namespace) -> None:
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    import transformers
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+
+    from trainer.data import prepare_data
+    from trainer.planning import split
+
+    job = _job(entry, arguments)
+    data = prepare_data(job.data, model=job.model, max_length=MOST_TOKENS, seed=base.SEED)
+    training, _ = split(job.data, job.evaluation, len(data), job.seed)
+    examples = []
+    for example in training.tolist():
+        span = slice(int(data.offsets[example]), int(data.offsets[example + 1]))
+        pairs = zip(data.token_ids[span].tolist(), data.supervised[span].tolist(), strict=True)
+        labels = [token if counts else -100 for token, counts in pairs]
+        examples.append({"input_ids": data.token_ids[span].tolist(), "labels": labels})
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        job.model, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+    )
+    loaded.config.use_cache = False
+    model: Any = get_peft_model(
+        loaded, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    # A packed row holds several examples: fewer rows make the same global batch, on average.
+    mean = sum(len(one["input_ids"]) for one in examples) / len(examples)
+    rows = base.GLOBAL_BATCH_SIZE // entry.micro
+    if entry.packed:
+        rows = max(1, round(base.GLOBAL_BATCH_SIZE * mean / entry.packed))
+    settings: dict[str, Any] = {
+        "output_dir": str(arguments.folder / "out"),
+        "per_device_train_batch_size": entry.micro,
+        "gradient_accumulation_steps": rows,
+        "num_train_epochs": 1,
+        "learning_rate": base.LEARNING_RATE,
+        "optim": "adamw_torch",
+        "weight_decay": 0.0,
+        "train_sampling_strategy": "group_by_length" if entry.is_grouped else "random",
+        "logging_steps": 1,  # as ours does
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "fp16": False,
+        "gradient_checkpointing": False,
+        "seed": base.SEED,
+    }
+    dataset = Dataset.from_list(examples)
+    trainer: Any
+    if entry.who == base.SFT:
+        from trl import SFTConfig, SFTTrainer
+
+        packing = {"packing": True, "packing_strategy": "bfd"} if entry.packed else {"packing": False}
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(max_length=entry.packed or MOST_TOKENS, **packing, **settings),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+        )
+    else:
+        trainer = transformers.Trainer(
+            model=model,
+            args=transformers.TrainingArguments(**settings),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+        )
+    tokens = 0
+    marks: list[tuple[float, int]] = []
+    training_step = trainer.training_step
+
+    def watched_step(model: Any, inputs: Any, *more: Any, **named: Any) -> Any:
+        nonlocal tokens
+        mask = inputs.get("attention_mask")
+        tokens += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+        return training_step(model, inputs, *more, **named)
+
+    class Watch(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            marks.append((time.perf_counter(), tokens))
+
+    trainer.training_step = watched_step
+    trainer.add_callback(Watch())
+    trainer.train()
+    _write(arguments.folder, marks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
