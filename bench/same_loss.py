@@ -342,7 +342,7 @@ def ours(arguments: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
     from presets.schema import load_preset
-    from trainer import loop
+    from trainer import feed, loop
     from trainer.batching import BatchPlan
     from trainer.data import prepare_data
     from trainer.job import DataSpec, EvaluationSpec, Job
@@ -383,7 +383,7 @@ def ours(arguments: argparse.Namespace) -> None:
     # The trainer's own functions, watched: the adapter it starts from, the batches it makes.
     seen = BatchHash()
     watched: Any = loop
-    load_model, collate = watched.load_model, watched.collate
+    load_model, collate = watched.load_model, feed.collate
 
     def watched_load(*args: Any, **kwargs: Any) -> Any:
         loaded = load_model(*args, **kwargs)
@@ -401,7 +401,7 @@ def ours(arguments: argparse.Namespace) -> None:
             seen.add(batch.input_ids[index, :length].tolist(), labels[index, :length].tolist())
         return batch
 
-    watched.load_model, watched.collate = watched_load, watched_collate
+    watched.load_model, feed.collate = watched_load, watched_collate  # type: ignore[assignment]
     begun = time.perf_counter()
     record = loop.train(run)
     assert record is not None

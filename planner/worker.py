@@ -30,6 +30,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ from trainer.tokens import IntArray, TokenizedDataset
 if TYPE_CHECKING:
     import torch
 
+    from trainer.collate import MicroBatch
     from trainer.model import LoadedModel
     from trainer.step import Stepper
 
@@ -121,11 +123,12 @@ class Worker:
         seconds = []
         self._settle(micro_batches)
         try:
+            batches = self._feed(micro_batches)
             for rows in micro_batches:
                 scale = 1.0 / self._supervised([rows])
                 self._synchronize()
                 begin = time.perf_counter()
-                self._micro_step(rows, scale)
+                self._micro_step(next(batches), scale)
                 self._synchronize()
                 seconds.append(time.perf_counter() - begin)
         finally:
@@ -159,7 +162,7 @@ class Worker:
         scale = 1.0 / self._supervised(micro_batches)
         self._synchronize()
         begin = time.perf_counter()
-        torch.stack([self._micro_step(rows, scale) for rows in micro_batches]).double().cpu()
+        torch.stack([self._micro_step(batch, scale) for batch in self._feed(micro_batches)]).double().cpu()
         optimizer_step(self.stepper, 0.0)
         self._synchronize()
         return time.perf_counter() - begin
@@ -191,10 +194,11 @@ class Worker:
                 if time.perf_counter() >= until:
                     break
                 scale = 1.0 / self._supervised(window)
-                for rows in window:
+                batches = self._feed(window)
+                for _ in window:
                     self._synchronize()
                     begin = time.perf_counter()
-                    self._micro_step(rows, scale)
+                    self._micro_step(next(batches), scale)
                     self._synchronize()
                     taken.append(time.perf_counter() - begin)
                 optimizer_step(self.stepper, 0.0)
@@ -311,18 +315,25 @@ class Worker:
 
     # ---------------------------------------------------------------------------------------------------------------
 
-    def _micro_step(self, rows: MicroRows, scale: float) -> torch.Tensor:
-        from trainer.collate import collate
+    def _feed(self, micro_batches: list[MicroRows]) -> Iterator[MicroBatch]:
+        """The micro-batches one after another, made ready as in a run."""
+        from trainer.feed import feed
+
+        def indices(rows: MicroRows) -> list[IntArray]:
+            return [np.array(row, dtype=np.int64) for row in rows]
+
+        return feed((indices(rows) for rows in micro_batches), self.data, self.stepper.device)
+
+    def _micro_step(self, batch: MicroBatch, scale: float) -> torch.Tensor:
         from trainer.step import micro_step
 
-        indices: list[IntArray] = [np.array(row, dtype=np.int64) for row in rows]
-        return micro_step(self.stepper, collate(indices, self.data).to(self.stepper.device), scale=scale)
+        return micro_step(self.stepper, batch, scale=scale)
 
     def _small_micro_step(self) -> None:
         """Gradients for an optimizer step, at the least cost: the shortest example that has a target."""
         lengths = np.where(self._targets > 0, self.data.lengths, np.iinfo(np.int64).max)
         rows = [[int(lengths.argmin())]]
-        self._micro_step(rows, 1.0 / self._supervised([rows]))
+        self._micro_step(next(self._feed([rows])), 1.0 / self._supervised([rows]))
 
     def _supervised(self, micro_batches: list[MicroRows]) -> int:
         return max(1, sum(int(self._targets[row].sum()) for rows in micro_batches for row in rows if row))

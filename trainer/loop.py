@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from trainer import checkpoint as ckpt
 from trainer import step as steps
 from trainer.agreement import NO_COMPANY, settle_packing
 from trainer.batching import BatchPlan
-from trainer.collate import collate
+from trainer.collate import MicroBatch
 from trainer.data import load_tokenizer, prepare_data
 from trainer.evaluate import EvaluationResult
+from trainer.feed import feed
 from trainer.job import Job
 from trainer.model import LoadedModel, is_out_of_memory, load_model
 from trainer.monitor import Monitor
@@ -348,37 +350,40 @@ def _micro_steps(run: Run, random_state: dict[str, Any]) -> Any:
     mine = range(first + run.accelerator.process_index, last, plan.num_devices)
     targets = int(run.supervised[window])
     scale = 1 / targets if targets else 0.0
+    parts = [_parts(plan.rows_of_micro_batch(micro), run.progress.split) for micro in mine]
     losses: list[Any] = []
     failed, unasked, asked_at = False, 0, time.perf_counter()
-    for micro in mine:
-        if alone and run.stop_signal:
-            _discard_and_stop(run, random_state, run.stop_signal)
-        if not failed:
-            loss = _micro_batch(run, micro, scale)
-            failed = loss is None
-            losses.append(loss)
-        if alone and failed:
-            return None
-        unasked += 1
-        # A process that failed comes here as often as the others: a different number of exchanges would hang the run.
-        if not alone and (unasked >= run.ask_every or micro == mine[-1]):
-            steps.synchronize(run.stepper.device)
-            news = _exchange_news(run, failed=failed, seconds=time.perf_counter() - asked_at)
-            if news.stop_signal:
-                _discard_and_stop(run, random_state, news.stop_signal)
-            if news.out_of_memory:
+    with contextlib.closing(feed((rows for micro in parts for rows in micro), run.data, run.stepper.device)) as batches:
+        for number, micro in enumerate(parts, start=1):
+            if alone and run.stop_signal:
+                _discard_and_stop(run, random_state, run.stop_signal)
+            if not failed:
+                loss = _micro_batch(run, itertools.islice(batches, len(micro)), scale)
+                failed = loss is None
+                losses.append(loss)
+            if alone and failed:
                 return None
-            run.ask_every = next_interval(run.ask_every, news.seconds / unasked)
-            unasked, asked_at = 0, time.perf_counter()
+            unasked += 1
+            # A process that failed comes here as often as the others: a different number of exchanges would hang the
+            # run.
+            if not alone and (unasked >= run.ask_every or number == len(parts)):
+                steps.synchronize(run.stepper.device)
+                news = _exchange_news(run, failed=failed, seconds=time.perf_counter() - asked_at)
+                if news.stop_signal:
+                    _discard_and_stop(run, random_state, news.stop_signal)
+                if news.out_of_memory:
+                    return None
+                run.ask_every = next_interval(run.ask_every, news.seconds / unasked)
+                unasked, asked_at = 0, time.perf_counter()
     return torch.stack(losses)
 
 
-def _micro_batch(run: Run, micro: int, scale: float) -> Any:
+def _micro_batch(run: Run, parts: Iterable[MicroBatch], scale: float) -> Any:
     """Forward and backward of one planned micro-batch, in as many parts as it takes; None where memory ran out."""
     total: Any = None
     try:
-        for part in _parts(run.plan.rows_of_micro_batch(micro), run.progress.split):
-            loss = steps.micro_step(run.stepper, collate(part, run.data).to(run.stepper.device), scale=scale)
+        for batch in parts:
+            loss = steps.micro_step(run.stepper, batch, scale=scale)
             total = loss if total is None else total + loss
     except (RuntimeError, MemoryError) as reason:
         if not is_out_of_memory(reason):

@@ -1,0 +1,91 @@
+"""Micro-batches made ahead: the same bytes in the same order, and nothing raised before its turn."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from small_models import random_data
+
+from trainer.collate import MicroBatch, collate
+from trainer.feed import feed, one_ahead
+
+DATA = random_data([5, 9, 3, 12, 7, 7, 2, 30])
+PARTS = [[np.array([0, 3])], [np.array([1]), np.array([2])], [], [np.array([7])], [np.array([4, 5, 6])]]
+
+
+def as_bytes(batch: MicroBatch) -> tuple[Any, ...]:
+    tensors = (batch.input_ids, batch.position_ids, batch.predicts, batch.targets)
+    return (*(None if one is None else one.numpy().tobytes() for one in tensors), batch.num_tokens, batch.documents)
+
+
+def test_made_ahead_or_in_their_turn_the_batches_are_the_same_bytes_in_the_same_order() -> None:
+    def make(rows: list[Any]) -> MicroBatch:
+        return collate(rows, DATA)
+
+    expected = [as_bytes(make(rows)) for rows in PARTS]
+    assert [as_bytes(batch) for batch in feed(PARTS, DATA, "cpu")] == expected
+    assert [as_bytes(batch) for batch in one_ahead(make, PARTS)] == expected
+    assert list(one_ahead(make, [])) == []
+
+
+def test_the_next_one_is_made_by_another_thread_while_the_one_before_is_in_use() -> None:
+    made = {number: threading.Event() for number in range(4)}
+    threads = set()
+
+    def make(number: int) -> int:
+        threads.add(threading.current_thread())
+        made[number].set()
+        return number
+
+    for number in one_ahead(make, range(4)):
+        if number < 3:
+            assert made[number + 1].wait(timeout=10)
+        assert number >= 2 or not made[number + 2].is_set()  # one ahead, and not more: batches take memory
+    assert len(threads) == 1
+    assert threading.current_thread() not in threads
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_failure_comes_where_its_batch_would_have_come_and_an_early_end_leaves_no_thread() -> None:
+    def make(number: int) -> int:
+        if number == 1:
+            raise MemoryError("no room")
+        return number
+
+    batches = one_ahead(make, range(3))
+    assert next(batches) == 0
+    with pytest.raises(MemoryError, match="no room"):
+        next(batches)
+    left = one_ahead(make, [0, 2, 2, 2])
+    assert next(left) == 0
+    left.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("feed")]
+
+
+def test_making_batches_ahead_leaves_the_random_state_alone() -> None:
+    import random
+
+    import torch
+
+    before = (torch.get_rng_state(), np.random.get_state()[1].tobytes(), random.getstate())  # type: ignore[union-attr]
+    list(feed(PARTS, DATA, "cpu"))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1].tobytes(), random.getstate()) == before[1:]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_a_run_fed_by_the_thread_ends_with_the_same_adapter(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch, micro: int
+) -> None:
+    """The thread is used on a GPU only; here it is made to work on the CPU."""
+    from trainer import loop
+
+    plain, ahead = (make_run(name, micro=micro, lora_dropout=0.1) for name in ("plain", "ahead"))
+    loop.train(plain)
+    monkeypatch.setattr(loop, "feed", lambda parts, data, device: one_ahead(lambda rows: collate(rows, data), parts))
+    loop.train(ahead)
+    name = "adapter/adapter_model.safetensors"
+    assert (plain / name).read_bytes() == (ahead / name).read_bytes()
