@@ -56,6 +56,7 @@ class Options:
     attention: Attention | None = None
     gradient_checkpointing: bool | None = None
     packing: bool = False
+    group_by_length: bool = False
     seed: int | None = None
     device: str | None = None
     num_devices: int | None = None
@@ -193,6 +194,7 @@ def resolve_job(preset: Preset, options: Options, settings: Settings, facts: Dev
             num_threads=options.num_threads,
             seed=options.seed if options.seed is not None else settings.seed if settings.seed is not None else 42,
             packing=options.packing,
+            group_by_length=options.group_by_length,
             evaluation=_evaluation(options),
             trust_remote_code=options.trust_remote_code,
             tracker=options.tracker,

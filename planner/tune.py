@@ -463,7 +463,7 @@ class _Tuning:
     def _row(self, name: str, job: Job) -> PlannedRow:
         """A row and its batch plan; jobs that differ only in their step share a plan."""
         key = (job.preset.sampling, job.preset.phases, job.preset.num_epochs, job.global_batch_sizes,
-               job.micro_batch_size, job.packing, job.packed_length)  # fmt: skip
+               job.micro_batch_size, job.packing, job.packed_length, job.group_by_length)  # fmt: skip
         known = self.plans.get(key)
         if known is None:
             known = PlannedRow(name=name, job=job, plan=plan_job(stand_in(job), self.data).plan)

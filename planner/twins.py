@@ -36,6 +36,8 @@ def twin_key(keys: Keys, job: Job, data: TokenizedDataset, *, quantized: bool = 
     if key is None:
         return None
     parts = [FORM, key, jsonio.to_plain(job.preset), job.micro_batch_size, job.num_devices, quantized]
+    if job.group_by_length:  # other batches, and so another fastest split
+        parts.append("grouped by length")
     sha = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     sha.update(data.lengths.tobytes())
     return f"twin {sha.hexdigest()[:32]}"

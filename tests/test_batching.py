@@ -116,3 +116,48 @@ def test_a_plan_survives_saving_and_a_damaged_file_is_an_error_of_one_line(tmp_p
 def test_an_empty_pass_is_an_error() -> None:
     with pytest.raises(DataError, match="no training example is left"):
         make_batch_plan(np.ones(0, dtype=np.int64), one_pass(0, 8), micro_batch_size=1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=400).map(np.array),
+    size=st.integers(1, 5),
+    epochs=st.integers(1, 2),
+    packed=st.one_of(st.none(), st.integers(20, 1000)),
+    seed=st.integers(0, 1000),
+)
+def test_grouping_by_length_keeps_each_example_once_per_epoch_and_never_takes_a_held_out_one(
+    lengths: np.ndarray, size: int, epochs: int, packed: int | None, seed: int
+) -> None:
+    shuffled = np.random.default_rng(seed).permutation(len(lengths))
+    training, held_out = np.sort(shuffled[: -(-len(lengths) * 3 // 4)]), np.sort(shuffled[-(-len(lengths) * 3 // 4) :])
+    stretches = (Stretch(phase=0, global_batch_size=size, num_steps=7), Stretch(phase=1, global_batch_size=2 * size))
+    passes = (Pass(examples=training, num_epochs=epochs, stretches=stretches),)
+    named = {"micro_batch_size": size, "evaluation": held_out, "seed": seed, "packed_length": packed}
+    plan = make_batch_plan(lengths, passes, group_by_length=True, **named)
+    plain = make_batch_plan(lengths, passes, **named)
+    assert (np.diff(plan.window_documents) == np.diff(plain.window_documents)).all()
+    documents_of_epoch = np.repeat(plan.window_epoch, np.diff(plan.window_documents))
+    for epoch in range(epochs):
+        assert sorted(plan.order[documents_of_epoch == epoch].tolist()) == training.tolist()
+
+
+def test_grouping_by_length_saves_most_of_the_padding_in_windows_of_all_lengths_in_random_order() -> None:
+    lengths = np.random.default_rng(0).integers(1, 1000, 8_000)
+    plain = make_batch_plan(lengths, one_pass(8_000, 16), micro_batch_size=16)
+    grouped = make_batch_plan(lengths, one_pass(8_000, 16), micro_batch_size=16, group_by_length=True)
+    again = make_batch_plan(lengths, one_pass(8_000, 16), micro_batch_size=16, group_by_length=True)
+    assert (grouped.order == again.order).all()
+    assert windows(grouped) != windows(plain)
+
+    def padding(plan: BatchPlan) -> float:
+        return float(1 - lengths.sum() / plan.micro_shapes(lengths).padded_tokens.sum())
+
+    assert padding(plain) > 0.4
+    assert padding(grouped) < 0.05
+    widths = grouped.micro_shapes(lengths).width
+    assert abs(np.corrcoef(np.arange(len(widths)), widths)[0, 1]) < 0.1  # no length comes before another
+    assert abs(np.corrcoef(widths[1:], widths[:-1])[0, 1]) < 0.1
+    # A mega-batch mixes what the shuffle mixed: examples of one length do not always meet the same others.
+    other = make_batch_plan(lengths, one_pass(8_000, 16), micro_batch_size=16, group_by_length=True, seed=1)
+    assert not set(windows(grouped)) & set(windows(other))

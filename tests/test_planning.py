@@ -120,3 +120,13 @@ def test_a_count_names_training_examples_and_evaluation_comes_on_top() -> None:
     _, plan, _ = planned("baseline", 500)
     assert plan.num_examples == 500
     assert len(plan.evaluation) == 10
+
+
+def test_grouping_by_length_is_off_unless_asked_for_and_says_that_it_changes_the_batches() -> None:
+    _, plain, notes = planned("recommended", 1000)
+    assert not any("grouped" in note for note in notes)
+    _, plan, notes = planned("recommended", 1000, group_by_length=True)
+    assert any("changes which examples share a batch; not quality-neutral" in note for note in notes)
+    assert sorted(plan.order.tolist()) == sorted(plain.order.tolist())
+    assert plan.evaluation.tolist() == plain.evaluation.tolist()
+    assert not set(plan.order.tolist()) & set(plan.evaluation.tolist())

@@ -17,6 +17,8 @@ import numpy as np
 from presets.errors import DataError, RunError
 from trainer.tokens import IntArray
 
+MEGA_WINDOWS = 50  # windows whose examples are sorted together when grouping by length, as in transformers
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stretch:
@@ -130,10 +132,12 @@ def make_batch_plan(
     seed: int = 42,
     sort_window: bool = True,
     packed_length: int | None = None,
+    group_by_length: bool = False,
 ) -> BatchPlan:
     """The batches of a run, the same for the same arguments.
 
     Sorting by length and packing happen inside a window only: its examples, and so its gradient, stay what they are.
+    Grouping by length is another thing: it decides which examples share a window.
 
     Args:
         lengths: tokens per example, (num_examples,).
@@ -142,6 +146,7 @@ def make_batch_plan(
         evaluation: held-out examples, carried along; none may be in a pass.
         sort_window: put a window's longest examples first, so that neighbours in a micro-batch are alike.
         packed_length: tokens per packed row; None: one document a row.
+        group_by_length: make windows of examples that are alike in length, see `_grouped`.
 
     Raises:
         DataError: a pass is empty.
@@ -155,7 +160,11 @@ def make_batch_plan(
         for epoch in range(one_pass.num_epochs):
             # One generator per pass and epoch: the order of epoch 2 does not depend on what epoch 1 consumed.
             shuffled = np.random.default_rng([seed, 0xBA, number, epoch]).permutation(one_pass.examples)
+            # Of its own, so that grouping leaves the shuffle before it as it is.
+            of_windows = np.random.default_rng([seed, 0x6C, number, epoch])
             for stretch, examples in _stretches(one_pass.stretches, shuffled, steps_done):
+                if group_by_length:
+                    examples = _grouped(lengths, examples, stretch.global_batch_size, of_windows)
                 part = _windows(lengths, examples, stretch, micro_batch_size, num_devices, sort_window, packed_length)
                 steps_done += part[3].size - 1
                 parts.append(_as_plan(part, stretch.phase, epoch, held_out, num_devices))
@@ -184,6 +193,24 @@ def _stretches(stretches: tuple[Stretch, ...], shuffled: IntArray, steps_done: i
         last = stretches[-1]
         found.append((last, shuffled[position:]))
     return found
+
+
+def _grouped(lengths: IntArray, examples: IntArray, size: int, random: np.random.Generator) -> IntArray:
+    """Shuffled examples in another order, whose full windows hold neighbours in length; each example once, as before.
+
+    The shuffle is cut into mega-batches of `MEGA_WINDOWS` windows, each is sorted by length and cut into windows, and
+    all full windows are shuffled: chance still decides what meets whom, and no length comes before another. What is
+    left over for the partial window stays at the end, unsorted.
+    """
+    full = len(examples) // size * size
+    mega = MEGA_WINDOWS * size
+    whole = full // mega * mega
+    pieces = []
+    for piece in (examples[:whole].reshape(-1, mega), examples[whole:full].reshape(1, -1)):
+        by_length = np.argsort(lengths[piece], axis=1, kind="stable")
+        pieces.append(np.take_along_axis(piece, by_length, axis=1).reshape(-1, size))
+    windows = np.concatenate(pieces)
+    return np.concatenate([windows[random.permutation(len(windows))].ravel(), examples[full:]])
 
 
 _Part = tuple[IntArray, IntArray, IntArray, IntArray]  # order, row_offsets, micro_offsets, window_offsets

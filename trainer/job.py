@@ -64,6 +64,7 @@ class Job:
     num_threads: int | None = None  # CPU threads; None: torch's own choice
     seed: int = 42
     sort_window: bool = True  # longest first inside a window; its examples stay the same
+    group_by_length: bool = False  # windows of examples alike in length: other batches, not quality-neutral
     packing: bool = False
     packed_length: int | None = None  # tokens in a packed row; None: the preset's max_length
     loss: Loss = "plain"  # lean: the output layer sees supervised positions only, a chunk at a time; the same number

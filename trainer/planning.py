@@ -13,6 +13,8 @@ from trainer.job import DataSpec, EvaluationSpec, Job
 from trainer.sampling import evaluation_size, select, split_evaluation
 from trainer.tokens import FloatArray, IntArray, TokenizedDataset
 
+GROUPED_NOTE = "grouped by length: changes which examples share a batch; not quality-neutral"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Planned:
@@ -94,7 +96,10 @@ def plan_job(job: Job, data: TokenizedDataset, loss: FloatArray | None = None) -
         seed=job.seed,
         sort_window=job.sort_window,
         packed_length=(job.packed_length or preset.max_length) if job.packing else None,
+        group_by_length=job.group_by_length,
     )
+    if job.group_by_length:
+        notes.append(GROUPED_NOTE)
     reached = set(plan.window_phase.tolist())
     for index, phase in enumerate(preset.phases):
         if index not in reached:
