@@ -270,16 +270,17 @@ def _worker(name: str, folder: Path, work: Path) -> None:
 
 def _leak(run: Path) -> int:
     """The job of a run folder, packed with nothing to keep the documents apart, as where position_ids are lost."""
-    from trainer import loop
+    from trainer import feed, loop
     from trainer.job import Job
     from trainer.process import quiet_waiting
 
     quiet_waiting()
     job = replace(Job.read(run / "job.json"), packing=True, packed_length=LEAKING_ROW)
     (run / "job.json").write_text(job.to_json(), encoding="utf-8")
-    watched: Any = loop
+    watched_loop: Any = loop
+    watched_loop.settle_packing = lambda *_, **__: None  # it would refuse
+    watched: Any = feed
     collate = watched.collate
-    watched.settle_packing = lambda *_, **__: None  # it would refuse
 
     def leaking(*rows: Any, **named: Any) -> Any:
         return replace(collate(*rows, **named), position_ids=None, documents=None)
