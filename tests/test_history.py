@@ -341,6 +341,15 @@ def test_the_key_of_a_hub_model_comes_from_what_was_fetched(tmp_path: Path, monk
     assert found["config"] == {"hidden_size": 8}
 
 
+def test_a_phase_that_the_data_never_reaches_is_said_with_the_plan(bench: Bench) -> None:
+    from planner.report import measured_text
+
+    said = "of 3 (GA 32, from step 501) is never reached: the data ends at step 7"
+    report = bench.plan(names=("progressive",)).report
+    assert said in (report.rows[0].note or "")
+    assert said in " ".join(measured_text(report, now=NOW, width=110, ascii_only=True).split())
+
+
 def test_ages_are_told_in_their_largest_unit() -> None:
     for seconds, text in (
         (-5, "0 s"),
