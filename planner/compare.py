@@ -319,6 +319,7 @@ def _breakdown(found: Estimate) -> BreakdownInfo | None:
         optimizer=optimizer,
         start=fixed.start,
         load=fixed.load,
+        compile=fixed.compile,
         data=fixed.data,
         evaluation=fixed.evaluation,
         samples=fixed.samples,

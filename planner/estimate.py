@@ -50,6 +50,7 @@ class FixedSeconds:
 
     start: float | None = None  # process start and imports
     load: float | None = None  # the model
+    compile: float | None = None
     data: float | None = None
     evaluation: float | None = None
     checkpoints: float | None = None
@@ -58,7 +59,9 @@ class FixedSeconds:
 
     @property
     def total(self) -> float:
-        parts = (self.start, self.load, self.data, self.evaluation, self.checkpoints, self.save, self.samples)
+        parts = (
+            self.start, self.load, self.compile, self.data, self.evaluation, self.checkpoints, self.save, self.samples,
+        )  # fmt: skip
         return sum(part for part in parts if part is not None)
 
 
@@ -372,6 +375,8 @@ def estimate(
         warnings.append(tight)
     if row.plan.num_devices > 1:
         notes.append("the exchange of gradients between devices is not in the figure")
+    if measurement.load is not None and measurement.load.compile_refused is not None:
+        notes.append(f"the layers are not compiled: {measurement.load.compile_refused}")
     fixed = fixed_seconds(row, data, measurement, data_seconds)
     whole = whole_run(total.seconds, low, high, fixed)
     return replace(
@@ -465,6 +470,7 @@ def fixed_seconds(
     return FixedSeconds(
         start=None if load is None else load.start_seconds + load.import_seconds,
         load=None if load is None else load.load_seconds,
+        compile=None if load is None else load.compile_seconds,
         data=data_seconds,
         evaluation=evaluation,
         checkpoints=None if samples.save is None else samples.save.checkpoint_seconds * checkpoints,

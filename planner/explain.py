@@ -14,6 +14,7 @@ PARTS = (
     ("optimizer", "optimizer"),
     ("start", "start"),
     ("load", "load"),
+    ("compile", "compile"),
     ("data", "data"),
     ("evaluation", "evaluation"),
     ("samples", "samples"),
@@ -24,20 +25,22 @@ PARTS = (
 
 def explain_text(comparison: Comparison, *, width: int | None = None, ascii_only: bool = False) -> str:
     """A table of the seconds of each part, then a line for each twin."""
+    shown = [row.breakdown for row in comparison.report.rows if row.breakdown is not None]
+    titles = [part for part in PARTS if part[0] != "compile" or any(one.compile for one in shown)]
     rows = []
     for row in comparison.report.rows:
         if row.breakdown is None:
             continue
-        parts = [getattr(row.breakdown, name) for name, _ in PARTS]
+        parts = [getattr(row.breakdown, name) for name, _ in titles]
         rows.append([printable(row.name), *(UNKNOWN if part is None else duration(part) for part in parts)])
     lines = ["Where the time goes", ""]
     lines.append(
         tabulate(
             rows,
-            headers=("", *(title for _, title in PARTS)),
+            headers=("", *(title for _, title in titles)),
             tablefmt="simple" if ascii_only else "simple_outline",
             disable_numparse=True,
-            colalign=("left", *("right" for _ in PARTS)),
+            colalign=("left", *("right" for _ in titles)),
         )
         if rows
         else "nothing was measured"

@@ -28,6 +28,7 @@ class StepSignature:
     device: Device
     num_threads: int  # CPU threads; 0: torch's own choice
     loss: Loss
+    compile: bool = False
 
     @classmethod
     def of(cls, job: Job) -> StepSignature:
@@ -47,6 +48,7 @@ class StepSignature:
             device=job.device,
             num_threads=job.num_threads or 0,
             loss=job.loss,
+            compile=job.compile,
         )
 
 

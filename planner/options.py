@@ -50,6 +50,7 @@ OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("Override", ("--gradient-checkpointing/--no-gradient-checkpointing",), {"default": None, "help": "Less memory, more time."}),
     ("Override", ("--packing",), {"is_flag": True, "help": "Several examples in a row, kept apart; the same examples in each step."}),
     ("Override", ("--group-by-length",), {"is_flag": True, "help": "Windows of examples alike in length: less padding, but other batches."}),
+    ("Override", ("--compile",), {"is_flag": True, "help": "torch.compile the layers; the time it takes is counted."}),
     ("Override", ("--seed",), {"type": click.IntRange(min=0, max=2**32 - 1), "metavar": "N", "help": "Order, sampling and initial weights [42]."}),
     ("Device", ("--device",), {"type": _choice("cuda", "mps", "cpu"), "help": "Where to run [the GPU, if there is one]."}),
     ("Device", ("--devices", "num_devices"), {"type": click.IntRange(min=1, max=1024), "metavar": "N", "help": "Number of GPUs (processes on a CPU)."}),

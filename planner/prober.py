@@ -38,6 +38,8 @@ class LoadReply:
     has_tokenizer: bool = False
     num_threads: int | None = None  # CPU threads that torch really uses
     lean_refused: str | None = None  # why the lean loss is not used although the job asks for it
+    compile_seconds: float = 0.0
+    compile_refused: str | None = None  # why the layers are not compiled although the job asks for it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

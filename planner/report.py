@@ -76,6 +76,7 @@ class BreakdownInfo:
     optimizer: float
     start: float | None = None  # process start and imports
     load: float | None = None
+    compile: float | None = None
     data: float | None = None
     evaluation: float | None = None
     samples: float | None = None

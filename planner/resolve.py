@@ -57,6 +57,7 @@ class Options:
     gradient_checkpointing: bool | None = None
     packing: bool = False
     group_by_length: bool = False
+    compile: bool = False
     seed: int | None = None
     device: str | None = None
     num_devices: int | None = None
@@ -195,6 +196,7 @@ def resolve_job(preset: Preset, options: Options, settings: Settings, facts: Dev
             seed=options.seed if options.seed is not None else settings.seed if settings.seed is not None else 42,
             packing=options.packing,
             group_by_length=options.group_by_length,
+            compile=options.compile,
             evaluation=_evaluation(options),
             trust_remote_code=options.trust_remote_code,
             tracker=options.tracker,

@@ -104,16 +104,25 @@ class Worker:
             loss=self.job.loss,
         )
         self._synchronize()
+        loaded = time.perf_counter()
+        compile_refused = None
+        if self.job.compile:
+            from trainer.compiled import compile_layers
+
+            compile_refused = compile_layers(self._stepper, self.job, self.data)
+            self._synchronize()
         return LoadReply(
             start_seconds=start_seconds,
             import_seconds=imported - begin,
-            load_seconds=time.perf_counter() - imported,
+            load_seconds=loaded - imported,
             num_parameters=self._loaded.num_parameters,
             num_trainable_parameters=self._loaded.num_trainable_parameters,
             weights=self._loaded.weights,
             has_tokenizer=self._tokenizer is not None,
             num_threads=torch.get_num_threads(),
             lean_refused=self._stepper.lean_refused,
+            compile_seconds=time.perf_counter() - loaded if self.job.compile else 0.0,
+            compile_refused=compile_refused,
         )
 
     def run(self, micro_batches: list[MicroRows]) -> list[float]:

@@ -210,3 +210,20 @@ def test_what_differs_from_one_run_to_the_next_widens_the_range_and_moves_nothin
     assert wide.train_seconds_high
     own = plain.train_seconds_high / wide.train_seconds - 1
     assert wide.train_seconds_high / wide.train_seconds - 1 == pytest.approx(np.hypot(own, 0.06), rel=0.02)
+
+
+def test_compile_time_is_a_part_of_the_total_and_a_refusal_is_told() -> None:
+    device = FakeDevice(LENGTHS)
+    row = make_row(replace(make_job(), compile=True), DATA)
+    found = measure([row], DATA, device.factory, clock=device.clock)
+    plain = estimate(row, DATA, found)
+    assert plain.seconds is not None
+    assert plain.fixed.compile == 0.0
+    (measured,) = found.measurements
+    assert measured.load is not None
+    assert measured.signature.compile
+    load = replace(measured.load, compile_seconds=40.0, compile_refused="it fails on this model")
+    one = estimate(row, DATA, replace(found, measurements=(replace(measured, load=load),)))
+    assert one.fixed.compile == 40.0
+    assert one.seconds == pytest.approx(plain.seconds + 40.0)
+    assert any("not compiled: it fails" in note for note in one.notes)

@@ -38,7 +38,8 @@ def settle_packing(model: Any, data: TokenizedDataset, job: Job, *, tell_leaks: 
         "packed_length": job.packed_length or job.preset.max_length,
         "tell_leaks": tell_leaks,
     }
-    if job.device == "cpu" and job.preset.attention == "sdpa":
+    # Compiled layers would be compiled anew for each arrangement of documents.
+    if job.device == "cpu" and job.preset.attention == "sdpa" and not job.compile:
         try:
             documents.use(model, apart=True)
         except (ValueError, AttributeError) as reason:  # a model that takes no attention but its own

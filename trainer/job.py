@@ -67,6 +67,7 @@ class Job:
     group_by_length: bool = False  # windows of examples alike in length: other batches, not quality-neutral
     packing: bool = False
     packed_length: int | None = None  # tokens in a packed row; None: the preset's max_length
+    compile: bool = False  # torch.compile the layers, before the first step
     loss: Loss = "plain"  # lean: the output layer sees supervised positions only, a chunk at a time; the same number
     evaluation: EvaluationSpec = EvaluationSpec()
     checkpoint_every: int | None = None  # optimizer steps; None: ten times a run

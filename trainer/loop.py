@@ -21,6 +21,7 @@ from trainer import step as steps
 from trainer.agreement import NO_COMPANY, settle_packing
 from trainer.batching import BatchPlan
 from trainer.collate import MicroBatch
+from trainer.compiled import compile_layers
 from trainer.data import load_tokenizer, prepare_data
 from trainer.evaluate import EvaluationResult
 from trainer.feed import feed
@@ -154,6 +155,11 @@ def _prepare(folder: Path, resume: bool) -> Run:
         )
         if job.num_devices > 1:
             steps.share_parameters(stepper.parameters)
+    if job.compile:
+        with clock.part("compile"):
+            compile_refused = compile_layers(stepper, job, data)
+        if compile_refused is not None:
+            notes += (f"the layers are not compiled: {compile_refused}",)
     if stepper.lean_refused is not None:
         notes += (f"the plain loss is used instead of the lean one: {stepper.lean_refused}",)
     run = Run(

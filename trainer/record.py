@@ -65,6 +65,7 @@ class Breakdown:
     start: float = 0.0  # process start and imports
     data: float = 0.0
     load: float = 0.0
+    compile: float = 0.0
     train: float = 0.0
     evaluation: float = 0.0
     samples: float = 0.0
