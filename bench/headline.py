@@ -48,7 +48,7 @@ TUNED = ("recommended", "aggressive")
 CONTESTANTS = (BASELINE, *TUNED, *(f"{name}, tuned" for name in TUNED), LEAK)
 GOALS = {"recommended": 2.6, "aggressive": 4.4}  # published, over the baseline
 TOLERANCE = 0.02  # of the drop
-PRETRAINING = slice(3000, 4200)  # GSM8K records that the base model learns from; training takes the first ones
+PRETRAINING = slice(3000, 4000)  # GSM8K records that the base model learns from; training takes the first ones
 LEAKING_ROW = 1024  # tokens
 
 
@@ -68,10 +68,10 @@ def main() -> int:
             print(f"headline: {arguments.out} has other settings: {result['settings']}", file=sys.stderr)
             return 1
     until = time.monotonic() + 60 * arguments.minutes
-    _prepare(arguments, texts)
     done = {(run["text"], run["seed"], run["contestant"]) for run in result["runs"]}
     for seed in range(arguments.seeds):
         for text in texts:
+            _prepare(text, arguments)
             if text not in result["tuned"]:
                 result["tuned"][text] = _tune(text, arguments)
             order = [BASELINE, *random.sample(CONTESTANTS[1:-1], len(CONTESTANTS) - 2), LEAK]  # the last copies a job
@@ -116,18 +116,17 @@ def _arguments() -> argparse.Namespace:
 # -- what is trained on ------------------------------------------------------------------------------------------------
 
 
-def _prepare(arguments: argparse.Namespace, texts: list[str]) -> None:
+def _prepare(text: str, arguments: argparse.Namespace) -> None:
+    """The text's file and, for GSM8K, its model; once."""
     from presets.demo.messages import generate_messages
 
-    messages = arguments.work / "chat.jsonl"
-    if not messages.is_file():
+    if text == "chat":
         lines = [json.dumps(one) for one in generate_messages(arguments.rows)]
-        messages.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if "gsm8k" in texts:
-        lines = same_loss.DATA.read_text(encoding="utf-8").splitlines()
-        (arguments.work / "gsm8k.jsonl").write_text("\n".join(lines[: arguments.rows]) + "\n", encoding="utf-8")
+    else:
+        lines = same_loss.DATA.read_text(encoding="utf-8").splitlines()[: arguments.rows]
         if not (arguments.work / "taught" / "config.json").is_file():
             _worker("pretrain", arguments.work, arguments.work)
+    (arguments.work / f"{text}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _pretrain(work: Path) -> int:
@@ -162,6 +161,7 @@ def _pretrain(work: Path) -> int:
         evaluation=EvaluationSpec(times_during_training=0, num_samples=0),
     )
     run = work / "pretraining"
+    shutil.rmtree(run, ignore_errors=True)  # of a call that was cut off
     run.mkdir()
     (run / "job.json").write_text(job.to_json(), encoding="utf-8")
     record = train(run)
