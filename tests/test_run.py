@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -404,6 +405,32 @@ def test_a_real_overflow_skips_the_step_and_leaves_the_weights(make_job: Any) ->
     stepper.scaler.scale(layer(torch.ones(1, 4)).sum()).backward()
     assert optimizer_step(stepper, 0.1).applied
     assert not torch.equal(layer.weight, before)
+
+
+def test_fp16_gives_up_once_there_is_no_scale_left_to_take_away() -> None:
+    """A gradient that is NaN at any scale: skipping for ever would look like training."""
+    import torch
+
+    from trainer.checkpoint import Progress
+    from trainer.step import make_stepper, optimizer_step
+
+    layer = torch.nn.Linear(4, 1)
+    stepper = make_stepper(layer, "cpu", "fp16")
+    assert stepper.scaler is not None
+    run: Any = SimpleNamespace(stepper=stepper, progress=Progress(windows_done=6))
+    steps = 0
+    while stepper.scaler.get_scale() >= 1.0:
+        stepper.scaler.scale(layer(torch.ones(1, 4)).sum()).backward()
+        assert layer.weight.grad is not None
+        layer.weight.grad[0, 0] = float("nan")
+        result = optimizer_step(stepper, 1.0)
+        assert not result.applied
+        steps += 1
+        if stepper.scaler.get_scale() >= 1.0:
+            loop._require_finite_gradient(run, float(result.grad_norm))
+    assert steps == 17, "from 65,536 to below 1, halved each time"
+    with pytest.raises(NonFiniteLossError, match=r"^step 7: the norm of the gradient is nan"):
+        loop._require_finite_gradient(run, float("nan"))
 
 
 def test_without_a_scaler_too_an_infinite_gradient_leaves_the_weights() -> None:

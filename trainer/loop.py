@@ -479,8 +479,12 @@ def _require_finite(run: Run, values: FloatArray) -> None:
 
 
 def _require_finite_gradient(run: Run, grad_norm: float) -> None:
-    """Stop where the gradient overflowed although the loss did not. With fp16 that is the loss scaler's to mend."""
-    if run.stepper.scaler is not None or np.isfinite(grad_norm):
+    """Stop where the gradient overflowed although the loss did not.
+
+    With fp16 that is the loss scaler's to mend, as long as there is a scale left to take away.
+    """
+    scaler = run.stepper.scaler
+    if np.isfinite(grad_norm) or (scaler is not None and scaler.get_scale() >= 1.0):
         return
     raise NonFiniteLossError(
         f"step {run.progress.windows_done + 1}: the norm of the gradient is {grad_norm}, although the loss is finite. "

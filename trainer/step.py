@@ -185,10 +185,11 @@ def optimizer_step(stepper: Stepper, learning_rate: float) -> StepResult:
         if applied:
             stepper.optimizer.step()
     else:
-        before = scaler.get_scale()
+        # The scaler skips exactly the steps with a gradient that is not finite. Not told by a scale that shrank: after
+        # very many skips it is 0 and shrinks no more.
         scaler.step(stepper.optimizer)
         scaler.update()
-        applied = scaler.get_scale() >= before  # the scale shrinks exactly when a step was skipped
+        applied = bool(torch.isfinite(grad_norm))
     clear_gradients(stepper.parameters)
     return StepResult(grad_norm.detach(), applied)
 
