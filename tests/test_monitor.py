@@ -1,0 +1,72 @@
+"""While it trains: the time left comes from the work that is left, not from the number of steps."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trainer.monitor import Monitor
+
+# Ten steps of four long micro-batches, then forty of one short one, as where the accumulation falls in mid-run.
+PLANNED = np.concatenate([np.full(10, 40.0), np.full(40, 2.0)])
+
+
+def run_to(monitor: Monitor, first: int, last: int, *, pace: float) -> None:
+    for done in range(first + 1, last + 1):
+        values = {"loss": 1.0, "tokens_per_second": 100.0, "memory_bytes": None}
+        monitor.step(done, float(PLANNED[done - 1]) * pace, {**values})
+
+
+def test_the_time_left_is_that_of_the_remaining_work(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, "progressive", PLANNED, is_time=True, done=0)
+    assert monitor.seconds_left(0) == pytest.approx(480.0), "before the first step: as planned"
+    run_to(monitor, 0, 10, pace=1.04)
+    # A fifth of the steps is behind it. By their number 1,664 s would be left.
+    assert monitor.seconds_left(10) == pytest.approx(80.0 * 1.04)
+    run_to(monitor, 10, 30, pace=1.04)
+    assert monitor.seconds_left(30) == pytest.approx(40.0 * 1.04)
+    run_to(monitor, 30, 50, pace=1.04)
+    assert monitor.seconds_left(50) == pytest.approx(0.0)
+    monitor.close()
+
+
+def test_the_drift_against_the_plan_and_the_time_of_day_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monitor = Monitor(tmp_path, "progressive", PLANNED, is_time=True, done=0)
+    monitor.last_line = -1e9  # the next step is due for a line
+    run_to(monitor, 0, 1, pace=1.04)
+    monitor.close()
+    line = capsys.readouterr().err
+    assert "+4% on plan" in line
+    # 440 s of planned work at this pace, from now
+    at = datetime.now() + timedelta(seconds=440 * 1.04)
+    assert re.search(r"7 min 38 s left, done (\w{3} \d\d:\d\d)", line)
+    assert {f"{at - timedelta(seconds=60):%H:%M}", f"{at:%H:%M}"} & set(re.findall(r"\d\d:\d\d", line))
+
+
+def test_a_resumed_run_is_judged_by_what_it_did_itself(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, "progressive", PLANNED, is_time=True, done=10)
+    assert monitor.drift(10) is None
+    run_to(monitor, 10, 20, pace=2.0)
+    assert monitor.drift(20) == pytest.approx(1.0)
+    assert monitor.seconds_left(20) == pytest.approx(120.0)
+    monitor.close()
+
+
+def test_without_seconds_in_the_plan_its_work_still_weighs_the_steps(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, "baseline", PLANNED, is_time=False, done=0)
+    assert monitor.seconds_left(0) is None
+    assert monitor.drift(0) is None
+    run_to(monitor, 0, 10, pace=3.0)
+    assert monitor.seconds_left(10) == pytest.approx(240.0)
+    assert monitor.drift(10) is None
+    monitor.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert {line["planned_seconds"] for line in lines} == {None}
