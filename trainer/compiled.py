@@ -4,6 +4,9 @@ The decoder layers are compiled and nothing else. They are where the time goes, 
 compilation serves many, and what lies around them (the lean loss, masks, adapters on the output layer) stays as it is.
 Shapes are dynamic: micro-batches differ in width, and a compilation for each would never end. Evaluation and answers
 run as before: they are a small part and would compile everything once more.
+
+It is no default, for it can lose: on two CPU cores micro-batches of four of the bundled model took 0.31 s compiled and
+0.16 s as they are, after 29 s (torch's cache warm) to 143 s (cold, cores shared) of compiling (torch 2.13, 2026-11-25).
 """
 
 from __future__ import annotations
