@@ -167,7 +167,7 @@ def _pretrain(work: Path) -> int:
     record = train(run)
     assert record is not None
     print(f"pretraining: {record.actual.eval_loss_before} -> {record.actual.eval_loss_after}", file=sys.stderr)
-    shutil.copytree(run / "adapter", work / "taught")
+    shutil.copytree(run / "model", work / "taught")
     return 0
 
 
