@@ -187,7 +187,7 @@ class Worker:
         from trainer.step import clear_gradients, optimizer_step
 
         cuda = self.job.device == "cuda"
-        self._settle([rows for window in windows for rows in window])
+        self._settle([rows for window in (*windows, *more) for rows in window])
         if cuda:
             import torch
 
