@@ -23,7 +23,6 @@ import importlib.metadata
 import json
 import math
 import os
-import platform
 import random
 import shutil
 import subprocess
@@ -40,8 +39,10 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "tests"))
 sys.path.insert(0, str(REPOSITORY))
-GSM8K = REPOSITORY.parent / "shared" / "data" / "gsm8k_train.jsonl"
-GIB = 1024**3
+sys.path.insert(0, str(REPOSITORY / "bench"))
+
+import common  # noqa: E402
+
 FIRST_STEPS = 5
 VERSIONED = ("torch", "transformers", "peft", "accelerate", "numpy")
 
@@ -57,6 +58,7 @@ class Shape:
     heads: int
     key_value_heads: int
     vocabulary: int = 0  # 0: the tokenizer's
+    head: int = 0  # size of an attention head; 0: hidden / heads
 
 
 # CPU: models of a few million parameters, so that a pair takes two or three minutes.
@@ -65,8 +67,9 @@ CPU_SHAPES = {
     "llama-12m": Shape("llama", 384, 1024, 6, 6, 6),
     "mistral-9m": Shape("mistral", 320, 1280, 5, 4, 2),
 }
-# GPU: the shapes of Qwen3-1.7B, Llama-3.2-3B and Llama-3.1-8B.
+# GPU: the shapes of Qwen3-0.6B, Qwen3-1.7B, Llama-3.2-3B and Llama-3.1-8B.
 GPU_SHAPES = {
+    "qwen3-0.6b": Shape("qwen3", 1024, 3072, 28, 16, 8, 151936, 128),
     "qwen3-1.7b": Shape("qwen3", 2048, 6144, 28, 16, 8, 151936),
     "llama-3b": Shape("llama", 3072, 8192, 28, 24, 8, 128256),
     "llama-8b": Shape("llama", 4096, 14336, 32, 32, 8, 128256),
@@ -95,12 +98,14 @@ CPU_CASES = (
     Case("LoRA, cut at 128", "llama-12m", ("--limit", "420", "--max-length", "128")),
 )
 GPU_CASES = (
-    Case("LoRA bf16", "qwen3-1.7b", ("--precision", "bf16", "--limit", "1600", "--micro-batch-size", "4")),
-    Case("LoRA fp16", "qwen3-1.7b", ("--precision", "fp16", "--limit", "1600", "--micro-batch-size", "4")),
-    Case("LoRA bf16", "llama-3b", ("--precision", "bf16", "--limit", "1200", "--micro-batch-size", "4")),
-    Case("LoRA bf16, packed", "llama-3b", ("--precision", "bf16", "--limit", "1600", "--packing")),
-    Case("LoRA bf16, checkpointing", "llama-8b", ("--precision", "bf16", "--limit", "700", "--gradient-checkpointing")),
-    Case("LoRA bf16, micro 8", "llama-8b", ("--precision", "bf16", "--limit", "900", "--micro-batch-size", "8")),
+    Case("LoRA bf16, micro 4", "qwen3-1.7b", ("--precision", "bf16", "--limit", "1000", "--micro-batch-size", "4")),
+    Case("LoRA bf16, micro 8", "llama-8b", ("--precision", "bf16", "--limit", "700", "--micro-batch-size", "8")),
+    Case("LoRA fp16", "qwen3-1.7b", ("--precision", "fp16", "--limit", "400")),
+    Case("LoRA bf16, packed", "llama-3b", ("--precision", "bf16", "--limit", "1000", "--packing")),
+    Case("LoRA bf16, checkpointing", "llama-8b", ("--precision", "bf16", "--limit", "500", "--gradient-checkpointing")),
+    Case("LoRA tf32", "qwen3-1.7b", ("--precision", "tf32", "--limit", "400")),
+    Case("LoRA fp16, micro 16", "llama-3b", ("--precision", "fp16", "--limit", "1200", "--micro-batch-size", "16")),
+    Case("full bf16", "qwen3-1.7b", ("--precision", "bf16", "--limit", "400", "--adapter", "full")),
 )
 
 
@@ -119,7 +124,7 @@ def make_model(shape: Shape, folder: Path, *, weights_on: str) -> None:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.key_value_heads,
-        head_dim=shape.hidden // shape.heads,
+        head_dim=shape.head or shape.hidden // shape.heads,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
     )
@@ -132,8 +137,16 @@ def make_model(shape: Shape, folder: Path, *, weights_on: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
+_known_flops: dict[str, float] = {}
+
+
 def matmul_flops(device: str) -> float:
-    """Operations per second of a square matrix product in the precision that the cases use, in a process of its own."""
+    """Operations per second of a square matrix product in the precision that the cases use, in a process of its own.
+
+    A CPU that others use too is asked each time, a GPU once.
+    """
+    if device in _known_flops:
+        return _known_flops[device]
     size, dtype = (8192, "bfloat16") if device == "cuda" else (1024, "float32")
     script = f"""
 import time, torch
@@ -145,6 +158,8 @@ for _ in range(10): a @ a
 wait(); print(10 * 2 * {size}**3 / (time.perf_counter() - begun))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    if device == "cuda":
+        _known_flops[device] = float(done.stdout)
     return float(done.stdout)
 
 
@@ -222,7 +237,8 @@ def tensor_shapes(model: Path) -> list[tuple[int, ...]]:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def binomial_interval(k: int, n: int) -> tuple[float, float]:
@@ -297,20 +313,6 @@ def summary(pairs: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def hardware(device: str) -> dict[str, Any]:
-    from planner.hardware import detect_device
-
-    facts = detect_device(device)
-    return {
-        "device": facts.name,
-        "memory_gib": round((facts.memory_bytes or 0) / GIB, 1),
-        "driver": facts.driver,
-        "cores": os.cpu_count(),
-        "platform": platform.platform(),
-        "load_at_start": os.getloadavg(),
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -319,7 +321,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="numbers of cases, comma-separated; all")
     parser.add_argument("--minutes", type=float, default=0.0, help="start no pair after this many")
-    parser.add_argument("--data", type=Path, default=GSM8K, help="JSONL with question and answer")
+    parser.add_argument("--data", type=Path, default=common.GSM8K, help="JSONL with question and answer")
+    parser.add_argument("--models", type=Path, help="keep the models here, and take those that are there")
+    parser.add_argument("--prepare", action="store_true", help="only make the models of the cases")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if not arguments.data.is_file():
@@ -340,11 +344,9 @@ def main() -> int:
         "what": "predicted against actual: plan --run, profile then run",
         "date": str(datetime.now(UTC).date()),
         "command": "python bench/accuracy.py " + " ".join(sys.argv[1:]),
-        "hardware": content.get("hardware") or hardware(arguments.device),
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONED} | {"python": sys.version.split()[0]},
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "hardware": content.get("hardware") or common.hardware(arguments.device),
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+        "commit": common.commit(),
         "cases": [{"name": case.name, "model": case.model, "options": case.options} for case in cases],
         "shapes": {name: {key: getattr(shape, key) for key in Shape.__slots__} for name, shape in shapes.items()},
     }
@@ -356,16 +358,18 @@ def main() -> int:
                 continue
             if arguments.minutes and time.monotonic() - begun > 60 * arguments.minutes:
                 break
-            model = home / case.model
-            if not model.exists():
+            model = (arguments.models or home) / case.model
+            if not (model / "config.json").exists():
                 make_model(shapes[case.model], model, weights_on=arguments.device)
+            if arguments.prepare:
+                continue
             shutil.rmtree(home / "plan-home", ignore_errors=True)
             found = run_pair(case, model, arguments, home / f"run-{time.monotonic_ns()}")
             content["pairs"].append({"repeat": repeat, "model": case.model, "case": case.name} | found)
             content["summary"] = summary(content["pairs"])
             print(table(content["pairs"][-1:]).splitlines()[-1], flush=True)
             if arguments.out:
-                arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+                common.write(arguments.out, content)
     print(table(content["pairs"]))
     print(json.dumps(summary(content["pairs"]), indent=1))
     return 0

@@ -16,6 +16,9 @@ machine's speed meets all alike. Quoted are ratios within a seed:
   rate of a matrix product measured beside the run. Baseline over floor is the most that any tuning could give.
 
 Written after each run; a second call with the same --out goes on where the first stopped.
+
+`--device cuda` runs GSM8K alone, on a model of the shape that --shape names (bench/accuracy.py), taught other rows by
+the trainer's own steps; presets run in the precision that they name (FP16), the baseline in fp32 without TF32.
 """
 
 from __future__ import annotations
@@ -41,32 +44,36 @@ sys.path.insert(0, str(REPOSITORY / "bench"))
 sys.path.insert(0, str(REPOSITORY))
 
 import accuracy  # noqa: E402
+import common  # noqa: E402
 import same_loss  # noqa: E402
 
 BASELINE, LEAK = "baseline", "recommended, leaking packer"
 TUNED = ("recommended", "aggressive")
+MODELS = {
+    "chat": "the bundled Llama (2.6 M parameters), bundled messages",
+    "gsm8k": "same_loss.py's Llama (4 layers, hidden 256), taught other GSM8K rows by our trainer",
+}
 CONTESTANTS = (BASELINE, *TUNED, *(f"{name}, tuned" for name in TUNED), LEAK)
 GOALS = {"recommended": 2.6, "aggressive": 4.4}  # published, over the baseline
 TOLERANCE = 0.02  # of the drop
 PRETRAINING = slice(3000, 4000)  # GSM8K records that the base model learns from; training takes the first ones
 LEAKING_ROW = 1024  # tokens
+GPU_PRETRAINING = slice(2000, 7473)
+GPU_PRETRAINING_ROW = 4096  # tokens; four rows a step
 
 
 def main() -> int:
     arguments = _arguments()
     if arguments.worker == "pretrain":
-        return _pretrain(arguments.work)
+        return _pretrain(arguments.work) if arguments.device == "cpu" else _teach(arguments)
     if arguments.worker == "leak":
         return _leak(arguments.work)
-    texts = ["chat", *(["gsm8k"] if same_loss.DATA.is_file() else [])]
+    texts = ["chat"] * (arguments.device == "cpu") + ["gsm8k"] * common.GSM8K.is_file()
+    contestants = [one for one in CONTESTANTS if not arguments.without or one not in arguments.without.split("; ")]
     arguments.work.mkdir(parents=True, exist_ok=True)
     settings = {"rows": arguments.rows, "seeds": arguments.seeds, "tune_budget": arguments.budget}
-    result: dict[str, Any] = {"runs": [], "tuned": {}}
-    if arguments.out.is_file():
-        result = json.loads(arguments.out.read_text(encoding="utf-8"))
-        if result["settings"] != settings:
-            print(f"headline: {arguments.out} has other settings: {result['settings']}", file=sys.stderr)
-            return 1
+    settings |= {} if arguments.device == "cpu" else {"device": arguments.device, "shape": arguments.shape}
+    result: dict[str, Any] = common.earlier(arguments.out, settings, {"runs": [], "tuned": {}})
     until = time.monotonic() + 60 * arguments.minutes
     done = {(run["text"], run["seed"], run["contestant"]) for run in result["runs"]}
     for seed in range(arguments.seeds):
@@ -74,7 +81,9 @@ def main() -> int:
             _prepare(text, arguments)
             if text not in result["tuned"]:
                 result["tuned"][text] = _tune(text, arguments)
-            order = [BASELINE, *random.sample(CONTESTANTS[1:-1], len(CONTESTANTS) - 2), LEAK]  # the last copies a job
+            between = [one for one in contestants if one not in (BASELINE, LEAK)]
+            last = [LEAK] * (LEAK in contestants)  # it copies a job
+            order = [BASELINE, *random.sample(between, len(between)), *last]
             for contestant in order:
                 if (text, seed, contestant) in done:
                     continue
@@ -87,16 +96,15 @@ def main() -> int:
                     "what": "training time and loss drop, presets as written and tuned against the published baseline",
                     "date": date.today().isoformat(),
                     "settings": settings,
-                    "models": {
-                        "chat": "the bundled Llama (2.6 M parameters), bundled messages",
-                        "gsm8k": "same_loss.py's Llama (4 layers, hidden 256), taught other GSM8K rows by our trainer",
-                    },
-                    "hardware": same_loss._hardware(os.cpu_count() or 1),
+                    "models": MODELS
+                    if arguments.device == "cpu"
+                    else {"gsm8k": f"the shape of {arguments.shape}, taught other GSM8K rows by our trainer's steps"},
+                    "hardware": common.hardware(arguments.device),
                     "versions": {one: importlib.metadata.version(one) for one in accuracy.VERSIONED},
-                    "commit": same_loss._commit(),
+                    "commit": common.commit(),
                     "verdict": verdict(result["runs"]),
                 }
-                arguments.out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+                common.write(arguments.out, result)
     _print(result)
     return 0
 
@@ -108,7 +116,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=1000, help="examples of each text")
     parser.add_argument("--budget", type=float, default=60.0, help="of `plan tune`, seconds")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "headline")
-    parser.add_argument("--out", type=Path, default=same_loss.RESULTS / f"headline-{date.today().isoformat()}.json")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", default="qwen3-1.7b", help="of the model on a GPU")
+    parser.add_argument("--without", default="", help="contestants left out, separated by '; '")
+    parser.add_argument("--steps", type=int, default=50, help="that teach the model on a GPU")
+    parser.add_argument("--out", type=Path, default=common.RESULTS / f"headline-{date.today().isoformat()}.json")
     parser.add_argument("--worker", choices=("pretrain", "leak"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -123,9 +135,9 @@ def _prepare(text: str, arguments: argparse.Namespace) -> None:
     if text == "chat":
         lines = [json.dumps(one) for one in generate_messages(arguments.rows)]
     else:
-        lines = same_loss.DATA.read_text(encoding="utf-8").splitlines()[: arguments.rows]
+        lines = common.GSM8K.read_text(encoding="utf-8").splitlines()[: arguments.rows]
         if not (arguments.work / "taught" / "config.json").is_file():
-            _worker("pretrain", arguments.work, arguments.work)
+            _worker("pretrain", arguments.work, arguments)
     (arguments.work / f"{text}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -137,7 +149,7 @@ def _pretrain(work: Path) -> int:
 
     fresh = argparse.Namespace(folder=work, threads=os.cpu_count() or 1, pretrain_steps=0)
     same_loss.prepare(fresh)
-    lines = same_loss.DATA.read_text(encoding="utf-8").splitlines()
+    lines = common.GSM8K.read_text(encoding="utf-8").splitlines()
     (work / "pretraining.jsonl").write_text("\n".join(lines[PRETRAINING]) + "\n", encoding="utf-8")
     preset = replace(
         load_preset("baseline"),
@@ -171,13 +183,81 @@ def _pretrain(work: Path) -> int:
     return 0
 
 
+def _teach(arguments: argparse.Namespace) -> int:
+    """The GPU's base model: random weights, taught all tokens of other rows by the trainer's own steps.
+
+    Not by a whole run, whose checkpoint would write weights and moments of the full model to the disk.
+    """
+    import torch
+
+    from presets.schema import load_preset
+    from trainer.agreement import settle_packing
+    from trainer.data import prepare_data
+    from trainer.feed import feed
+    from trainer.job import DataSpec, EvaluationSpec, Job
+    from trainer.model import load_model
+    from trainer.planning import learning_rates, plan_job
+    from trainer.step import make_stepper, micro_step, optimizer_step
+
+    work, device = arguments.work, arguments.device
+    precision: Any = "bf16" if device == "cuda" else "fp32"
+    shapes = accuracy.GPU_SHAPES | accuracy.CPU_SHAPES
+    accuracy.make_model(shapes[arguments.shape], work / "model", weights_on=device)
+    lines = common.GSM8K.read_text(encoding="utf-8").splitlines()
+    (work / "pretraining.jsonl").write_text("\n".join(lines[GPU_PRETRAINING]) + "\n", encoding="utf-8")
+    preset = replace(
+        load_preset("baseline"),
+        micro_batch_size=1,
+        gradient_accumulation_steps=80,
+        precision=precision,
+        adapter="full",
+        learning_rate=5e-4,
+    )
+    job = Job(
+        name="pretraining",
+        preset=preset,
+        model=str(work / "model"),
+        data=DataSpec(source=str(work / "pretraining.jsonl"), train_on="all"),
+        device=device,
+        precision=precision,
+        base_precision="fp32",
+        micro_batch_size=1,
+        packing=True,
+        packed_length=GPU_PRETRAINING_ROW,
+        evaluation=EvaluationSpec(fraction=0.0, minimum=0, times_during_training=0, num_samples=0),
+    )
+    data = prepare_data(job.data, model=job.model, max_length=preset.max_length, seed=job.seed)
+    plan = plan_job(job, data).plan
+    loaded = load_model(job, need_weights=True)
+    settle_packing(loaded.model, data, job)
+    stepper = make_stepper(loaded.model, device, precision, loss="lean")
+    rates = learning_rates(preset, plan)
+    num_steps = min(arguments.steps, plan.num_steps)
+    supervised = data.num_supervised
+    losses = []
+    for step in range(num_steps):
+        micros = range(int(plan.window_offsets[step]), int(plan.window_offsets[step + 1]))
+        targets = int(supervised[plan.documents_of_window(step)].sum())
+        parts = feed((plan.rows_of_micro_batch(micro) for micro in micros), data, device)
+        total = torch.stack([micro_step(stepper, batch, scale=1.0 / targets) for batch in parts]).sum()
+        losses.append(float(total) / targets)
+        optimizer_step(stepper, float(rates[step]))
+    print(f"pretraining: {num_steps} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}", file=sys.stderr)
+    loaded.model.to(torch.bfloat16).save_pretrained(work / "taught")
+    for path in (work / "model").glob("*token*"):
+        shutil.copy(path, work / "taught")
+    for path in (work / "model").glob("*.jinja"):
+        shutil.copy(path, work / "taught")
+    return 0
+
+
 # -- the contestants ---------------------------------------------------------------------------------------------------
 
 
 def _command(text: str, arguments: argparse.Namespace, *more: str) -> dict[str, Any]:
     """The last JSON object that a `plan` command prints; an error ends the bench."""
     command = [sys.executable, "-P", "-m", "planner.cli", *more, "--dataset", str(arguments.work / f"{text}.jsonl")]
-    command += ["--device", "cpu", "--json"]
+    command += ["--device", arguments.device, "--json"]
     if text == "gsm8k":
         command += ["--model", str(arguments.work / "taught"), "--columns", "prompt=question,completion=answer"]
     environment = accuracy.environment() | {"PLAN_HOME": str(arguments.work / "home")}
@@ -194,7 +274,7 @@ def _tune(text: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(text: str, seed: int, contestant: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    flops = accuracy.matmul_flops("cpu")
+    flops = accuracy.matmul_flops(arguments.device)
     folder = arguments.work / "runs" / f"{text}-{seed}-{contestant.replace(', ', '-').replace(' ', '-')}"
     if folder.exists():
         shutil.rmtree(folder)
@@ -203,7 +283,7 @@ def _run(text: str, seed: int, contestant: str, arguments: argparse.Namespace) -
     if contestant == LEAK:
         folder.mkdir()
         shutil.copy(arguments.work / "runs" / f"{text}-{seed}-recommended" / "job.json", folder / "job.json")
-        _worker("leak", folder, arguments.work)
+        _worker("leak", folder, arguments)
     else:
         more = ["--run", preset, "--seed", str(seed), "--output", str(folder), "--budget", "3"]
         _command(text, arguments, *more, *(["--tuned"] if how == "tuned" else []))
@@ -214,6 +294,8 @@ def _run(text: str, seed: int, contestant: str, arguments: argparse.Namespace) -
         "text": text,
         "seed": seed,
         "contestant": contestant,
+        "predicted": record["predicted"],
+        "actual": actual,
         "train_seconds": actual["train_seconds"],
         "seconds": actual["seconds"],
         "num_tokens": actual["num_tokens"],
@@ -259,9 +341,10 @@ def _operations(run: Path) -> float:
     return (4.0 * frozen + 6.0 * trained) * float(lengths.sum()) + 4.0 * output * targets + attention
 
 
-def _worker(name: str, folder: Path, work: Path) -> None:
+def _worker(name: str, folder: Path, arguments: argparse.Namespace) -> None:
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", name, "--work", str(folder)]
-    environment = accuracy.environment() | {"PLAN_HOME": str(work / "home")}
+    command += ["--device", arguments.device, "--shape", arguments.shape, "--steps", str(arguments.steps)]
+    environment = accuracy.environment() | {"PLAN_HOME": str(arguments.work / "home")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"headline: the worker '{name}' failed\n{done.stderr[-3000:]}")

@@ -8,7 +8,9 @@ the end of the last one, loading and first shapes left out; tokens are those of 
 
 Two questions: at equal settings (micro-batch x accumulation, padded, plain loss), and each trainer at the best of the
 settings tried for it. TRL's packing puts the documents of a row under one causal mask unless FlashAttention is there:
-on a CPU its documents see each other. It stands in the table all the same, as the fastest that it offers.
+without it its documents see each other. It stands in the table all the same, as the fastest that it offers.
+
+`--device cuda` compares in bf16 on a model of the shape that --shape names (bench/accuracy.py), with random weights.
 
 Written after each round; a second call with the same --out adds to it.
 """
@@ -34,11 +36,14 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "bench"))
 
+import common  # noqa: E402
 import same_loss as base  # noqa: E402
 
 SKIPPED_STEPS = 3  # shapes met for the first time, allocator, caches
 MOST_TOKENS = 1024
 MODEL = "Llama-shaped, 4 layers, hidden 256, 8 heads (4 key-value), 4,096-word vocabulary, random weights"
+GLOBAL_BATCH_SIZES = {"cpu": base.GLOBAL_BATCH_SIZE, "cuda": 32}
+PRECISIONS = {"cpu": "fp32", "cuda": "bf16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +64,26 @@ class Entry:
         return ", ".join(parts)
 
 
-EQUAL = (1, 4)
-ENTRIES = (
-    *(Entry(who, micro, is_equal=True) for micro in EQUAL for who in (base.OURS, base.TRAINER, base.SFT)),
-    *(Entry(base.OURS, packed=tokens, is_lean=True) for tokens in (512, 1024, 2048)),
-    *(Entry(base.SFT, micro, is_grouped=True) for micro in (2, 4, 8)),
-    *(Entry(base.SFT, packed=tokens) for tokens in (512, 1024)),
-)
+EQUAL = {"cpu": (1, 4), "cuda": (4,)}  # micro-batches compared at equal settings
+
+
+def _entries(device: str) -> tuple[Entry, ...]:
+    equal = tuple(
+        Entry(who, micro, is_equal=True) for micro in EQUAL[device] for who in (base.OURS, base.TRAINER, base.SFT)
+    )
+    if device == "cpu":
+        return (
+            *equal,
+            *(Entry(base.OURS, packed=tokens, is_lean=True) for tokens in (512, 1024, 2048)),
+            *(Entry(base.SFT, micro, is_grouped=True) for micro in (2, 4, 8)),
+            *(Entry(base.SFT, packed=tokens) for tokens in (512, 1024)),
+        )
+    return (
+        *equal,
+        *(Entry(base.OURS, packed=tokens, is_lean=True) for tokens in (4096, 8192)),
+        *(Entry(base.SFT, micro, is_grouped=True) for micro in (16, 32)),
+        *(Entry(base.SFT, packed=tokens) for tokens in (4096, 8192)),
+    )
 
 
 def main() -> int:
@@ -74,40 +92,51 @@ def main() -> int:
         from trainer.process import quiet_waiting
 
         quiet_waiting()  # for all contestants alike, before torch is imported
-        entry = ENTRIES[arguments.worker]
+        entry = _entries(arguments.device)[arguments.worker]
         (_ours if entry.who == base.OURS else _theirs)(entry, arguments)
         return 0
     if not base.DATA.is_file():
-        print(f"peers: skipped, there is no {Path('..') / base.DATA.relative_to(REPOSITORY.parent)}")
+        print(f"peers: skipped, there is no {base.DATA.name}; GSM8K names one")
         return 0
     if importlib.util.find_spec("trl") is None:
         print("peers: trl is missing; install it with: pip install -c constraints.txt -e '.[bench]'", file=sys.stderr)
         return 1
-    settings = {"rows": arguments.rows, "global_batch_size": base.GLOBAL_BATCH_SIZE, "threads": arguments.threads}
-    result: dict[str, Any] = {"rounds": []}
-    if arguments.out.is_file():
-        result = json.loads(arguments.out.read_text(encoding="utf-8"))
-        if result["settings"] != settings:
-            print(f"peers: {arguments.out} has other settings: {result['settings']}", file=sys.stderr)
-            return 1
+    settings = {
+        "device": arguments.device,
+        "precision": PRECISIONS[arguments.device],
+        "rows": arguments.rows,
+        "global_batch_size": GLOBAL_BATCH_SIZES[arguments.device],
+        "threads": arguments.threads,
+    }
+    result: dict[str, Any] = common.earlier(arguments.out, settings, {"rounds": []})
     with tempfile.TemporaryDirectory(prefix="peers-") as name:
         folder = Path(name)
-        base.prepare(argparse.Namespace(threads=arguments.threads, folder=folder, pretrain_steps=0))
+        model = MODEL
+        if arguments.device == "cpu":
+            base.prepare(argparse.Namespace(threads=arguments.threads, folder=folder, pretrain_steps=0))
+        elif arguments.model:
+            (folder / "model").symlink_to(arguments.model.resolve())
+            model = arguments.model.name
+        else:
+            import accuracy
+
+            accuracy.make_model(accuracy.GPU_SHAPES[arguments.shape], folder / "model", weights_on=arguments.device)
+            model = f"the shape of {arguments.shape}, random weights"
         for _ in range(arguments.rounds):
             result["rounds"].append(_round(folder, arguments))
             result |= {
                 "what": "real tokens per second of three trainers, interleaved; ratios within a round",
                 "date": date.today().isoformat(),
-                "model": MODEL,
+                "model": model,
                 "data": f"the first {arguments.rows} records of gsm8k_train.jsonl, loss on the answers",
                 "settings": settings,
-                "hardware": base._hardware(arguments.threads),
+                "hardware": common.hardware(arguments.device, arguments.threads),
                 "versions": {one: importlib.metadata.version(one) for one in base.VERSIONED},
-                "commit": base._commit(),
-                "verdict": verdict(result["rounds"]),
+                "commit": common.commit(),
+                "verdict": verdict(result["rounds"], arguments.device),
             }
-            arguments.out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    _print(result)
+            common.write(arguments.out, result)
+    _print(result, arguments.device)
     return 0
 
 
@@ -115,8 +144,12 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Real tokens per second: ours, Transformers' Trainer, TRL's SFTTrainer."
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", default="qwen3-1.7b", help="of the model on a GPU")
+    parser.add_argument("--model", type=Path, help="a model of that shape that is there already")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=136, help="records; eight are held out")
+    parser.add_argument("--only", default="", help="numbers of contestants, comma-separated; all")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=base.RESULTS / f"peers-{date.today().isoformat()}.json")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
@@ -126,32 +159,42 @@ def _arguments() -> argparse.Namespace:
 
 def _round(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Each contestant once; its tokens, seconds and tokens per second by name."""
-    order = list(range(len(ENTRIES)))
+    entries = _entries(arguments.device)
+    order = [int(number) for number in arguments.only.split(",")] if arguments.only else list(range(len(entries)))
     random.shuffle(order)
     found = {}
     for number in order:
         with tempfile.TemporaryDirectory(dir=folder) as own:
             environment = os.environ | {
                 "OMP_NUM_THREADS": str(arguments.threads),
-                "PYTHONPATH": str(REPOSITORY),
+                "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
                 "PLAN_HOME": str(folder / "plan-home"),
                 "HF_HOME": str(folder / "hf-home"),
                 "HF_HUB_OFFLINE": "1",
-                "CUDA_VISIBLE_DEVICES": "",
+                **({"CUDA_VISIBLE_DEVICES": ""} if arguments.device == "cpu" else {}),
                 "TOKENIZERS_PARALLELISM": "false",
             }
             command = [sys.executable, str(Path(__file__).resolve()), "--worker", str(number), "--folder", own]
             command += ["--threads", str(arguments.threads), "--rows", str(arguments.rows)]
+            command += ["--device", arguments.device]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(f"peers: '{ENTRIES[number].name}' failed\n{done.stderr[-4000:]}")
+            if done.returncode and entries[number].is_equal:
+                raise SystemExit(f"peers: '{entries[number].name}' failed\n{done.stderr[-4000:]}")
+            if done.returncode:  # a setting that is not for this machine: out of memory, say
+                print(f"{entries[number].name}: left out\n{done.stderr[-1500:]}", file=sys.stderr)
+                continue
             one = json.loads((Path(own) / "result.json").read_text(encoding="utf-8"))
-        found[ENTRIES[number].name] = one
-        print(f"{ENTRIES[number].name}: {one['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)
-    return {"order": [ENTRIES[number].name for number in order], "results": found}
+        found[entries[number].name] = one
+        print(f"{entries[number].name}: {one['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)
+    return {"order": [entries[number].name for number in order], "results": found}
 
 
-def verdict(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+def _seen(rounds: list[dict[str, Any]], device: str) -> list[Entry]:
+    """The contestants of every round."""
+    return [entry for entry in _entries(device) if all(entry.name in one["results"] for one in rounds)]
+
+
+def verdict(rounds: list[dict[str, Any]], device: str) -> dict[str, Any]:
     """Ratios ours / theirs, one a round: at equal settings against the faster peer, and best setting against best."""
 
     def rate(one: dict[str, Any], entry: Entry) -> float:
@@ -172,19 +215,21 @@ def verdict(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         }
 
     equal = []
-    for micro in EQUAL:
-        at = [entry for entry in ENTRIES if entry.is_equal and entry.micro == micro]
+    entries = _seen(rounds, device)
+    for micro in EQUAL[device]:
+        at = [entry for entry in entries if entry.is_equal and entry.micro == micro]
         equal.append(summary(at[0], max(at[1:], key=median)))
-    best = {side: max((e for e in ENTRIES if (e.who == base.OURS) == side), key=median) for side in (True, False)}
+    best = {side: max((e for e in entries if (e.who == base.OURS) == side), key=median) for side in (True, False)}
     return {"equal_settings": equal, "best_settings": summary(best[True], best[False])}
 
 
-def _print(result: dict[str, Any]) -> None:
+def _print(result: dict[str, Any], device: str) -> None:
     from tabulate import tabulate
 
-    reference = next(entry for entry in ENTRIES if entry.who == base.SFT)
+    entries = _seen(result["rounds"], device)
+    reference = next(entry for entry in entries if entry.who == base.SFT)
     rows = []
-    for entry in ENTRIES:
+    for entry in entries:
         ratios = [
             one["results"][entry.name]["tokens_per_second"] / one["results"][reference.name]["tokens_per_second"]
             for one in result["rounds"]
@@ -215,12 +260,13 @@ def _job(entry: Entry, arguments: argparse.Namespace) -> Any:
     from presets.schema import load_preset
     from trainer.job import DataSpec, EvaluationSpec, Job
 
+    precision: Any = PRECISIONS[arguments.device]
     preset = replace(
         load_preset("recommended"),
         micro_batch_size=entry.micro,
-        gradient_accumulation_steps=base.GLOBAL_BATCH_SIZE // entry.micro,
+        gradient_accumulation_steps=GLOBAL_BATCH_SIZES[arguments.device] // entry.micro,
         learning_rate=base.LEARNING_RATE,
-        precision="fp32",
+        precision=precision,
         lora_rank=8,
         lora_alpha=16.0,
         max_length=MOST_TOKENS,
@@ -230,9 +276,9 @@ def _job(entry: Entry, arguments: argparse.Namespace) -> Any:
         preset=preset,
         model=str(arguments.folder.parent / "model"),
         data=DataSpec(source=str(base.DATA), limit=arguments.rows),
-        device="cpu",
-        precision="fp32",
-        base_precision="fp32",
+        device=arguments.device,
+        precision=precision,
+        base_precision=precision,
         micro_batch_size=entry.micro,
         num_threads=arguments.threads,
         seed=base.SEED,
@@ -287,7 +333,10 @@ def _theirs(entry: Entry, arguments: argparse.Namespace) -> None:
         examples.append({"input_ids": data.token_ids[span].tolist(), "labels": labels})
     tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        job.model, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+        job.model,
+        dtype=torch.float32 if arguments.device == "cpu" else torch.bfloat16,
+        attn_implementation="sdpa",
+        use_safetensors=True,
     )
     loaded.config.use_cache = False
     model: Any = get_peft_model(
@@ -295,9 +344,9 @@ def _theirs(entry: Entry, arguments: argparse.Namespace) -> None:
     )
     # A packed row holds several examples: fewer rows make the same global batch, on average.
     mean = sum(len(one["input_ids"]) for one in examples) / len(examples)
-    rows = base.GLOBAL_BATCH_SIZE // entry.micro
+    rows = GLOBAL_BATCH_SIZES[arguments.device] // entry.micro
     if entry.packed:
-        rows = max(1, round(base.GLOBAL_BATCH_SIZE * mean / entry.packed))
+        rows = max(1, round(GLOBAL_BATCH_SIZES[arguments.device] * mean / entry.packed))
     settings: dict[str, Any] = {
         "output_dir": str(arguments.folder / "out"),
         "per_device_train_batch_size": entry.micro,
@@ -311,8 +360,8 @@ def _theirs(entry: Entry, arguments: argparse.Namespace) -> None:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": arguments.device == "cpu",
+        "bf16": arguments.device == "cuda",
         "fp16": False,
         "gradient_checkpointing": False,
         "seed": base.SEED,

@@ -18,7 +18,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -29,8 +28,12 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DATA = REPOSITORY.parent / "shared" / "data" / "gsm8k_train.jsonl"
-RESULTS = REPOSITORY / "bench" / "results"
+sys.path.insert(0, str(REPOSITORY / "bench"))
+sys.path.insert(0, str(REPOSITORY))
+
+import common  # noqa: E402
+
+DATA, RESULTS = common.GSM8K, common.RESULTS
 
 NUM_RECORDS = 168  # 160 to train on (20 steps of 8) and 8 held out
 NUM_STEPS = 20
@@ -72,7 +75,7 @@ def main() -> int:
         WORKERS[arguments.worker](arguments)
         return 0
     if not DATA.is_file():
-        print(f"same_loss: skipped, there is no {Path('..') / DATA.relative_to(REPOSITORY.parent)}")
+        print(f"same_loss: skipped, there is no {DATA.name}; GSM8K names one")
         return 0
     if importlib.util.find_spec("trl") is None:
         print("same_loss: trl is missing; install it with: pip install -c constraints.txt trl", file=sys.stderr)
@@ -94,15 +97,14 @@ def main() -> int:
         "tolerance": TOLERANCE,
         "relative_grad_norm_tolerance": NORM_TOLERANCE,
         "settings": _settings(arguments),
-        "hardware": _hardware(arguments.threads),
+        "hardware": common.hardware("cpu", arguments.threads),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONED} | {"python": sys.version.split()[0]},
-        "commit": _commit(),
+        "commit": common.commit(),
         "seconds": round(time.perf_counter() - begun, 1),
         "cases": cases,
     }
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"same_loss-{result['date']}.json"
-    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    common.write(path, result)
     print(f"verdict: {result['verdict']} ({result['seconds']} s); written to {path.relative_to(REPOSITORY)}")
     return 0 if agree and sharp else 1
 
@@ -234,22 +236,6 @@ def _settings(arguments: argparse.Namespace) -> Result:
         "checkpoint": f"Llama-shaped, made on the spot: {arguments.pretrain_steps} steps on later records, seed {SEED}",
         "seed": SEED,
     }
-
-
-def _hardware(threads: int) -> Result:
-    name = platform.processor() or "unknown"
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return {"cpu": name, "cores": os.cpu_count(), "threads": threads, "system": f"{platform.system()}"}
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 # -- workers -----------------------------------------------------------------------------------------------------------
