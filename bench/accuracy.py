@@ -67,10 +67,11 @@ CPU_SHAPES = {
     "llama-12m": Shape("llama", 384, 1024, 6, 6, 6),
     "mistral-9m": Shape("mistral", 320, 1280, 5, 4, 2),
 }
-# GPU: the shapes of Qwen3-0.6B, Qwen3-1.7B, Llama-3.2-3B and Llama-3.1-8B.
+# GPU: the shapes of Qwen3-0.6B, Qwen3-1.7B, Llama-3.2-1B and -3B, and Llama-3.1-8B.
 GPU_SHAPES = {
     "qwen3-0.6b": Shape("qwen3", 1024, 3072, 28, 16, 8, 151936, 128),
     "qwen3-1.7b": Shape("qwen3", 2048, 6144, 28, 16, 8, 151936),
+    "llama-1b": Shape("llama", 2048, 8192, 16, 32, 8, 128256),
     "llama-3b": Shape("llama", 3072, 8192, 28, 24, 8, 128256),
     "llama-8b": Shape("llama", 4096, 14336, 32, 32, 8, 128256),
 }
@@ -98,11 +99,11 @@ CPU_CASES = (
     Case("LoRA, cut at 128", "llama-12m", ("--limit", "420", "--max-length", "128")),
 )
 GPU_CASES = (
-    Case("LoRA bf16, micro 4", "qwen3-1.7b", ("--precision", "bf16", "--limit", "1000", "--micro-batch-size", "4")),
-    Case("LoRA bf16, micro 8", "llama-8b", ("--precision", "bf16", "--limit", "700", "--micro-batch-size", "8")),
-    Case("LoRA fp16", "qwen3-1.7b", ("--precision", "fp16", "--limit", "400")),
+    Case("LoRA bf16, micro 4", "llama-1b", ("--precision", "bf16", "--limit", "600", "--micro-batch-size", "4")),
+    Case("LoRA bf16, micro 8", "llama-8b", ("--precision", "bf16", "--limit", "360", "--micro-batch-size", "8")),
+    Case("LoRA fp16, packed", "llama-1b", ("--precision", "fp16", "--limit", "2000", "--packing")),
+    Case("LoRA bf16, checkpointing", "llama-8b", ("--precision", "bf16", "--limit", "200", "--gradient-checkpointing")),
     Case("LoRA bf16, packed", "llama-3b", ("--precision", "bf16", "--limit", "1000", "--packing")),
-    Case("LoRA bf16, checkpointing", "llama-8b", ("--precision", "bf16", "--limit", "500", "--gradient-checkpointing")),
     Case("LoRA tf32", "qwen3-1.7b", ("--precision", "tf32", "--limit", "400")),
     Case("LoRA fp16, micro 16", "llama-3b", ("--precision", "fp16", "--limit", "1200", "--micro-batch-size", "16")),
     Case("full bf16", "qwen3-1.7b", ("--precision", "bf16", "--limit", "400", "--adapter", "full")),
@@ -175,7 +176,16 @@ def run_pair(case: Case, model: Path, arguments: argparse.Namespace, folder: Pat
         "--device",
         arguments.device,
     ]
-    command += ["--budget", str(arguments.budget), "--output", str(folder), "--fresh", *case.options]
+    command += [
+        "--samples",
+        str(arguments.samples),
+        "--budget",
+        str(arguments.budget),
+        "--output",
+        str(folder),
+        "--fresh",
+        *case.options,
+    ]
     begun = time.time()
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -318,6 +328,8 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--budget", type=float, default=30.0)
+    parser.add_argument("--samples", type=int, default=4, help="answers that a run writes before and after")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the cases' numbers of records")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="numbers of cases, comma-separated; all")
     parser.add_argument("--minutes", type=float, default=0.0, help="start no pair after this many")
@@ -332,6 +344,8 @@ def main() -> int:
     begun = time.monotonic()
     cases = list(GPU_CASES if arguments.device == "cuda" else CPU_CASES)
     shapes = GPU_SHAPES if arguments.device == "cuda" else CPU_SHAPES
+    if arguments.scale != 1:
+        cases = [scaled(case, arguments.scale) for case in cases]
     if arguments.only:
         cases = [cases[int(number)] for number in arguments.only.split(",")]
     order = [(repeat, case) for repeat in range(arguments.repeats) for case in shuffled(cases, arguments.seed + repeat)]
@@ -373,6 +387,13 @@ def main() -> int:
     print(table(content["pairs"]))
     print(json.dumps(summary(content["pairs"]), indent=1))
     return 0
+
+
+def scaled(case: Case, scale: float) -> Case:
+    options = list(case.options)
+    place = options.index("--limit") + 1
+    options[place] = str(round(scale * int(options[place])))
+    return Case(case.name, case.model, tuple(options))
 
 
 def shuffled(cases: list[Case], seed: int) -> list[Case]:

@@ -117,7 +117,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=60.0, help="of `plan tune`, seconds")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "headline")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--shape", default="qwen3-1.7b", help="of the model on a GPU")
+    parser.add_argument("--shape", default="llama-1b", help="of the model on a GPU")
     parser.add_argument("--without", default="", help="contestants left out, separated by '; '")
     parser.add_argument("--steps", type=int, default=50, help="that teach the model on a GPU")
     parser.add_argument("--out", type=Path, default=common.RESULTS / f"headline-{date.today().isoformat()}.json")
@@ -286,6 +286,7 @@ def _run(text: str, seed: int, contestant: str, arguments: argparse.Namespace) -
         _worker("leak", folder, arguments)
     else:
         more = ["--run", preset, "--seed", str(seed), "--output", str(folder), "--budget", "3"]
+        more += ["--samples", "0"] if arguments.device == "cuda" else []
         _command(text, arguments, *more, *(["--tuned"] if how == "tuned" else []))
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     actual, job = record["actual"], record["job"]

@@ -145,7 +145,7 @@ def _arguments() -> argparse.Namespace:
         description="Real tokens per second: ours, Transformers' Trainer, TRL's SFTTrainer."
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--shape", default="qwen3-1.7b", help="of the model on a GPU")
+    parser.add_argument("--shape", default="llama-1b", help="of the model on a GPU")
     parser.add_argument("--model", type=Path, help="a model of that shape that is there already")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=136, help="records; eight are held out")

@@ -34,6 +34,7 @@ OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("Data", ("--limit",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Use only the first N records."}),
     ("Data", ("--skip-bad-lines",), {"is_flag": True, "help": "Leave out records that cannot be read, and count them."}),
     ("Data", ("--eval-fraction",), {"type": click.FloatRange(min=0, max=1, max_open=True), "metavar": "F", "help": "Held-out share [0.02, at least 8, at most 1,000 examples]."}),
+    ("Data", ("--samples",), {"type": click.IntRange(min=0, max=100), "metavar": "N", "help": "Answers written before and after, side by side [4]."}),
     ("Override", ("--micro-batch-size",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Sequences per forward pass; the global batch stays."}),
     ("Override", ("--gradient-accumulation-steps",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Changes the global batch."}),
     ("Override", ("--precision",), {"type": _choice("fp32", "tf32", "fp16", "bf16"), "help": "Compute precision."}),

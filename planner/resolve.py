@@ -63,6 +63,7 @@ class Options:
     num_devices: int | None = None
     num_threads: int | None = None
     eval_fraction: float | None = None
+    samples: int | None = None
     trust_remote_code: bool = False
     tracker: str | None = None
 
@@ -219,11 +220,16 @@ def _num_devices(options: Options, facts: DeviceFacts) -> int:
 
 
 def _evaluation(options: Options) -> EvaluationSpec:
+    spec = EvaluationSpec()
+    if options.samples is not None:
+        if options.samples < 0:
+            raise SettingsError(f"--samples is {options.samples}; it must be at least 0.")
+        spec = replace(spec, num_samples=options.samples)
     if options.eval_fraction is None:
-        return EvaluationSpec()
+        return spec
     if not 0 <= options.eval_fraction < 1:
         raise SettingsError(f"--eval-fraction is {options.eval_fraction}; it must be at least 0 and below 1.")
-    return EvaluationSpec(fraction=options.eval_fraction)
+    return replace(spec, fraction=options.eval_fraction)
 
 
 def _with_options(preset: Preset, options: Options) -> tuple[Preset, list[str]]:
