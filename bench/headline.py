@@ -418,7 +418,7 @@ def _ratios(pairs: list[tuple[Any, Any]], key: str) -> dict[str, Any] | None:
 
 def _equal(pairs: list[tuple[Any, Any]]) -> dict[str, Any] | None:
     """Whether the first ones' loss drops are those of the others: within 2 %, or inside the spread of the seeds."""
-    if not pairs:
+    if not pairs or not all(other["drop"] for _, other in pairs):
         return None
     ratios = [one["drop"] / other["drop"] for one, other in pairs]
     drops = [other["drop"] for _, other in pairs]

@@ -7,7 +7,7 @@
 What is run, is run as by `python`, in a process of its own with its own arguments, environment, folder and streams; it
 saves the ten to fifteen seconds in which a bare machine imports the libraries. `sys.executable` of a child is this
 file, so that what it starts (the planner's worker, the trainer) comes from here too. CUDA must not be touched before
-the fork: PYTORCH_NVML_BASED_CUDA_CHECK keeps torch from it. "Start" in a record made so means the fork, not the imports.
+the fork: PYTORCH_NVML_BASED_CUDA_CHECK keeps torch from it. "Start" in a record made so is the fork, not the imports.
 """
 
 import json
@@ -32,7 +32,7 @@ LIBRARIES = (
     "click",
     "tabulate",
 )
-OPTIONAL = ("trl",)
+OPTIONAL = ("trl", "trl.trainer.sft_trainer")
 
 
 def ask() -> int:
