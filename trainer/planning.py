@@ -173,7 +173,8 @@ def learning_rates(preset: Preset, plan: BatchPlan) -> FloatArray:
 
 
 def _warmup_decay(num_steps: int, warmup_ratio: float) -> FloatArray:
-    warmup = int(np.ceil(num_steps * warmup_ratio))
+    # The first warm-up step has a rate of 0, as in transformers: a run of a single step would train nothing.
+    warmup = min(int(np.ceil(num_steps * warmup_ratio)), num_steps - 1)
     step = np.arange(num_steps, dtype=np.float64)
     rising = step / max(1, warmup)
     falling = (num_steps - step) / max(1, num_steps - warmup)
