@@ -222,7 +222,7 @@ def each_once(say: Say) -> Callable[[str, float], None]:
     told: set[str] = set()
 
     def tell(text: str, _share: float) -> None:
-        kind = text.split(",")[0]  # "timing, round 12" is told as "timing"
+        kind = text.partition(", round ")[0]  # "timing, round 12" is told as "timing"
         if kind not in told:
             told.add(kind)
             say(kind)

@@ -388,7 +388,7 @@ class _Measuring:
         try:
             self._start(group)
         except (PlanError, DoesNotFit) as reason:
-            self._give_up(group, reason)
+            self._give_up(group, reason, of=group.rows)
         return group.is_live
 
     def _fit_together(self, live: list[_Group]) -> bool:
@@ -400,7 +400,7 @@ class _Measuring:
             assert standing[0].prober is not None
             free = standing[0].prober.free()
         except (PlanError, DoesNotFit) as reason:
-            self._give_up(standing[0], reason)
+            self._give_up(standing[0], reason, of=standing[0].rows)
             return False
         # On a GPU a worker that stands holds its peak: the allocator keeps what it reserved. On a CPU it gave it back.
         holds = live[0].signature.device == "cuda"
@@ -473,6 +473,12 @@ class _Measuring:
         begun = self.spent
         self.next_look = LEAST_ROUNDS
         for number in range(MOST_ROUNDS):
+            if any(group.prober is None for group in groups):
+                # One that dropped its largest rows goes on with the others, in a new process.
+                groups = [group for group in groups if group.is_live and self._ensure_worker(group)]
+                if not groups:
+                    return
+                decks = _Decks(self, groups)
             left = budget - (self.spent - begun)
             done = number - (1 if groups[0].warmed_up else 0)
             if number and not self._another_round(groups, budget, left, done):
@@ -485,11 +491,10 @@ class _Measuring:
                 # the memory probe has then been the warm-up.
                 for group in groups:
                     group.warmed_up = True
-            groups = [group for group in groups if group.is_live]
-            if not groups:
-                return
             if number + 1 in WINDOW_AFTER:
                 for group in groups:
+                    if group.prober is None:
+                        continue
                     self._guarded(group, functools.partial(self._window, group, budget - (self.spent - begun)))
             self.tell(f"timing, round {number + 1}", min(1.0, self.spent / max(self.budget, 1e-9)))
 
@@ -506,7 +511,7 @@ class _Measuring:
             # few happen to agree, or before the first rare slow one, and the interval then holds too seldom.
             growth = max(1.2, excess**2) if allowed == self.target else USUAL_SHARE / LEAST_SHARE
             self.next_look = math.ceil(done * min(2.0, growth))
-        expected = sum(_seconds_of(group.rounds[-1]) for group in groups)
+        expected = sum(_seconds_of(group.rounds[-1]) for group in groups if group.rounds)
         if left < expected and (done >= 2 or left < 0.5 * expected):
             for group in groups:
                 group.ended_by = "budget"
@@ -589,23 +594,36 @@ class _Measuring:
         self.spent += seconds
 
     def _guarded(self, group: _Group, action: Callable[[], None]) -> None:
-        """Run an action of one group so that its failure is its own."""
+        """Run an action of one group so that its failure is its own, and running out of memory that of its largest."""
         try:
             action()
         except (PlanError, DoesNotFit) as reason:
-            self._give_up(group, reason)
+            self._give_up(group, reason, of=self._largest(group))
 
-    def _give_up(self, group: _Group, reason: Exception) -> None:
+    def _largest(self, group: _Group) -> list[PlannedRow]:
+        """The rows whose worst micro-batch is the worst of all, or nearly so."""
+        worst = {row.name: float(keys(self.shapes[id(row.plan)]).max()) for row in group.fitting}
+        return [row for row in group.fitting if worst[row.name] >= SAME_SHAPE * max(worst.values())]
+
+    def _give_up(self, group: _Group, reason: Exception, *, of: list[PlannedRow]) -> None:
+        """After a failure: `of` these rows where memory ran out, else of all.
+
+        A micro-batch that just fitted by itself may no longer do so among others, whose shapes leave holes between the
+        blocks of memory. Smaller ones still do.
+        """
         group.close()
         if isinstance(reason, DoesNotFit) and any(other.prober is not None for other in self.groups):
             group.is_postponed = True
             group.rounds.clear()
             group.windows.clear()
         elif isinstance(reason, DoesNotFit):
-            for row in group.rows:
+            for row in of:
                 group.verdicts[row.name] = replace(
                     group.verdicts[row.name], fits=False, error=f"does not fit: {reason}"
                 )
+            left = group.fitting
+            group.largest_key = max((float(keys(self.shapes[id(row.plan)]).max()) for row in left), default=0.0)
+            group.reserved = max((group.verdicts[row.name].peak_reserved_bytes or 0 for row in left), default=0)
         else:
             group.error = str(reason)
 

@@ -134,6 +134,8 @@ class _NvmlGpu:
             bits = ask("nvmlDeviceGetCurrentClocksThrottleReasons")
         processes = ask("nvmlDeviceGetComputeRunningProcesses")
         others = None if processes is None else [one for one in processes if one.pid not in own]
+        if others and not all(psutil.pid_exists(one.pid) for one in others):
+            others = None  # the driver counts processes outside of this container: our own cannot be told from others
         return GpuConditions(
             sm_clock_mhz=ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
             max_sm_clock_mhz=ask("nvmlDeviceGetMaxClockInfo", nvml.NVML_CLOCK_SM),

@@ -41,7 +41,14 @@ from planner.prober import LoadReply, MemoryReply, MicroRows, PeakReply, SaveRep
 from presets import jsonio
 from presets.errors import MeasurementError
 from trainer.job import Job
-from trainer.process import peak_resident_bytes, quiet_waiting, resident_bytes, seconds_since_process_start
+from trainer.process import (
+    growing_segments,
+    peak_resident_bytes,
+    quiet_waiting,
+    resident_bytes,
+    seconds_since_process_start,
+    settle_garbage,
+)
 from trainer.tokens import IntArray, TokenizedDataset
 
 if TYPE_CHECKING:
@@ -429,6 +436,7 @@ def _read_lines(incoming: IO[str], lines: queue.Queue[str]) -> None:
 def main() -> None:
     """Serve one parent until it says "quit" or is gone."""
     quiet_waiting()
+    growing_segments()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     incoming, outgoing = _private_streams()
     lines: queue.Queue[str] = queue.Queue()
@@ -451,6 +459,8 @@ def main() -> None:
         if request.get("command") == "quit":
             return
         reply(guarded(worker, request))
+        if request.get("command") == "load":
+            settle_garbage()
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ class FakeDevice:
     throttle: float = 1.0  # two modes: seconds in the slow one / seconds in the fast one
     dwell: float = 6.0  # mean seconds between two changes of the mode
     fits_padded_tokens: int | None = None
+    fits_in_turns: int | None = None  # padded tokens that still fit among other shapes, while timing
     memory: int = 8 << 30
     bytes_per_token: int = 1 << 20
     packing_refused: str | None = None
@@ -184,6 +185,9 @@ class FakeProber:
 
     def run(self, micro_batches: list[MicroRows]) -> list[float]:
         self._note("run")
+        most = self.device.fits_in_turns
+        if most is not None and any(self.device.shape(rows)[0] > most for rows in micro_batches):
+            raise DoesNotFit("no block is large enough any more")
         self.device.drawn += [(self.job.precision, rows) for rows in micro_batches]
         return [self.device.pass_time(self._seconds(rows)) for rows in micro_batches]
 

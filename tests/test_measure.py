@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fakes import FakeDevice, chat_lengths, make_data, make_job, make_row
+from fakes import FakeDevice, FakeProber, chat_lengths, make_data, make_job, make_row
 
 from planner.estimate import estimate
 from planner.measure import measure, with_references
 from planner.measurement import Measurements, StepSignature
+from planner.prober import DoesNotFit, MicroRows
 from presets import jsonio
 from presets.errors import MeasurementError
+from trainer.job import Job
 
 LENGTHS = chat_lengths(3000)
 DATA = make_data(LENGTHS)
@@ -107,6 +109,42 @@ def test_oom_becomes_a_row_and_other_presets_still_run() -> None:
     baseline = estimate(rows[0], DATA, found)
     assert baseline.train_seconds == pytest.approx(device.true_seconds(rows[0].plan), rel=0.01)
     assert baseline.peak_memory_bytes == longest << 20
+
+
+def test_what_runs_out_of_memory_only_among_other_shapes_takes_no_smaller_row_with_it() -> None:
+    # Seen on a GPU: the largest micro-batch fitted by itself, and no longer once many shapes had left holes.
+    longest = int(LENGTHS.max())
+    device = FakeDevice(LENGTHS, fits_in_turns=2 * longest)
+    rows = [make_row(make_job(micro_batch_size=size), DATA, f"micro {size}") for size in (1, 2, 4, 8)]
+    found = measure(rows, DATA, device.factory, budget_seconds=600, clock=device.clock)
+    assert {row.name: row.fits for row in found.rows} == {
+        "micro 1": True,
+        "micro 2": True,
+        "micro 4": False,
+        "micro 8": False,
+    }
+    assert "no block is large enough" in (found.verdict("micro 8").error or "")  # type: ignore[union-attr]
+    for row in rows[:2]:
+        assert estimate(row, DATA, found).train_seconds == pytest.approx(device.true_seconds(row.plan), rel=0.01)
+    assert device.alive == 0
+
+
+def test_a_window_that_runs_out_of_memory_takes_no_smaller_row_with_it() -> None:
+    class Crowded(FakeDevice):
+        def factory(self, job: Job) -> FakeProber:
+            return _WindowsOf(self, job)
+
+    class _WindowsOf(FakeProber):
+        def window(self, micro_batches: list[MicroRows]) -> float:
+            if any(len(rows) > 1 for rows in micro_batches):
+                raise DoesNotFit("no room beside the gradients")
+            return super().window(micro_batches)
+
+    rows = [make_row(make_job(micro_batch_size=size), DATA, f"micro {size}") for size in (1, 4)]
+    device = Crowded(LENGTHS)
+    found = measure(rows, DATA, device.factory, budget_seconds=600, precision_target=1e-4, clock=device.clock)
+    assert {row.name: row.fits for row in found.rows} == {"micro 1": True, "micro 4": False}
+    assert estimate(rows[0], DATA, found).train_seconds == pytest.approx(device.true_seconds(rows[0].plan), rel=0.01)
 
 
 def test_when_nothing_fits_every_row_says_so() -> None:

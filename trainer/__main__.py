@@ -17,14 +17,15 @@ def main() -> int:
     # A fork after the tokenizer's threads started would only print a warning; nothing here needs them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from presets.errors import PlanError
-    from trainer.process import quiet_waiting
+    from trainer.process import growing_segments, quiet_waiting
 
     quiet_waiting()
+    growing_segments()
 
     try:
         from trainer.loop import Stopped, train
 
-        train(arguments.job.resolve().parent, resume=arguments.resume)
+        train(arguments.job.resolve().parent, resume=arguments.resume, owns_process=True)
     except Stopped as stopped:
         return 128 + stopped.signal_number
     except PlanError as reason:

@@ -24,6 +24,8 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:  # fmt: skip
         flat = x.reshape(-1, x.shape[-1])
+        ctx.kept_as = a.dtype
+        a, b = a.to(x.dtype), b.to(x.dtype)  # in here autograd keeps no record of it: four small steps less a layer
         result = F.linear(flat, weight, bias)
         low = flat @ a.t()  # (tokens, rank)
         result.addmm_(low, b.t(), alpha=scaling)
@@ -39,8 +41,8 @@ class _LoraLinear(torch.autograd.Function):
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = (gradient @ weight).addmm_(to_low, a).reshape(*upstream[0].shape[:-1], -1)
-        to_a = to_low.t() @ flat
-        to_b = (gradient.t() @ low).mul_(ctx.scaling)
+        to_a = (to_low.t() @ flat).to(ctx.kept_as)
+        to_b = (gradient.t() @ low).mul_(ctx.scaling).to(ctx.kept_as)
         return to_x, None, None, to_a, to_b, None
 
 
@@ -84,12 +86,13 @@ def _forward(layer: Any, plain: Any, x: torch.Tensor, *positional: Any, **named:
     weight, bias, scaling = layer.base_layer.weight, layer.base_layer.bias, layer.scaling[name]
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
+        # As autocast does for each product. It finds nothing left to cast inside, so it need not be switched off there.
         dtype = torch.get_autocast_dtype(kind)
-        # As autocast does for each product; outside of the function, so that gradients come back in their own types.
-        x, weight, a, b = (tensor.to(dtype) for tensor in (x, weight, a, b))
-        bias = None if bias is None else bias.to(dtype)
-        with torch.autocast(kind, enabled=False):
-            return _LoraLinear.apply(x, weight, bias, a, b, scaling)
+        if x.dtype != dtype:
+            x = x.to(dtype)
+        if weight.dtype != dtype:
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return _LoraLinear.apply(x, weight, bias, a, b, scaling)
     if not x.dtype == weight.dtype == a.dtype == b.dtype:
         return plain(layer, x)  # type: ignore[no-any-return]
     return _LoraLinear.apply(x, weight, bias, a, b, scaling)

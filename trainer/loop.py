@@ -38,7 +38,7 @@ from trainer.planning import (
     split,
     with_evaluation_on_top,
 )
-from trainer.process import seconds_since_process_start
+from trainer.process import seconds_since_process_start, settle_garbage
 from trainer.record import TOKENS_ONLY, RunRecord, read_predicted
 from trainer.run import Clock, Run
 from trainer.scoring import example_losses
@@ -58,14 +58,19 @@ class Stopped(Exception):
         self.signal_number = signal_number
 
 
-def train(folder: Path, *, resume: bool = False) -> RunRecord | None:
+def train(folder: Path, *, resume: bool = False, owns_process: bool = False) -> RunRecord | None:
     """Run the job of a run folder to its end, or go on with it; the record on the main process, None on the others.
+
+    Args:
+        owns_process: nothing else will happen in this process.
 
     Raises:
         Stopped: SIGINT or SIGTERM came; a checkpoint was written.
         PlanError: anything a user can mend. The record then says "failed" and the last good checkpoint is kept.
     """
     run = _prepare(folder, resume)
+    if owns_process:
+        settle_garbage()
     try:
         with _signals(run):
             return _train(run)

@@ -20,6 +20,25 @@ def quiet_waiting() -> None:
         os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
+def growing_segments() -> None:
+    """Let torch grow its blocks of GPU memory in place; called before torch is imported, in worker and trainer.
+
+    Micro-batches come in hundreds of shapes, and blocks of fixed size that one shape leaves seldom fit the next: an 8 B
+    model at micro-batch 8 held 117 GB in the run where its longest micro-batches alone had held 81 GB (H200, torch
+    2.11, 2026-11-26). Linux only; what the user has set stays.
+    """
+    if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def settle_garbage() -> None:
+    """Keep Python's garbage collector from walking over what will stay to the end; called when the model is loaded."""
+    import gc
+
+    gc.collect()
+    gc.freeze()
+
+
 def seconds_since_process_start() -> float:
     """Age of this process in seconds, interpreter start included."""
     try:

@@ -137,7 +137,8 @@ def token_losses(
             gradient_scale=gradient_scale,
         )
     logits = model(**arguments).logits
-    chosen = logits.reshape(-1, logits.shape[-1])[batch.predicts]
+    # Selected, not indexed: each position is taken once, and adding rows back needs no sorting of them on a GPU.
+    chosen = logits.reshape(-1, logits.shape[-1]).index_select(0, batch.predicts)
     if chosen.dtype in (torch.float16, torch.bfloat16):
         chosen = chosen.float()
     return F.cross_entropy(chosen, batch.targets, reduction=reduction)
