@@ -16,6 +16,7 @@ from planner.prober import ProberFactory
 from planner.report import duration
 from planner.resolve import Options, Resolved, resolve_job
 from planner.reuse import Keys
+from planner.safety import blocking, verdicts
 from planner.tune import Twin, Wanted
 from planner.twins import find_twins, known_twin
 from presets.env import Settings
@@ -55,6 +56,7 @@ class Candidate:
     data_seconds: float | None = None
     notes: tuple[str, ...] = ()
     error: str | None = None
+    blocked_by: tuple[str, ...] = ()  # safety rules; a run needs --force
 
     @property
     def name(self) -> str:
@@ -86,13 +88,20 @@ def make_candidates(
         except DataError as reason:  # this row's sampling needs a field that the data lacks: the others still show
             found.append(Candidate(resolved=resolved, error=str(reason)))
             continue
+        said = verdicts(job, planned.plan)
         found.append(
             Candidate(
                 resolved=resolved,
                 planned=PlannedRow(name=preset.name, job=job, plan=planned.plan),
                 data=data,
                 data_seconds=seconds,
-                notes=(*resolved.notes, *planned.notes, *((STAND_IN_NOTE,) if needs_loss(job.preset) else ())),
+                notes=(
+                    *resolved.notes,
+                    *planned.notes,
+                    *((STAND_IN_NOTE,) if needs_loss(job.preset) else ()),
+                    *(one.text for one in said),
+                ),
+                blocked_by=blocking(said),
             )
         )
     return tuple(found)

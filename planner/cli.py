@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import sys
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.options import OPTIONS
+from planner.commands_choice import advise, doctor, presets
+from planner.commands_runs import chat, check, history, merge, report, watch
+from planner.options import measure_settings, same_options, with_options
+from planner.terminal import ascii_only, open_history, say, width
 from presets.errors import PlanError, RunError, SettingsError, did_you_mean
 
 if TYPE_CHECKING:
-    from planner.history import History
+    from planner.report import PlanReport
     from planner.resolve import Options
     from presets.env import Settings
     from trainer.record import RunRecord
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 EXAMPLES = """\b
 Two lines to start with:
@@ -43,18 +42,12 @@ class _Group(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and self.get_command(ctx, args[0]) is None:
-            from presets.schema import preset_names
+            from presets.user import all_names
 
             command = did_you_mean(args[0], self.list_commands(ctx))
-            preset = did_you_mean(args[0], preset_names()).replace("'", "'--run ", 1) if not command else ""
+            preset = did_you_mean(args[0], all_names()).replace("'", "'--run ", 1) if not command else ""
             raise click.UsageError(f"no command '{args[0]}'.{command or preset} See 'plan --help'.", ctx)
         return super().resolve_command(ctx, args)
-
-
-def _with_options(function: F) -> F:
-    for _, names, settings in reversed(OPTIONS):
-        function = click.option(*names, **settings)(function)
-    return function
 
 
 @click.group(
@@ -63,7 +56,7 @@ def _with_options(function: F) -> F:
     epilog=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-@_with_options
+@with_options
 @click.version_option(package_name="training-planner", prog_name="plan")
 @click.pass_context
 def cli(ctx: click.Context, /, **given: Any) -> None:
@@ -82,7 +75,7 @@ def cli(ctx: click.Context, /, **given: Any) -> None:
 
     settings = read_settings(Path.cwd(), os.environ)
     for warning in settings.warnings:
-        _say(warning)
+        say(warning)
     options = Options(**{name: given[name] for name in option_fields() if name in given})
     if given["step_time"] is not None:
         _published(options, settings, given)
@@ -98,73 +91,43 @@ def _published(options: Options, settings: Settings, given: dict[str, Any]) -> N
 
     presets = presets_to_compare(settings, given["preset_names"])
     try:
-        report = published_report(resolve_count(options, settings), given["step_time"], presets)
+        found = published_report(resolve_count(options, settings), given["step_time"], presets)
     except ValueError as reason:
         raise SettingsError(f"{reason}") from None
-    click.echo(report.to_json(), nl=False) if given["as_json"] else click.echo(
-        published_text(report, width=_width(), ascii_only=_ascii_only())
-    )
+    if _printed_as(found, given):
+        return
+    click.echo(published_text(found, width=width(), ascii_only=ascii_only()))
+
+
+def _printed_as(report: PlanReport, given: dict[str, Any]) -> bool:
+    """Whether another form than the terminal's table was asked for, and is printed now."""
+    kind = "json" if given["as_json"] else given["output_format"]
+    if kind == "table":
+        return False
+    from planner.formats import as_text
+
+    click.echo(as_text(report, kind, now=datetime.now().astimezone()), nl=False)
+    return True
 
 
 def _table(options: Options, settings: Settings, given: dict[str, Any]) -> None:
     from planner.compare import compare, run_command
     from planner.report import measured_text
 
-    measuring, names = _measuring(given), given["preset_names"]
-    history = _history()
-    comparison = compare(options, settings, measuring, names=names, say=_say, history=history, tuned=given["tuned"])
-    if given["as_json"]:
-        click.echo(comparison.report.to_json(), nl=False)
+    measuring, names = measure_settings(given), given["preset_names"]
+    history = open_history(say)
+    comparison = compare(options, settings, measuring, names=names, say=say, history=history, tuned=given["tuned"])
+    if _printed_as(comparison.report, given):
         return
     now = datetime.now().astimezone()
-    click.echo(measured_text(comparison.report, now=now, width=_width(), ascii_only=_ascii_only()))
+    click.echo(measured_text(comparison.report, now=now, width=width(), ascii_only=ascii_only()))
     if given["explain"]:
         from planner.explain import explain_text
 
-        click.echo("\n" + explain_text(comparison, width=_width(), ascii_only=_ascii_only()))
-    command = run_command(comparison, _same_options(given))
+        click.echo("\n" + explain_text(comparison, width=width(), ascii_only=ascii_only()))
+    command = run_command(comparison, same_options(given))
     if command:
         click.echo(f"\nStart the recommended one:\n  {command}")
-
-
-def _measuring(given: dict[str, Any]) -> Any:
-    from planner.candidates import MeasureSettings
-
-    text = given["precision_target"].strip()
-    try:
-        target = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        target = -1.0
-    if not 0 < target < 1:
-        raise SettingsError(
-            f"--precision-target is '{text}'; it must be a share above 0 and below 1, such as 2% or 0.02."
-        )
-    return MeasureSettings(
-        budget_seconds=given["budget"], precision_target=target, fresh=given["fresh"], quantized=given["quantized"]
-    )
-
-
-def _history() -> History:
-    from planner.history import History
-
-    return History(say=_say)
-
-
-def _same_options(given: dict[str, Any]) -> str:
-    """The options of this call that a run needs too, as text; a count is left out, since a run needs messages."""
-    skipped = {"run", "resume", "output", "as_json", "budget", "precision_target", "preset_names", "debug", "step_time"}
-    skipped |= {"fresh", "explain", "quantized"}  # what was measured just now will do
-    words = []
-    for _, names, settings in OPTIONS:
-        flag = names[0].split("/")[0]
-        name = names[1] if len(names) > 1 else flag.removeprefix("--").replace("-", "_")
-        value = given[name]
-        if name in skipped or value in (None, False) or value == settings.get("default"):
-            continue
-        if name == "tokens_per_example" or (name == "dataset" and value.replace(",", "").isdigit()):
-            continue
-        words += [flag] if value is True else [flag, shlex.quote(str(value))]
-    return "".join(f" {word}" for word in words)
 
 
 def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
@@ -188,15 +151,19 @@ def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
     if given["accelerate_config"] is not None:
         check_accelerate_config(given["accelerate_config"])  # before minutes are spent on measuring
     presets_to_compare(settings, (given["run"],))
+    if given["dry_run"]:
+        _dry_run(options, settings, given, output)
+        return 0
     comparison = compare(
         options,
         settings,
-        _measuring(given),
+        measure_settings(given),
         names=(given["run"],),
         running=True,
-        say=_say,
-        history=_history(),
+        say=say,
+        history=open_history(say),
         tuned=given["tuned"],
+        force=given["force"],
     )
     candidate = comparison.candidates[0]
     if candidate.planned is None:
@@ -204,14 +171,40 @@ def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
     found = comparison.estimates[candidate.name]
     now = datetime.now().astimezone()
     if not given["as_json"]:
-        click.echo(measured_text(comparison.report, now=now, width=_width(), ascii_only=_ascii_only()))
+        click.echo(measured_text(comparison.report, now=now, width=width(), ascii_only=ascii_only()))
     if found.fits is False:
         raise RunError(f"'{given['run']}' does not fit on this device: {found.error or 'out of memory'}.")
     job = with_checkpoint_interval(candidate.planned.job, found.num_steps, found.seconds_per_step)
     folder = make_run_folder(output, replace(job), candidate.planned.plan, predicted_of(comparison, candidate), now)
-    _say(f"run folder: {folder}")
+    say(f"run folder: {folder}")
     code = start(command(folder, job, accelerate_config=given["accelerate_config"]))
     return _ended(folder, code, as_json=given["as_json"])
+
+
+def _dry_run(options: Options, settings: Settings, given: dict[str, Any], output: Path | None) -> None:
+    """What `--run` would start: its command on stdout, remarks on stderr. Nothing is measured or written."""
+    from planner.compare import prepare
+    from planner.hardware import detect_device
+    from planner.launch import command, run_folder_name, with_checkpoint_interval
+
+    facts = detect_device(options.device)
+    force, name = given["force"], given["run"]
+    _, _, candidates = prepare(options, settings, facts, names=(name,), running=True, say=say, force=force)
+    candidate = candidates[0]
+    if candidate.planned is None:
+        raise RunError(candidate.error or "this configuration cannot be planned.")
+    job, plan = (
+        with_checkpoint_interval(candidate.planned.job, candidate.planned.plan.num_steps, None),
+        candidate.planned.plan,
+    )
+    folder = run_folder_name(output, job, datetime.now().astimezone())
+    for note in candidate.notes:
+        say(f"note: {note}")
+    say(f"{plan.num_steps:,} optimizer steps over {plan.num_examples:,} examples; nothing was measured or written")
+    if given["as_json"]:
+        click.echo(job.to_json())
+        return
+    click.echo(shlex.join(command(folder, job, accelerate_config=given["accelerate_config"], dry=True)))
 
 
 def _resume(folder: Path, accelerate_config: Path | None) -> int:
@@ -221,7 +214,7 @@ def _resume(folder: Path, accelerate_config: Path | None) -> int:
     record = read_record(folder)
     if record is not None and record.status == "finished":
         _remember(record, folder)  # where this program was ended before the trainer was
-        _say(f"'{folder}' is finished: there is nothing to resume.")
+        say(f"'{folder}' is finished: there is nothing to resume.")
         return 0
     _check_tracker(job.tracker)
     return _ended(folder, start(command(folder.absolute(), job, resume=True, accelerate_config=accelerate_config)))
@@ -249,7 +242,7 @@ def _ended(folder: Path, code: int, *, as_json: bool = False) -> int:
     if record is not None and record.status == "finished":
         click.echo((folder / "record.json").read_text(encoding="utf-8") if as_json else outcome_text(record, folder))
     elif code not in (0, 1, 130, 143):
-        _say(
+        say(
             f"Error: the trainer ended with code {code}. Its log: {folder / 'train.log'}. "
             f"Go on with: plan --resume {folder}"
         )
@@ -262,34 +255,12 @@ def _remember(record: RunRecord, folder: Path) -> None:
     from planner.history import PastRun
 
     ended_at = datetime.fromtimestamp((folder / "record.json").stat().st_mtime).astimezone()
-    _history().add_run(PastRun.of(record, folder, ended_at))
-
-
-@cli.command()
-@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, metavar="N", help="The newest N.")
-@click.option("--accuracy", is_flag=True, help="How far all predictions were off, and how often the range held.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-def history(limit: int, accuracy: bool, as_json: bool) -> None:
-    """Past runs on this machine, newest first: predicted beside actual.
-
-    \b
-    Examples:
-      plan history
-      plan history --accuracy
-    """
-    from planner import past
-
-    if accuracy:
-        found = past.accuracy(_history().runs())
-        click.echo(past.accuracy_json(found) if as_json else past.accuracy_text(found))
-        return
-    runs = _history().runs(limit)
-    click.echo(past.runs_json(runs) if as_json else past.runs_text(runs, datetime.now().astimezone()))
+    open_history(say).add_run(PastRun.of(record, folder, ended_at))
 
 
 @cli.command("tune")
 @click.argument("names", nargs=-1, metavar="[PRESET]...")
-@_with_options
+@with_options
 def tune_command(names: tuple[str, ...], **given: Any) -> None:
     """Find the fastest way to train on the same batches: split, packing, loss, attention, threads.
 
@@ -309,7 +280,7 @@ def tune_command(names: tuple[str, ...], **given: Any) -> None:
 
     settings = read_settings(Path.cwd(), os.environ)
     for warning in settings.warnings:
-        _say(warning)
+        say(warning)
     options = Options(**{name: given[name] for name in option_fields() if name in given})
     given["preset_names"] = (*names, *given["preset_names"])
     if given["preset_names"] and "baseline" not in given["preset_names"]:
@@ -318,132 +289,8 @@ def tune_command(names: tuple[str, ...], **given: Any) -> None:
     _table(options, settings, given)
 
 
-@cli.group()
-def presets() -> None:
-    """What can be run: list the presets, or show one.
-
-    \b
-    Examples:
-      plan presets list
-      plan presets show aggressive
-    """
-
-
-@presets.command("list")
-def presets_list() -> None:
-    """One line per preset."""
-    from presets.schema import load_preset, preset_names
-
-    for name in preset_names():
-        click.echo(f"{name:<12} {load_preset(name).summary}")
-
-
-@presets.command("show")
-@click.argument("name")
-def presets_show(name: str) -> None:
-    """The preset's own file."""
-    from importlib import resources
-
-    from presets.schema import load_preset
-
-    load_preset(name)
-    click.echo((resources.files("presets") / f"{name}.toml").read_text(encoding="utf-8"), nl=False)
-
-
-RUN = click.argument("run", type=click.Path(path_type=Path))
-
-
-@cli.command()
-@RUN
-def check(run: Path) -> None:
-    """Check the quality of a finished RUN: held-out loss and sample answers, before and after.
-
-    \b
-    Example:
-      plan check runs/recommended-20260101-120000
-    """
-    from planner.launch import open_run
-    from planner.outcome import check_text
-
-    job = open_run(run)
-    from trainer.finished import check as check_run
-
-    click.echo(check_text(check_run(run), job))
-
-
-@cli.command()
-@RUN
-@click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", help="The merged model [RUN/merged].")
-def merge(run: Path, output: Path | None) -> None:
-    """Write the base model and the adapter of a finished RUN as one model (safetensors).
-
-    \b
-    Example:
-      plan merge runs/recommended-20260101-120000 --output my-model
-    """
-    from planner.launch import open_run
-
-    open_run(run)
-    from trainer.finished import merge as merge_run
-
-    click.echo(f"merged model: {merge_run(run, output or run / 'merged')}")
-
-
-@cli.command()
-@RUN
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N")
-@click.option(
-    "--temperature", type=click.FloatRange(min=0, max=10), default=0.0, show_default=True, help="0: the likeliest word."
-)
-@click.option("--system", metavar="TEXT", help="A system message to start with.")
-def chat(run: Path, max_new_tokens: int, temperature: float, system: str | None) -> None:
-    """Talk to the result of a finished RUN in the terminal. An empty line or Ctrl-D ends it.
-
-    \b
-    Example:
-      plan chat runs/recommended-20260101-120000
-    """
-    from planner.launch import open_run
-    from planner.report import printable
-
-    open_run(run)
-    from trainer.finished import open_finished, reply
-
-    finished = open_finished(run)
-    messages = [("system", system)] if system else []
-    while True:
-        click.echo("you> ", nl=False)
-        line = sys.stdin.readline().strip()
-        if not line:
-            return
-        messages.append(("user", line))
-        click.echo("model> ", nl=False)
-        pieces = []
-        for piece in reply(finished, messages, max_new_tokens=max_new_tokens, temperature=temperature):
-            pieces.append(piece)
-            # A model may write anything; only text and line ends reach the terminal.
-            click.echo("\n".join(printable(part) for part in piece.split("\n")), nl=False)
-        click.echo()
-        messages.append(("assistant", "".join(pieces).strip() or "..."))
-
-
-def _say(text: str) -> None:
-    """Progress and warnings, on stderr, free of control sequences."""
-    from planner.report import printable
-
-    click.echo(printable(text), err=True)
-
-
-def _width() -> int | None:
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-
-
-def _ascii_only() -> bool:
-    try:
-        "┌–".encode(sys.stdout.encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return True
-    return False
+for _command in (history, check, merge, chat, watch, report, presets, advise, doctor):
+    cli.add_command(_command)
 
 
 def main() -> None:
@@ -466,7 +313,7 @@ def main() -> None:
             raise
         lines = str(reason).splitlines() or [type(reason).__name__]
         for line in lines:
-            _say(f"Error: {line}")
+            say(f"Error: {line}")
         code = 1
     except BrokenPipeError:
         # The reader (head, say) has seen enough; Python would complain once more when it closes stdout.
@@ -475,7 +322,7 @@ def main() -> None:
     except Exception as reason:
         if debug:
             raise
-        _say(f"Error: {type(reason).__name__}: {reason}. This is a defect of plan itself; --debug shows where.")
+        say(f"Error: {type(reason).__name__}: {reason}. This is a defect of plan itself; --debug shows where.")
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -48,7 +48,7 @@ from planner.resolve import Options, presets_to_compare, resolve_data, resolve_m
 from planner.reuse import Keys, Reused, Sharpness, keep, reuse
 from planner.tune import Twin
 from presets.env import Settings
-from presets.errors import DataError, ModelError
+from presets.errors import DataError, ModelError, SettingsError
 from presets.schema import DEFAULT_PRESET, Preset
 from trainer.job import DataSpec
 from trainer.model import inspect_model
@@ -91,6 +91,7 @@ def compare(
     history: History | None = None,
     clock: Callable[[], float] = time.perf_counter,
     tuned: bool = False,
+    force: bool = False,
 ) -> Comparison:
     """Measure the named presets (all of them where none is named) on this device and report them.
 
@@ -101,23 +102,13 @@ def compare(
         history: earlier measurements and runs; None: measure, keep nothing and correct nothing.
         clock: seconds that the budget is counted in; a fake device has its own.
         tuned: search for the twins that the history does not have; with `running`, the twin is what will run.
+        force: with `running`: run what the safety rules advise against.
 
     Raises:
         PlanError: nothing can be compared: bad options, unreadable data or model, or nothing could be measured.
     """
     facts = facts or detect_device(options.device)
-    presets = presets_to_compare(settings, names)
-    model, where = resolve_model(options, settings)
-    spec = resolve_data(options, settings, running=running)
-    files = inspect_model(model)
-    if running and not files.has_weights:
-        raise ModelError(
-            f"model '{model}': it has a config.json but no weights (*.safetensors). Planning needs none; a run does."
-        )
-    say(f"model: {model} ({where})")
-    candidates = make_candidates(presets, options, settings, facts, spec, say)
-    if all(candidate.planned is None for candidate in candidates):
-        raise DataError(" ".join(dict.fromkeys(candidate.error or "" for candidate in candidates)))
+    model, spec, candidates = prepare(options, settings, facts, names=names, running=running, say=say, force=force)
     now = now or datetime.now().astimezone()
     keys = Keys(facts)
     if tuned or (history is not None and not running):
@@ -151,6 +142,39 @@ def compare(
     past = Past(raw=raw, corrections=corrections, signature_keys=signature_keys, measured_at=measured_at)
     report = _report(facts, model, spec, candidates, estimates, past, found, now)
     return Comparison(facts=facts, candidates=candidates, estimates=estimates, report=report, past=past)
+
+
+def prepare(
+    options: Options,
+    settings: Settings,
+    facts: DeviceFacts,
+    *,
+    names: tuple[str, ...] = (),
+    running: bool = False,
+    say: Say = lambda text: None,
+    force: bool = False,
+) -> tuple[str, DataSpec, tuple[Candidate, ...]]:
+    """(model, data, configurations with their batch plans), before anything is measured.
+
+    Raises:
+        PlanError: as `compare`; with `running` also where the safety rules advise against it and `force` is not given.
+    """
+    presets = presets_to_compare(settings, names)
+    model, where = resolve_model(options, settings)
+    spec = resolve_data(options, settings, running=running)
+    files = inspect_model(model)
+    if running and not files.has_weights:
+        raise ModelError(
+            f"model '{model}': it has a config.json but no weights (*.safetensors). Planning needs none; a run does."
+        )
+    say(f"model: {model} ({where})")
+    candidates = make_candidates(presets, options, settings, facts, spec, say)
+    if all(candidate.planned is None for candidate in candidates):
+        raise DataError(" ".join(dict.fromkeys(candidate.error or "" for candidate in candidates)))
+    blocked = [text for candidate in candidates for text in candidate.blocked_by]
+    if running and blocked and not force:
+        raise SettingsError("\n".join(f"{text}." for text in blocked))
+    return model, spec, candidates
 
 
 def _measure_all(
@@ -373,7 +397,9 @@ def _steps_by_formula(preset: Preset, num_examples: int) -> int | None:
         return None
     from planner.formula import steps
 
-    return steps(num_examples * preset.num_epochs, preset.gradient_accumulation_steps, preset.micro_batch_size)
+    return steps(
+        max(1, round(num_examples * preset.num_epochs)), preset.gradient_accumulation_steps, preset.micro_batch_size
+    )
 
 
 def _accumulation_note(candidates: tuple[Candidate, ...], estimates: dict[str, Estimate]) -> str | None:

@@ -42,7 +42,7 @@ def make_run_folder(output: Path | None, job: Job, plan: BatchPlan, predicted: P
         RunError: the folder cannot be made, or is not empty. Nothing is left behind then.
     """
     check_output(output)
-    folder = (output or Path("runs") / f"{job.name}-{now:%Y%m%d-%H%M%S}").expanduser().absolute()
+    folder = run_folder_name(output, job, now)
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +57,11 @@ def make_run_folder(output: Path | None, job: Job, plan: BatchPlan, predicted: P
             f"output '{output or folder}' cannot be written ({reason.strerror or reason}). Choose another --output."
         ) from None
     return folder
+
+
+def run_folder_name(output: Path | None, job: Job, now: datetime) -> Path:
+    """Where a run that starts `now` will lie."""
+    return (output or Path("runs") / f"{job.name}-{now:%Y%m%d-%H%M%S}").expanduser().absolute()
 
 
 def check_output(output: Path | None) -> None:
@@ -84,8 +89,13 @@ def with_checkpoint_interval(job: Job, num_steps: int, seconds_per_step: float |
     return replace(job, checkpoint_every=every)
 
 
-def command(folder: Path, job: Job, *, resume: bool = False, accelerate_config: Path | None = None) -> list[str]:
+def command(
+    folder: Path, job: Job, *, resume: bool = False, accelerate_config: Path | None = None, dry: bool = False
+) -> list[str]:
     """What starts the trainer: this Python on one device, Accelerate's launcher on several.
+
+    Args:
+        dry: write no configuration for the launcher.
 
     -P keeps the working directory off the import path: a folder called `trainer` there would be run instead.
 
@@ -104,7 +114,8 @@ def command(folder: Path, job: Job, *, resume: bool = False, accelerate_config: 
     if accelerate_config is None:
         launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         accelerate_config = folder / "accelerate.yaml"
-        jsonio.write_atomically(accelerate_config, OWN_ACCELERATE_CONFIG)
+        if not dry:
+            jsonio.write_atomically(accelerate_config, OWN_ACCELERATE_CONFIG)
     launcher += ["--config_file", str(accelerate_config)]
     threads = job.num_threads or max(1, (os.cpu_count() or 1) // job.num_devices)
     return [*launcher, "--num_cpu_threads_per_process", str(threads), "--module", "trainer", *tail]

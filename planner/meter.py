@@ -23,7 +23,7 @@ class ConditionsMeter:
     def __init__(self, *, is_gpu: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._own = psutil.Process()
-        self._gpu = _NvmlGpu() if is_gpu else None
+        self._gpu = NvmlGpu() if is_gpu else None
         self._last = Conditions(seconds=0.0)
         self._read_at = clock()
         self._times = _machine_seconds()
@@ -96,7 +96,7 @@ def _load() -> float | None:
         return None
 
 
-class _NvmlGpu:
+class NvmlGpu:
     """The first visible GPU, through NVML; what it cannot say is None."""
 
     def __init__(self) -> None:

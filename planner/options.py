@@ -1,11 +1,37 @@
-"""The options of `plan`, each declared once: group, names, click settings."""
+"""The options of `plan`, each declared once: group, names, click settings; and what follows from what was given."""
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from presets.errors import SettingsError
+
+if TYPE_CHECKING:
+    from planner.candidates import MeasureSettings
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Epochs(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
+    """A whole number of epochs, or a share of one."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = -1.0
+        if 0 < number < 1:
+            return number
+        if 1 <= number <= 1_000_000 and number == int(number):
+            return int(number)
+        self.fail(f"'{value}' is neither a whole number of at least 1 nor a share of one below 1.", param, ctx)
 
 
 def _choice(*words: str) -> click.Choice[str]:
@@ -19,6 +45,8 @@ OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("What", ("--run",), {"metavar": "PRESET", "help": "Train this configuration, then show predicted beside actual."}),
     ("What", ("--resume",), {"metavar": "RUN", "type": click.Path(path_type=Path), "help": "Go on with a stopped run folder."}),
     ("What", ("--output",), {"metavar": "FOLDER", "type": click.Path(path_type=Path), "help": "The run folder itself [runs/PRESET-TIME]."}),
+    ("What", ("--force",), {"is_flag": True, "help": "Run what the safety rules advise against."}),
+    ("What", ("--dry-run",), {"is_flag": True, "help": "With --run: print what would be started; measure and write nothing."}),
     ("What", ("--preset", "preset_names"), {"metavar": "PRESET", "multiple": True, "help": "Compare only these (repeat it)."}),
     ("Measure", ("--budget",), {"type": click.FloatRange(min=0, min_open=True, max=86400), "default": 60.0, "show_default": True, "metavar": "SECONDS", "help": "Seconds spent timing; process starts come on top."}),
     ("Measure", ("--precision-target",), {"metavar": "PERCENT", "default": "2%", "show_default": True, "help": "Stop timing when the range is as narrow as ± this."}),
@@ -28,6 +56,7 @@ OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("Measure", ("--step-time",), {"type": click.FloatRange(min=0, min_open=True), "metavar": "SECONDS", "help": "Measure nothing: fill the published formula with this step time."}),
     ("Measure", ("--fresh",), {"is_flag": True, "help": "Measure again, though an earlier measurement would do."}),
     ("Measure", ("--json", "as_json"), {"is_flag": True, "help": "Print one JSON object and nothing else."}),
+    ("Measure", ("--format", "output_format"), {"type": _choice("table", "markdown", "csv", "json", "html"), "default": "table", "show_default": True, "help": "Form of the table; html is a page of its own."}),
     ("Data", ("--columns",), {"metavar": "ROLE=NAME,...", "help": "Name the columns: prompt=q,completion=a,engagement=likes."}),
     ("Data", ("--tokens-per-example",), {"type": click.IntRange(min=2), "metavar": "N", "help": "With a count: every example has N tokens."}),
     ("Data", ("--train-on",), {"type": _choice("assistant", "all"), "default": "assistant", "show_default": True, "help": "Which tokens count for the loss."}),
@@ -41,7 +70,7 @@ OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("Override", ("--base-precision",), {"type": _choice("auto", "fp32", "fp16", "bf16", "8bit", "4bit"), "help": "How frozen weights are stored."}),
     ("Override", ("--adapter",), {"type": _choice("lora", "full"), "help": "Train LoRA adapters or all weights."}),
     ("Override", ("--learning-rate",), {"type": float, "metavar": "LR", "help": "Peak learning rate."}),
-    ("Override", ("--epochs",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Passes over the data."}),
+    ("Override", ("--epochs",), {"type": _Epochs(), "metavar": "N", "help": "Passes over the data."}),
     ("Override", ("--max-length",), {"type": click.IntRange(min=2), "metavar": "TOKENS", "help": "Longer examples keep their head."}),
     ("Override", ("--sample-size",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Use the top N examples."}),
     ("Override", ("--sample-ratio",), {"type": click.FloatRange(min=0, min_open=True, max=1), "metavar": "R", "help": "Use this share of the examples."}),
@@ -61,3 +90,50 @@ OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("Device", ("--trust-remote-code",), {"is_flag": True, "help": "Run code that comes with a model."}),
     ("Device", ("--debug",), {"is_flag": True, "help": "Show tracebacks."}),
 )  # fmt: skip
+
+
+def with_options(function: F) -> F:
+    """A command with all of them."""
+    for _, names, settings in reversed(OPTIONS):
+        function = click.option(*names, **settings)(function)
+    return function
+
+
+def measure_settings(given: dict[str, Any]) -> MeasureSettings:
+    """How long and how sharply to measure.
+
+    Raises:
+        SettingsError: the precision target is no share.
+    """
+    from planner.candidates import MeasureSettings
+
+    text = given["precision_target"].strip()
+    try:
+        target = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        target = -1.0
+    if not 0 < target < 1:
+        raise SettingsError(
+            f"--precision-target is '{text}'; it must be a share above 0 and below 1, such as 2% or 0.02."
+        )
+    return MeasureSettings(
+        budget_seconds=given["budget"], precision_target=target, fresh=given["fresh"], quantized=given["quantized"]
+    )
+
+
+def same_options(given: dict[str, Any]) -> str:
+    """The options of this call that a run needs too, as text; a count is left out, since a run needs messages."""
+    skipped = {"run", "resume", "output", "as_json", "budget", "precision_target", "preset_names", "debug", "step_time"}
+    skipped |= {"fresh", "explain", "quantized"}  # what was measured just now will do
+    skipped |= {"force", "dry_run", "output_format"}
+    words = []
+    for _, names, settings in OPTIONS:
+        flag = names[0].split("/")[0]
+        name = names[1] if len(names) > 1 else flag.removeprefix("--").replace("-", "_")
+        value = given[name]
+        if name in skipped or value in (None, False) or value == settings.get("default"):
+            continue
+        if name == "tokens_per_example" or (name == "dataset" and value.replace(",", "").isdigit()):
+            continue
+        words += [flag] if value is True else [flag, shlex.quote(str(value))]
+    return "".join(f" {word}" for word in words)

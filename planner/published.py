@@ -30,7 +30,7 @@ class PublishedRow:
     micro_batch_size: int
     gradient_accumulation_steps: int  # of the first phase, where there are phases
     global_batch_size: int
-    num_epochs: int
+    num_epochs: int | float
     learning_rate: float
     precision: str
     phases: tuple[PublishedPhase, ...]  # empty where the preset has none
@@ -104,7 +104,7 @@ def _row(dataset_size: int, step_time: float, preset: Preset) -> PublishedRow:
         phases, examples = _phases(dataset_size, preset)
         num_steps = sum(phase.num_steps for phase in phases)
     else:
-        examples = _sample(preset.sampling, dataset_size) * preset.num_epochs
+        examples = _seen(preset, dataset_size)
         num_steps = formula.steps(examples, preset.gradient_accumulation_steps, micro)
     # The guide knows FP16 and "without"; bf16 and tf32 are without, since it has no figure for them.
     factor = formula.speed_factor(fp16=preset.precision == "fp16")
@@ -148,7 +148,7 @@ def _phases(dataset_size: int, preset: Preset) -> tuple[tuple[PublishedPhase, ..
             for examples, phase in zip(seen, preset.phases, strict=True)
         ]
         return _counted(preset.phases, counts), sum(seen)
-    total = left = _sample(preset.sampling, dataset_size) * preset.num_epochs
+    total = left = _seen(preset, dataset_size)
     counts = []
     for phase in preset.phases:
         window = micro * phase.gradient_accumulation_steps
@@ -172,6 +172,11 @@ def _counted(phases: tuple[Phase, ...], counts: list[int]) -> tuple[PublishedPha
         )
         for phase, count in zip(phases, counts, strict=True)
     )
+
+
+def _seen(preset: Preset, available: int) -> int:
+    """Examples x epochs; under one epoch a share of the examples."""
+    return max(1, round(_sample(preset.sampling, available) * preset.num_epochs))
 
 
 def _sample(sampling: Sampling, available: int) -> int:

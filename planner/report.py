@@ -97,7 +97,7 @@ class Row:
     micro_batch_size: int
     gradient_accumulation_steps: int
     global_batch_size: int
-    num_epochs: int
+    num_epochs: int | float
     learning_rate: float
     precision: str
     num_steps: int | None = None
@@ -347,9 +347,33 @@ def measured_text(report: PlanReport, *, now: datetime, width: int | None = None
     `ascii_only` is for a stdout whose encoding has no box-drawing characters.
     """
     rows = tuple(map(_cleaned, report.rows))
+    return _text(_shown_columns(rows, now), rows, remarks(report, now), width, ascii_only)
+
+
+def column_cells(report: PlanReport, now: datetime) -> tuple[list[tuple[str, bool]], list[list[str]]]:
+    """The table's titles, each with whether its column stands to the right, and the rows' cells; for other forms."""
+    rows = tuple(map(_cleaned, report.rows))
+    is_published = all(row.basis == "published" for row in rows)
+    columns = _published_columns() if is_published else _shown_columns(rows, now)
+    return [(column.title, column.right) for column in columns], [
+        [column.cell(row) for column in columns] for row in rows
+    ]
+
+
+def _shown_columns(rows: Sequence[Row], now: datetime) -> list[_Column]:
     columns = _measured_columns(now)
-    if not any(row.tuned_from for row in rows):  # the presets as written differ in little else than their batches
-        columns = [column for column in columns if column.title != "speed-up"]
+    if any(row.tuned_from for row in rows):
+        return columns
+    # The presets as written differ in little else than their batches.
+    return [column for column in columns if column.title != "speed-up"]
+
+
+def remarks(report: PlanReport, now: datetime) -> tuple[str, ...]:
+    """What stands under the table: what rows have to say, said once for all that say it, and the report's notes."""
+    rows = tuple(map(_cleaned, report.rows))
+    notes = tuple(map(printable, report.notes))
+    if all(row.basis == "published" for row in rows):
+        return notes
     said: dict[str, list[str]] = {}  # what several rows have to say is said once
     for row in rows:
         for text in _under_the_table(row):
@@ -368,7 +392,7 @@ def measured_text(report: PlanReport, *, now: datetime, width: int | None = None
         who = "all rows" if names == everyone and len(names) > 1 else " / ".join(names)
         again = "" if age == "earlier" else " --fresh measures again."
         lines.append(f"Measured {age} on this device, not now: {who}.{again}")
-    return _text(columns, rows, (*lines, *report.notes), width, ascii_only)
+    return (*lines, *notes)
 
 
 def published_text(report: PlanReport, *, width: int | None = None, ascii_only: bool = False) -> str:

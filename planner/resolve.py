@@ -19,9 +19,8 @@ from presets.schema import (
     Preset,
     SampleScore,
     SamplingStrategy,
-    load_preset,
-    preset_names,
 )
+from presets.user import all_names, find_preset, is_path
 from trainer.job import DataSpec, EvaluationSpec, Job, TrainOn
 
 COLUMN_ROLES = (
@@ -47,7 +46,7 @@ class Options:
     base_precision: BasePrecision | None = None
     adapter: Adapter | None = None
     learning_rate: float | None = None
-    epochs: int | None = None
+    epochs: int | float | None = None
     max_length: int | None = None
     sample_size: int | None = None
     sample_ratio: float | None = None
@@ -85,7 +84,7 @@ def presets_to_compare(settings: Settings, names: tuple[str, ...] = ()) -> tuple
         PresetError: an unknown name, or "yours" without a setting.
     """
     yours = yours_preset(settings)
-    wanted = names or (*preset_names(), *(("yours",) if yours else ()))
+    wanted = names or (*all_names(), *(("yours",) if yours else ()))
     return tuple(_preset(name, yours) for name in wanted)
 
 
@@ -97,10 +96,10 @@ def _preset(name: str, yours: Preset | None) -> Preset:
                 "Set for example GRADIENT_ACCUMULATION_STEPS=32 in .env."
             )
         return yours
-    known = [*preset_names(), "yours"]
-    if name not in known:
+    known = [*all_names(), "yours"]
+    if name not in known and not is_path(name):
         raise PresetError(f"no preset '{name}'.{did_you_mean(name, known)} Run 'plan presets' to list them.")
-    return load_preset(name)
+    return find_preset(name)
 
 
 def resolve_model(options: Options, settings: Settings) -> tuple[str, str]:

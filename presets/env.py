@@ -48,7 +48,7 @@ class Settings:
     gradient_accumulation_steps: int | None = None
     use_fp16: bool | None = None
     learning_rate: float | None = None
-    epochs: int | None = None
+    epochs: int | float | None = None
     sample_size: int | None = None  # examples
     sample_ratio: float | None = None  # 0-1
     sampling_strategy: SamplingStrategy | None = None
@@ -226,6 +226,14 @@ def _number(rule: str, holds: Callable[[float], bool]) -> Callable[[str], float]
     return read
 
 
+def _epochs(text: str) -> int | float:
+    try:
+        return _whole(1, 1_000)(text)
+    except _Refused as rule:
+        read = _number(f"{rule}, or a share of one below 1", lambda value: 0 < value < 1)
+        return read(text)
+
+
 def _truth(text: str) -> bool:
     if text.lower() in ("true", "1", "yes", "on"):
         return True
@@ -251,7 +259,7 @@ _READERS: dict[str, Callable[[str], object]] = {
     "gradient_accumulation_steps": _whole(1, 65_536),
     "use_fp16": _truth,
     "learning_rate": _number("a number above 0 and below 1", lambda value: 0 < value < 1),
-    "epochs": _whole(1, 1_000),
+    "epochs": _epochs,
     "sample_size": _whole(1, 10**9),
     "sample_ratio": _number("a number above 0 and at most 1", lambda value: 0 < value <= 1),
     "sampling_strategy": _strategy,

@@ -101,7 +101,7 @@ class Preset:
     learning_rate: float
     precision: Precision
     micro_batch_size: int = 1
-    num_epochs: int = 1
+    num_epochs: int | float = 1  # whole; or below 1: that share of the examples, once, drawn at random
     sample_size: int | None = None
     sample_ratio: float | None = None
     sampling_strategy: SamplingStrategy = "random"
@@ -141,10 +141,14 @@ class Preset:
     def problems(self) -> list[str]:
         """Every broken rule, as text; empty when the preset is sound."""
         found = []
-        positive = ("gradient_accumulation_steps", "micro_batch_size", "num_epochs")
+        positive = ("gradient_accumulation_steps", "micro_batch_size")
         for field in positive:
             if getattr(self, field) < 1:
                 found.append(f"{field} is {getattr(self, field)}; it must be at least 1")
+        if not (self.num_epochs >= 1 and self.num_epochs == int(self.num_epochs)) and not 0 < self.num_epochs < 1:
+            found.append(
+                f"num_epochs is {self.num_epochs}; it must be a whole number of at least 1, or a share of one below 1"
+            )
         if self.max_length < 2:
             found.append(f"max_length is {self.max_length}; a sequence needs at least 2 tokens")
         found += _learning_rate_problems("learning_rate", self.learning_rate)

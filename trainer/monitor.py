@@ -33,6 +33,7 @@ class Monitor:
         self.elapsed = 0.0  # seconds of this process's loop
         self.log = _file_logger(run / "train.log")
         _forget_after(run / "metrics.jsonl", done)
+        _forget_after(run / "evaluations.jsonl", done)
         self.metrics = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  # closed by close()
         self.last_line = time.monotonic()
         self.bar: Any = None
@@ -80,6 +81,7 @@ class Monitor:
         self.elapsed += seconds
         planned = float(self.planned[done] - self.planned[done - 1]) if self.is_time else None
         line = {"step": done, **values, "seconds": round(seconds, 6), "planned_seconds": planned}
+        line |= {"seconds_left": self.seconds_left(done), "drift": self.drift(done)}  # for who watches from elsewhere
         # NaN and infinity are not JSON; they only occur on the step that stops a run.
         clean = {
             key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in line.items()
@@ -98,6 +100,13 @@ class Monitor:
             self.log.info(f"step {done}/{self.total}  {told}")
             if self.bar is None:
                 print(f"{self.name}: step {done}/{self.total}  {told}", file=sys.stderr, flush=True)
+
+    def evaluation(self, step: int, loss: float, perplexity: float) -> None:
+        """A held-out loss after `step` windows; one that a resume takes again follows the earlier one."""
+        with open(self.run / "evaluations.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "loss": loss, "perplexity": perplexity}) + "\n")
+        if self.trackers is not None:
+            self.trackers.log({"eval_loss": loss}, step=step)
 
     def _told(self, done: int, values: dict[str, float | int | bool | None]) -> str:
         parts = [f"loss {values['loss']:.3f}", f"{values['tokens_per_second']:,.0f} tok/s"]

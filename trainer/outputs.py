@@ -42,6 +42,8 @@ def held_out_loss(run: Run) -> EvaluationResult | None:
         )
     if result is not None:
         step = run.progress.windows_done
+        if run.monitor is not None:
+            run.monitor.evaluation(step, result.loss, result.perplexity)
         run.say(f"step {step}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
     return result
 

@@ -86,7 +86,10 @@ def plan_job(job: Job, data: TokenizedDataset, loss: FloatArray | None = None) -
             Stretch(phase=index, global_batch_size=sizes[index], num_steps=phase.num_steps)
             for index, phase in enumerate(preset.phases)
         ) or (Stretch(phase=0, global_batch_size=sizes[0]),)
-        passes = (Pass(examples=chosen(preset), num_epochs=preset.num_epochs, stretches=stretches),)
+        examples = chosen(preset)
+        if preset.num_epochs < 1:
+            examples = _share(examples, preset.num_epochs, job.seed)
+        passes = (Pass(examples=examples, num_epochs=max(1, int(preset.num_epochs)), stretches=stretches),)
     plan = make_batch_plan(
         data.lengths,
         passes,
@@ -109,6 +112,12 @@ def plan_job(job: Job, data: TokenizedDataset, loss: FloatArray | None = None) -
                 f"{before + 1:,}) is never reached: the data ends at step {plan.num_steps:,}"
             )
     return Planned(plan=plan, notes=tuple(notes))
+
+
+def _share(examples: IntArray, share: float, seed: int) -> IntArray:
+    """A random share of the examples, at least one: what an epoch under one sees."""
+    size = max(1, round(share * len(examples)))
+    return np.sort(np.random.default_rng([seed, 0x5E]).choice(examples, size, replace=False))
 
 
 STAND_IN_NOTE = (

@@ -1,0 +1,250 @@
+"""The decision guide: which row to take for a purpose or until a deadline, from rows that were measured. No I/O.
+
+A row is said to be done "surely" by the upper end of its range. Of two rows the one with the better published quality
+comes first; a preset's tuned twin comes right after it, since it trains the same batches; samples come last.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from planner.report import Row, clock, duration
+from presets.errors import SettingsError
+from presets.user import find_preset
+
+GOALS = {
+    "first": ("recommended", "a first training"),
+    "again": ("aggressive", "a further training, after one was tested"),
+    "best": ("baseline", "the best quality there is"),
+    "today": ("today", "results today"),
+    "prompts": ("iterate", "trying out prompts"),
+}
+QUESTIONS = {
+    "first": "train for the first time",
+    "again": "train again, after testing",
+    "best": "reach the best quality",
+    "today": "have results today",
+    "prompts": "iterate on prompts",
+}
+# By the guide's quality figures; of two that say the same the smaller global batch first, those without a figure after
+# those with one. The sampled ones come last.
+BY_QUALITY = ("baseline", "recommended", "aggressive", "progressive", "two-stage", "prioritized", "today", "iterate")
+LEAST_SHARE = 0.05  # of the examples: a smaller sample is no training of this data
+HEADROOM = 0.95  # of the time, for a sample whose own range is not measured
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Advice:
+    """What to run. `row` is None where nothing can be run in the time."""
+
+    row: Row | None
+    why: tuple[str, ...]
+    given_up: tuple[str, ...] = ()  # what was passed over, and what that costs
+    extra: str = ""  # options beside `--run PRESET`
+
+    def command(self, tail: str) -> str | None:
+        """The command that runs it; `tail`: the options of data and model."""
+        if self.row is None:
+            return None
+        twin = " --tuned" if self.row.tuned_from else ""
+        return f"plan --run {self.row.tuned_from or self.row.name}{twin}{self.extra}{tail}"
+
+
+def for_goal(rows: tuple[Row, ...], goal: str) -> Advice:
+    """The guide's answer for a purpose, as its tuned twin where that is known; the next best where it cannot run."""
+    wanted, purpose = GOALS[goal]
+    order = [wanted, *(name for name in BY_QUALITY[_place(wanted) + 1 :])]
+    given_up: list[str] = []
+    for name in order:
+        usable = [row for row in _of(rows, name) if _can_run(row)]
+        if usable:
+            row = min(usable, key=lambda one: one.seconds or float("inf"))
+            why = [
+                f"for {purpose} the guide takes '{wanted}'" if name == wanted else f"the next that can run is '{name}'"
+            ]
+            if row.tuned_from:
+                why.append("tuned: the same batches in less time")
+            return Advice(row=row, why=(*why, *_quality(row)), given_up=tuple(given_up))
+        given_up += [f"{row.name}: {row.error or 'does not fit'}" for row in _of(rows, name)]
+    return Advice(row=None, why=("no configuration can run here",), given_up=tuple(given_up))
+
+
+def for_deadline(rows: tuple[Row, ...], start: datetime, deadline: datetime, num_examples: int | None) -> Advice:
+    """The best quality that is surely done in time; where none is, a sample that is; else the nearest.
+
+    Args:
+        num_examples: training examples, for the size of a sample; None where the rows do not share one.
+    """
+    available = (deadline - start).total_seconds()
+    given_up: list[str] = []
+    for row in _ordered(rows):
+        if not _can_run(row):
+            given_up.append(f"{row.name}: {row.error or 'does not fit'}")
+            continue
+        latest = row.seconds_high or row.seconds or 0.0
+        if latest <= available:
+            spare = duration(available - latest)
+            why = (f"surely done by then, with {spare} to spare", *_quality(row))
+            return Advice(row=row, why=why, given_up=tuple(given_up))
+        given_up.append(f"{row.name}: up to {duration(latest)}, {duration(latest - available)} too long")
+    timed = [row for row in rows if _can_run(row)]
+    if not timed:
+        return Advice(row=None, why=("no configuration can run here",), given_up=tuple(given_up))
+    sample = _sample(timed, available, num_examples)
+    if sample is not None:
+        return Advice(row=sample[0], why=sample[1], given_up=tuple(given_up), extra=sample[2])
+    nearest = min(timed, key=lambda row: row.seconds_high or row.seconds or 0.0)
+    latest = nearest.seconds_high or nearest.seconds or 0.0
+    done = clock(latest_minute(start, latest), start)
+    return Advice(
+        row=None,
+        why=(f"nothing is surely done by then; the nearest is '{nearest.name}', done by {done} at the latest",),
+        given_up=tuple(given_up),
+    )
+
+
+def latest_minute(start: datetime, seconds: float) -> datetime:
+    """The first whole minute at which something is over: a clock without seconds must not promise too much."""
+    done = start + timedelta(seconds=seconds)
+    whole = done.replace(second=0, microsecond=0)
+    return whole if whole == done else whole + timedelta(minutes=1)
+
+
+def _sample(rows: list[Row], available: float, num_examples: int | None) -> tuple[Row, tuple[str, ...], str] | None:
+    """(row, why, options) of a random sample that fits into the time, of the fastest row over all the data."""
+    whole = [row for row in rows if not _is_sampled(row) and row.breakdown is not None]
+    if num_examples is None or not whole:
+        return None
+    row = min(whole, key=lambda one: one.seconds_high or float("inf"))
+    assert row.breakdown is not None
+    loop = row.breakdown.forward_backward + row.breakdown.optimizer
+    fixed = (row.seconds or 0.0) - loop
+    slower = (row.seconds_high or row.seconds or 0.0) / max(row.seconds or 0.0, 1e-9)
+    share = (HEADROOM * available / slower - fixed) / max(loop, 1e-9)
+    size = int(share * num_examples)
+    if share < LEAST_SHARE or share >= 1:
+        return None
+    options = f" --sample-size {size} --sampling-strategy random"
+    return (
+        row,
+        (
+            f"no configuration is surely done by then; '{row.name}' on {size:,} of {num_examples:,} examples, drawn at "
+            "random, is",
+            "its time is scaled from the whole; the run itself measures it again before it starts",
+        ),
+        options,
+    )
+
+
+def _ordered(rows: tuple[Row, ...]) -> list[Row]:
+    """By published quality, a preset's twin after it, samples last; a user's own presets before the samples."""
+
+    def key(row: Row) -> tuple[bool, int, bool]:
+        name = row.tuned_from or row.name
+        return _is_sampled(row), _place(name), row.tuned_from is not None
+
+    return sorted(rows, key=key)
+
+
+def _place(name: str) -> int:
+    return BY_QUALITY.index(name) if name in BY_QUALITY else BY_QUALITY.index("aggressive")
+
+
+def _is_sampled(row: Row) -> bool:
+    name = row.tuned_from or row.name
+    if name == "yours":
+        return False
+    preset = find_preset(name)
+    return not preset.sampling.takes_all
+
+
+def _of(rows: tuple[Row, ...], preset: str) -> list[Row]:
+    return [row for row in rows if (row.tuned_from or row.name) == preset]
+
+
+def _can_run(row: Row) -> bool:
+    return row.error is None and row.fits is not False and row.seconds is not None
+
+
+def _quality(row: Row) -> tuple[str, ...]:
+    if row.quality.text is None:
+        return ("its quality is unknown: the guide gives no figure",)
+    return (f"quality {row.quality.text} ({row.quality.source})",)
+
+
+# --- times as people write them -------------------------------------------------------------------------------------
+
+UNITS = {"d": 86400.0, "h": 3600.0, "min": 60.0, "m": 60.0, "s": 1.0}
+DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+
+
+def parse_within(text: str) -> float:
+    """ "8h", "90 min", "1d 4h", "2h30" -> seconds.
+
+    Raises:
+        SettingsError: not of that form, or no time at all.
+    """
+    rest, seconds, last = text.strip().lower().replace(" ", ""), 0.0, ""
+    while rest:
+        found = re.match(r"([0-9]+(?:\.[0-9]+)?)(d|h|min|m|s)?", rest)
+        unit = (found.group(2) or ("min" if last == "h" else "")) if found else ""
+        if found is None or not unit:
+            break
+        seconds += float(found.group(1)) * UNITS[unit]
+        last, rest = unit, rest[found.end() :]
+    if rest or not 0 < seconds < 3650 * 86400:
+        raise SettingsError(f"--within is '{text}'; write it like 8h, 90min or '1d 4h'.")
+    return seconds
+
+
+def parse_moment(text: str, now: datetime, option: str) -> datetime:
+    """ "18:00" (the next one), "tomorrow 09:00", "fri 09:00", "2026-11-27 09:00" -> a moment in this machine's zone.
+
+    Raises:
+        SettingsError: not of these forms, or in the past.
+    """
+    words = text.strip().lower().replace("t", " ", 1) if re.match(r"[0-9]{4}-", text.strip()) else text.strip().lower()
+    found = re.fullmatch(
+        r"(?:(?P<day>[a-z]+|[0-9]{4}-[0-9]{2}-[0-9]{2})\s+)?(?P<hour>[0-9]{1,2}):(?P<minute>[0-9]{2})", words
+    )
+    problem = SettingsError(
+        f"{option} is '{text}'; write it like 18:00, 'tomorrow 09:00', 'fri 09:00' or '2026-11-27 09:00'."
+    )
+    if found is None:
+        raise problem
+    day, hour, minute = found["day"], int(found["hour"]), int(found["minute"])
+    moment: datetime | None
+    try:
+        if day is not None and day[0].isdigit():
+            moment = datetime.fromisoformat(f"{day} {hour:02d}:{minute:02d}").astimezone()
+        else:
+            moment = _next(day, hour, minute, now)
+    except (ValueError, OverflowError):
+        raise problem from None
+    if moment is None:
+        raise problem
+    if moment <= now:
+        raise SettingsError(f"{option} is '{text}', which is past.")
+    return moment
+
+
+def _next(day: str | None, hour: int, minute: int, now: datetime) -> datetime | None:
+    # Without the zone and back, so that 09:00 is 09:00 on the day's own clock, summer time or not.
+    today = now.replace(tzinfo=None, hour=hour, minute=minute, second=0, microsecond=0)
+    if day in (None, "today"):
+        ahead = 0 if day == "today" or today > now.replace(tzinfo=None) else 1
+    elif day == "tomorrow":
+        ahead = 1
+    elif (
+        day is not None
+        and day[:3] in DAYS
+        and "monday tuesday wednesday thursday friday saturday sunday".find(day) >= 0
+    ):
+        ahead = (DAYS.index(day[:3]) - now.weekday()) % 7
+        if ahead == 0 and today <= now.replace(tzinfo=None):
+            ahead = 7
+    else:
+        return None
+    return (today + timedelta(days=ahead)).astimezone()

@@ -1,0 +1,105 @@
+"""A run folder as it stands now, whoever writes it: settings, promise, steps so far, evaluations, end. No torch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from planner.launch import open_run, read_record
+from trainer.batching import BatchPlan
+from trainer.job import Job
+from trainer.record import Predicted, RunRecord, read_predicted
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+SILENT_SECONDS = 60.0  # beyond this, and ten usual steps, a run without an end is called silent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunView:
+    """One look at a run folder."""
+
+    folder: Path
+    job: Job
+    predicted: Predicted
+    record: RunRecord | None  # None: it has not ended
+    steps: tuple[dict[str, Any], ...]  # lines of metrics.jsonl, ascending and each step once
+    evaluations: tuple[tuple[int, float], ...]  # (step, held-out loss)
+    num_steps: int | None  # planned; None where the plan is made by the run and is not yet
+    seconds_since_step: float | None  # since the newest line was written
+
+    @property
+    def state(self) -> str:
+        """ "finished", "stopped", "failed", "starting", "running" or "silent"."""
+        if self.record is not None and not (self.record.status == "stopped" and self._goes_on):
+            return self.record.status
+        if not self.steps:
+            return "starting"
+        usual = float(self.steps[-1].get("seconds") or 0.0)
+        quiet = self.seconds_since_step or 0.0
+        return "silent" if quiet > max(SILENT_SECONDS, 10 * usual) else "running"
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether it was resumed after the record of its stop."""
+        assert self.record is not None
+        done = self.record.actual.num_steps or 0
+        return bool(self.steps) and int(self.steps[-1]["step"]) > done
+
+
+def look_at(folder: Path) -> RunView:
+    """Read a run folder; lines that are half-written or damaged are left out.
+
+    Raises:
+        RunError: it is not a run folder, or its job, estimate or record is damaged.
+    """
+    job = open_run(folder)
+    plan_file = folder / "batch_plan.npz"
+    metrics = folder / "metrics.jsonl"
+    return RunView(
+        folder=folder,
+        job=job,
+        predicted=read_predicted(folder),
+        record=read_record(folder),
+        steps=tuple(_by_step(metrics).values()),
+        evaluations=tuple(
+            (step, float(line["loss"]))
+            for step, line in _by_step(folder / "evaluations.jsonl").items()
+            if isinstance(line.get("loss"), (int, float))
+        ),
+        num_steps=BatchPlan.load(plan_file).num_steps if plan_file.is_file() else None,
+        seconds_since_step=max(0.0, time.time() - metrics.stat().st_mtime) if metrics.is_file() else None,
+    )
+
+
+def _by_step(path: Path) -> dict[int, dict[str, Any]]:
+    """The lines of a JSONL file by step, ascending; of two of one step the later."""
+    found: dict[int, dict[str, Any]] = {}
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    for line in text.splitlines():
+        try:
+            one = json.loads(line)
+            found[int(one["step"])] = one
+        except (ValueError, KeyError, TypeError):
+            continue
+    return dict(sorted(found.items()))
+
+
+def sparkline(values: list[float], width: int = 24) -> str:
+    """The course of some numbers in one line of blocks, the newest on the right; of many, means of equal stretches."""
+    known = [value for value in values if value == value and abs(value) != float("inf")]
+    if not known:
+        return ""
+    if len(known) > width:
+        edges = [round(place * len(known) / width) for place in range(width + 1)]
+        known = [sum(known[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, high = min(known), max(known)
+    if high == low:
+        return BLOCKS[0] * len(known)
+    return "".join(BLOCKS[round((value - low) / (high - low) * (len(BLOCKS) - 1))] for value in known)

@@ -1,0 +1,172 @@
+"""Which row is taken for a purpose and for a deadline, and how times are read."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+
+from planner.advise import GOALS, for_deadline, for_goal, parse_moment, parse_within
+from planner.report import BreakdownInfo, Quality, Row
+from presets.errors import SettingsError
+from presets.schema import load_preset
+
+NOW = datetime(2026, 11, 25, 18, 0).astimezone()  # a Wednesday
+HOUR = 3600.0
+
+
+def row(name: str, hours: float, *, twin: bool = False, **changes: Any) -> Row:
+    preset = load_preset(name)
+    values: dict[str, Any] = {
+        "name": f"{name}, tuned" if twin else name,
+        "tuned_from": name if twin else None,
+        "micro_batch_size": 1,
+        "gradient_accumulation_steps": 16,
+        "global_batch_size": 16,
+        "num_epochs": 1,
+        "learning_rate": 2e-4,
+        "precision": "fp32",
+        "basis": "measured",
+        "seconds": hours * HOUR,
+        "seconds_low": 0.9 * hours * HOUR,
+        "seconds_high": 1.1 * hours * HOUR,
+        "fits": True,
+        "quality": Quality(text=preset.published.quality, source="published" if preset.published.quality else None),
+        "breakdown": BreakdownInfo(forward_backward=0.9 * hours * HOUR, optimizer=0.0, start=0.1 * hours * HOUR),
+    }
+    return Row(**values | changes)
+
+
+ROWS = (
+    row("baseline", 10),
+    row("baseline", 6, twin=True),
+    row("recommended", 9),
+    row("recommended", 4, twin=True),
+    row("aggressive", 9),
+    row("aggressive", 3.5, twin=True),
+    row("today", 4.5),
+    row("iterate", 0.3),
+)
+
+
+def by(hours: float, rows: tuple[Row, ...] = ROWS, num_examples: int | None = 63_000) -> Any:
+    return for_deadline(rows, NOW, NOW + timedelta(hours=hours), num_examples)
+
+
+@pytest.mark.parametrize(
+    ("hours", "chosen"),
+    [
+        (12, "baseline"),
+        (10.5, "baseline, tuned"),  # 10 h could be in time, 11 h could not: not surely
+        (6.61, "baseline, tuned"),
+        (6.5, "recommended, tuned"),  # the same quality on a larger batch before less quality
+        (4.2, "aggressive, tuned"),
+        (3.7, "iterate"),  # a sample comes last
+    ],
+)
+def test_the_best_quality_that_is_surely_done_in_time(hours: float, chosen: str) -> None:
+    assert by(hours).row.name == chosen
+
+
+def test_what_was_passed_over_is_named_with_what_it_lacks() -> None:
+    found = by(6.5)
+    assert [text.partition(":")[0] for text in found.given_up] == ["baseline", "baseline, tuned", "recommended"]
+    assert "up to 11 h 00 min, 4 h 30 min too long" in found.given_up[0]
+    assert "quality 100 % (published)" in found.why
+
+
+def test_where_no_preset_is_done_in_time_a_sample_is() -> None:
+    rows = tuple(one for one in ROWS if one.name not in ("today", "iterate"))
+    found = by(2, rows)
+    assert found.row.name == "aggressive, tuned"
+    size = int(found.extra.split()[1])
+    # What it would take, scaled as the loop and the fixed part are, stays under two hours at the upper end.
+    assert 1.1 * (0.1 * 3.5 + 0.9 * 3.5 * size / 63_000) == pytest.approx(0.95 * 2, rel=0.01)
+    assert found.command(" --dataset x") == (
+        f"plan --run aggressive --tuned --sample-size {size} --sampling-strategy random --dataset x"
+    )
+
+
+def test_where_nothing_is_done_in_time_the_nearest_is_named() -> None:
+    found = by(0.01)
+    assert found.row is None
+    assert found.command("") is None
+    assert "'iterate', done by Wed 18:20" in found.why[0]
+
+
+def test_what_does_not_fit_is_no_choice() -> None:
+    rows = (row("baseline", 1, fits=False, error="does not fit"), row("recommended", 2))
+    found = by(5, rows)
+    assert found.row.name == "recommended"
+    assert found.given_up == ("baseline: does not fit",)
+    assert by(5, rows[:1]).row is None
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_each_goal_has_the_guides_answer(goal: str) -> None:
+    assert GOALS[goal][0] in {
+        "first": "recommended", "again": "aggressive", "best": "baseline", "today": "today", "prompts": "iterate",
+    }[goal]  # fmt: skip
+    found = for_goal(ROWS, goal)
+    assert (found.row.tuned_from or found.row.name) == GOALS[goal][0]  # type: ignore[union-attr]
+
+
+def test_a_known_twin_is_taken_since_it_trains_the_same_batches() -> None:
+    found = for_goal(ROWS, "first")
+    assert found.command(" --model m") == "plan --run recommended --tuned --model m"
+
+
+def test_a_goal_whose_row_cannot_run_goes_to_the_next_and_says_so() -> None:
+    rows = (row("recommended", 9, fits=False, error="does not fit"), row("aggressive", 3))
+    found = for_goal(rows, "first")
+    assert found.row is not None
+    assert found.row.name == "aggressive"
+    assert found.given_up == ("recommended: does not fit",)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("8h", 8 * HOUR),
+        ("90min", 5400),
+        ("90 m", 5400),
+        ("1d 4h", 28 * HOUR),
+        ("2h30", 2.5 * HOUR),
+        ("1.5h", 5400),
+        ("45s", 45),
+    ],
+)
+def test_spans_of_time(text: str, seconds: float) -> None:
+    assert parse_within(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "8", "h", "8 hours ago", "-3h", "0h", "nan h", "1e9d", "8h tomorrow"])
+def test_what_is_no_span_of_time_is_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match="--within"):
+        parse_within(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "moment"),
+    [
+        ("18:30", datetime(2026, 11, 25, 18, 30)),
+        ("9:00", datetime(2026, 11, 26, 9, 0)),
+        ("today 23:59", datetime(2026, 11, 25, 23, 59)),
+        ("tomorrow 09:00", datetime(2026, 11, 26, 9, 0)),
+        ("Fri 09:00", datetime(2026, 11, 27, 9, 0)),
+        ("wednesday 12:00", datetime(2026, 12, 2, 12, 0)),
+        ("2026-11-27 09:00", datetime(2026, 11, 27, 9, 0)),
+        ("2026-11-27T09:00", datetime(2026, 11, 27, 9, 0)),
+    ],
+)
+def test_moments(text: str, moment: datetime) -> None:
+    assert parse_moment(text, NOW, "--deadline") == moment.astimezone()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "soon", "25:00", "tomorrow", "today 17:59", "2020-01-01 09:00", "someday 09:00", "9"]
+)
+def test_what_is_no_moment_to_come_is_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match="--deadline"):
+        parse_moment(text, NOW, "--deadline")

@@ -1,0 +1,141 @@
+"""Choosing on real input: advice from this machine's measurements, safety rules, dry runs, and the library."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import planner
+from presets.errors import PlanError, SettingsError
+
+COMMON = ("--dataset", "bundled", "--limit", "120", "--device", "cpu", "--max-length", "64", "--budget", "3")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("choice")
+
+
+def plan(home: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PLAN_HOME": str(home / "plan-home")}
+    done = subprocess.run(
+        [sys.executable, "-m", "planner.cli", *words],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=home,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def measured(home: Path) -> dict[str, Any]:
+    """The table of three presets, measured once; what follows in this module is answered from it."""
+    names = ("--preset", "baseline", "--preset", "recommended", "--preset", "aggressive")
+    return dict(json.loads(plan(home, *COMMON, *names, "--json").stdout))
+
+
+ROWS = ("--preset", "baseline", "--preset", "recommended", "--preset", "aggressive")
+
+
+def test_advice_for_a_goal_is_the_guides_row_with_its_command(home: Path, measured: dict[str, Any]) -> None:
+    done = plan(home, "advise", "--goal", "first", *COMMON, *ROWS)
+    assert done.stdout.startswith("recommended\n")
+    assert "for a first training the guide takes 'recommended'" in done.stdout
+    assert "at the latest" in done.stdout
+    assert "plan --run recommended --dataset bundled --limit 120 --max-length 64 --device cpu" in done.stdout
+    found = json.loads(plan(home, "advise", "--goal", "best", *COMMON, *ROWS, "--json").stdout)
+    assert found["row"]["name"] == "baseline"
+    assert found["row"]["seconds"] == pytest.approx(measured["rows"][0]["seconds"], rel=0.2)
+
+
+def test_advice_for_a_deadline_keeps_to_the_upper_end(home: Path, measured: dict[str, Any]) -> None:
+    latest = max(row["seconds_high"] for row in measured["rows"])
+    found = json.loads(plan(home, "advise", "--within", f"{3 * latest:.0f}s", *COMMON, *ROWS, "--json").stdout)
+    assert found["row"]["name"] == "baseline"
+    nothing = json.loads(plan(home, "advise", "--within", "1s", *COMMON, *ROWS, "--json").stdout)
+    assert nothing["row"] is None
+    assert "the nearest is" in nothing["why"][0]
+    assert len(nothing["passed_over"]) == 3
+    assert nothing["command"] is None
+
+
+def test_without_a_terminal_advice_has_to_be_asked_for(home: Path) -> None:
+    assert "--goal" in plan(home, "advise", *COMMON, code=2).stderr
+    assert "do not go together" in plan(home, "advise", "--goal", "first", "--within", "8h", code=2).stderr
+    assert "--deadline is 'soon'" in plan(home, "advise", "--deadline", "soon", code=1).stderr
+
+
+def test_what_the_guide_rules_out_does_not_run_without_force(home: Path) -> None:
+    out = home / "forced"
+    words = ("--run", "baseline", *COMMON, "--gradient-accumulation-steps", "200", "--learning-rate", "1e-3")
+    done = plan(home, *words, "--output", str(out), code=1)
+    assert "a global batch of 200 is over 128" in done.stderr
+    assert "a learning rate of 0.001 is over 0.0005" in done.stderr
+    assert "--force" in done.stderr
+    assert not out.exists()
+    assert "trainer" in plan(home, *words, "--force", "--dry-run").stdout
+
+
+def test_under_one_epoch_is_refused_and_with_force_planned(home: Path) -> None:
+    words = ("--run", "baseline", *COMMON, "--epochs", "0.5", "--dry-run")
+    assert "0.5 epochs are under one" in plan(home, *words, code=1).stderr
+    assert "over 56 examples" in plan(home, *words, "--force").stderr  # of 112: eight are held out
+    assert "neither a whole number" in plan(home, "--epochs", "1.5", code=2).stderr
+
+
+def test_a_dry_run_prints_the_command_and_writes_nothing(home: Path) -> None:
+    before = sorted(home.iterdir())
+    done = plan(home, "--run", "recommended", *COMMON, "--dry-run")
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(sys.executable)
+    assert "-m trainer" in line
+    assert line.endswith("job.json")
+    assert "nothing was measured or written" in done.stderr
+    job = json.loads(plan(home, "--run", "recommended", *COMMON, "--dry-run", "--json").stdout)
+    assert job["preset"]["gradient_accumulation_steps"] == 32
+    assert sorted(home.iterdir()) == before
+
+
+def test_from_python_the_same_rows_come_back(
+    home: Path, measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLAN_HOME", str(home / "plan-home"))
+    monkeypatch.chdir(home)
+    said: list[str] = []
+    report = planner.plan(
+        dataset="bundled",
+        presets=("baseline", "recommended", "aggressive"),
+        budget_seconds=3,
+        progress=said.append,
+        limit=120,
+        device="cpu",
+        max_length=64,
+    )
+    assert isinstance(report, planner.PlanReport)
+    assert isinstance(report.rows[0], planner.Row)
+    assert [row.name for row in report.rows] == [row["name"] for row in measured["rows"]]
+    assert [row.num_steps for row in report.rows] == [row["num_steps"] for row in measured["rows"]]
+    assert report.rows[0].basis == "cached"
+    assert json.loads(report.to_json())["schema"] == 1
+    assert any("measured" in text for text in said)
+
+
+def test_from_python_errors_are_the_planners_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PLAN_HOME", str(tmp_path))
+    with pytest.raises(PlanError, match="device is 'tpu'"):
+        planner.plan(dataset=10, device="tpu")
+    with pytest.raises(SettingsError):
+        planner.plan(dataset=-5)
+    with pytest.raises(TypeError):
+        planner.plan(dataset=10, colour="red")
+    with pytest.raises(AttributeError):
+        planner.nothing  # noqa: B018

@@ -1,0 +1,256 @@
+"""A run seen from outside: as it stands, as it goes on in a terminal, and as a page."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from fakes import make_data, make_job
+
+from planner.cli import cli
+from planner.run_report import run_page, write_report
+from planner.run_view import look_at, sparkline
+from planner.watch import lines_of
+from trainer.planning import plan_job
+from trainer.record import Actual, Breakdown, Predicted, RunRecord
+
+NOW = datetime(2026, 11, 25, 18, 0).astimezone()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run folder with a plan of 22 steps, of which none is done."""
+    from presets import jsonio
+
+    run = tmp_path / "recommended-1"
+    run.mkdir()
+    job = make_job("recommended", gradient_accumulation_steps=16)
+    plan_job(job, make_data(np.full(352, 20))).plan.save(run / "batch_plan.npz")
+    predicted = Predicted(
+        seconds=100.0, seconds_low=90.0, seconds_high=110.0, train_seconds=88.0, peak_memory_bytes=1 << 30
+    )
+    (run / "estimate.json").write_text(jsonio.to_json(predicted), encoding="utf-8")
+    (run / "job.json").write_text(job.to_json(), encoding="utf-8")
+    return run
+
+
+def step(number: int, **values: Any) -> str:
+    line = {
+        "step": number,
+        "loss": 4.0 / number,
+        "tokens_per_second": 1000.0,
+        "memory_bytes": 1 << 29,
+        "seconds": 5.0,
+        "planned_seconds": 4.0,
+        "seconds_left": 5.0 * (22 - number),
+        "drift": 0.25,
+    }
+    return json.dumps(line | values) + "\n"
+
+
+def write_steps(folder: Path, numbers: range) -> None:
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(step(number) for number in numbers)
+
+
+def end(folder: Path, status: str = "finished", **changes: Any) -> None:
+    job = look_at(folder).job
+    actual = Actual(
+        seconds=120.0,
+        train_seconds=110.0,
+        peak_memory_bytes=1 << 30,
+        num_steps=22,
+        eval_loss_before=5.0,
+        eval_loss_after=1.5,
+        breakdown=Breakdown(train=110.0, load=4.0, checkpoints=6.0),
+    )
+    record = RunRecord(
+        status=status,
+        job=job,
+        predicted=look_at(folder).predicted,
+        actual=actual,
+        versions={"torch": "2.13"},
+        **changes,
+    )
+    record.write(folder / "record.json")
+
+
+def told(folder: Path) -> str:
+    return "\n".join(lines_of(look_at(folder), gpu=None, now=NOW))
+
+
+def test_a_run_that_starts_goes_on_and_ends(folder: Path) -> None:
+    assert look_at(folder).state == "starting"
+    write_steps(folder, range(1, 12))
+    text = told(folder)
+    assert "recommended-1: running, step 11 of 22, 50%" in text
+    assert "loss      0.364  █" in text
+    assert "25% behind plan" in text
+    assert "55 s left, done Wed 18:00" in text
+    end(folder)
+    text = told(folder)
+    assert "finished" in text
+    assert "2 min 00 s, predicted 1 min 40 s" in text
+    assert "left" not in text
+
+
+def test_a_run_that_says_nothing_for_long_is_called_silent(folder: Path) -> None:
+    write_steps(folder, range(1, 4))
+    assert look_at(folder).state == "running"
+    long_ago = time.time() - 3600
+    os.utime(folder / "metrics.jsonl", (long_ago, long_ago))
+    assert look_at(folder).state == "silent"
+    assert f"plan --resume {folder}" in told(folder)
+
+
+def test_a_stopped_run_that_was_resumed_is_running(folder: Path) -> None:
+    write_steps(folder, range(1, 4))
+    end(folder, "stopped")
+    assert look_at(folder).state == "stopped" or look_at(folder).record is not None
+    write_steps(folder, range(4, 24))
+    assert look_at(folder).state == "running"
+
+
+def test_a_failed_run_says_why_and_no_control_character_comes_through(folder: Path) -> None:
+    end(folder, "failed", error="out of \x1b[31mmemory")
+    text = told(folder)
+    assert "Error: out of \\x1b[31mmemory" in text
+    assert "\x1b" not in text
+
+
+def test_damaged_and_half_written_lines_are_left_out(folder: Path) -> None:
+    write_steps(folder, range(1, 3))
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe\n{"step": "x"}\n[1]\n{"loss": 1}\n{"step": 3, "loss": 2.0, "sec')
+    assert [one["step"] for one in look_at(folder).steps] == [1, 2]
+
+
+def test_ten_thousand_lines_are_read_and_drawn_soon(folder: Path) -> None:
+    write_steps(folder, range(1, 10_001))
+    begun = time.process_time()
+    assert "step 10,000" in told(folder)
+    page = run_page(look_at(folder), now=NOW)
+    assert len(page) < 3_000_000
+    assert time.process_time() - begun < 60  # seconds of processor time: a guard against the square of the lines
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ([], ""),
+        ([1.0], "▁"),
+        ([2.0, 2.0], "▁▁"),
+        ([1.0, 8.0], "▁█"),
+        ([8.0, float("nan"), 1.0], "█▁"),
+        ([float(value) for value in range(8)], "▁▂▃▄▅▆▇█"),
+    ],
+)
+def test_the_course_of_numbers_in_one_line(values: list[float], line: str) -> None:
+    assert sparkline(values) == line
+
+
+def test_many_numbers_become_few_blocks() -> None:
+    assert len(sparkline([float(value) for value in range(1000)], width=24)) == 24
+
+
+def test_once_is_plain_lines(folder: Path) -> None:
+    write_steps(folder, range(1, 3))
+    done = CliRunner().invoke(cli, ["watch", str(folder), "--once"])
+    assert done.exit_code == 0
+    assert "step 2 of 22" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_what_is_no_run_folder_gives_one_line(tmp_path: Path) -> None:
+    for command in ("watch", "report"):
+        done = subprocess.run(
+            [sys.executable, "-m", "planner.cli", command, str(tmp_path)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1
+        assert "not a run folder" in done.stderr
+
+
+def test_in_a_terminal_the_view_goes_on_until_the_run_ends(folder: Path) -> None:
+    write_steps(folder, range(1, 5))
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30", "PYTHONIOENCODING": "utf-8"}
+    watcher = subprocess.Popen(
+        [sys.executable, "-m", "planner.cli", "watch", str(folder)], stdout=theirs, stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    seen, fed, ended = b"", False, False
+    until = time.monotonic() + 90
+    while time.monotonic() < until:
+        ready, _, _ = select.select([ours], [], [], 1.0)
+        if ready:
+            try:
+                part = os.read(ours, 65536)
+            except OSError:  # the other end was closed
+                break
+            if not part:
+                break
+            seen += part
+        if not fed and b"step 4 of 22" in seen:
+            write_steps(folder, range(5, 23))
+            fed = True
+        elif fed and not ended and b"step 22 of 22" in seen:
+            end(folder)
+            ended = True
+    assert watcher.wait(timeout=30) == 0
+    os.close(ours)
+    text = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", seen).decode("utf-8", errors="replace")
+    assert "step 4 of 22" in text
+    assert "step 22 of 22" in text
+    assert "finished" in text
+
+
+def test_the_page_has_curves_figures_and_settings_and_needs_nothing(folder: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write_steps(folder, range(1, 23))
+    with (folder / "evaluations.jsonl").open("w", encoding="utf-8") as file:
+        file.write('{"step": 0, "loss": 5.0}\n{"step": 11, "loss": 2.0}\n{"step": 22, "loss": 1.5}\n')
+    end(folder, notes=("<b>a note</b>",))
+    path = write_report(folder)
+    text = path.read_text(encoding="utf-8")
+    assert path == folder / "report.html"
+    assert text.count("<svg") == 3  # loss, time, memory
+    assert "held-out" in text
+    assert "1 min 40 s" in text
+    assert "2 min 00 s" in text
+    assert "91.7%" in text  # of the time: training
+    assert "&lt;b&gt;a note" in text
+    assert "<script" not in text
+    assert not re.search(r'(src|href)="?https?:', text)
+    assert write_report(folder).read_text(encoding="utf-8")[:500] == text[:500]
+
+
+def test_without_matplotlib_the_page_says_how_to_get_its_charts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "matplotlib" else find(name, *more)
+    )
+    write_steps(folder, range(1, 3))
+    text = run_page(look_at(folder), now=NOW)
+    assert "training-planner[report]" in text
+    assert "<svg" not in text
+
+
+def test_a_page_that_cannot_be_written_gives_one_clear_line(folder: Path) -> None:
+    done = CliRunner().invoke(cli, ["report", str(folder), "--output", str(folder / "missing" / "x.html")])
+    assert done.exit_code == 1
+    assert "cannot be written" in str(done.exception)
