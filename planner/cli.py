@@ -13,7 +13,7 @@ import click
 
 from planner.commands_choice import advise, doctor, presets
 from planner.commands_runs import chat, check, history, merge, report, watch
-from planner.options import measure_settings, same_options, with_options
+from planner.options import BriefHelp, measure_settings, same_options, with_options
 from planner.terminal import ascii_only, open_history, say, width
 from presets.errors import PlanError, RunError, SettingsError, did_you_mean
 
@@ -24,20 +24,15 @@ if TYPE_CHECKING:
     from trainer.record import RunRecord
 
 EXAMPLES = """\b
-Two lines to start with:
-  plan --dataset messages.jsonl              compare all configurations, measured here
-  plan --run recommended --dataset messages.jsonl     train the one you choose
-
-\b
 More:
-  plan --dataset 63000                       no data yet: assumed lengths
-  plan --dataset 63000 --step-time 30        the published table, nothing measured
+  plan --dataset 63000                              no data yet: assumed lengths
+  plan --dataset 63000 --step-time 30               the published table, nothing measured
+  plan advise --deadline "tomorrow 09:00" --dataset messages.jsonl
   plan --model ./my-model --dataset data.csv --columns prompt=q,completion=a
-  plan --resume runs/recommended-20260101-120000
 """
 
 
-class _Group(click.Group):
+class _Group(BriefHelp, click.Group):
     """A group whose options stand before its subcommands, and which says what an unknown word may have meant."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
@@ -60,9 +55,13 @@ class _Group(click.Group):
 @click.version_option(package_name="training-planner", prog_name="plan")
 @click.pass_context
 def cli(ctx: click.Context, /, **given: Any) -> None:
-    """How long will each training configuration take on this machine, does it fit, and which one to choose?
+    """
+    \b
+    plan --dataset messages.jsonl                     compare all configurations, measured here
+    plan --run recommended --dataset messages.jsonl   train the one you choose
 
-    Measures real seconds per step with the code that trains, prints the comparison, and trains the one you choose.
+    How long each training configuration takes on this machine, whether it fits, and which one to choose: measured in
+    real seconds per step, with the code that trains.
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -258,7 +257,7 @@ def _remember(record: RunRecord, folder: Path) -> None:
     open_history(say).add_run(PastRun.of(record, folder, ended_at))
 
 
-@cli.command("tune")
+@cli.command("tune", cls=BriefHelp, short_help="Find the fastest way to train on the same batches.")
 @click.argument("names", nargs=-1, metavar="[PRESET]...")
 @with_options
 def tune_command(names: tuple[str, ...], **given: Any) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.options import measure_settings, same_options, with_options
+from planner.options import BriefHelp, measure_settings, same_options, with_options
 from planner.terminal import open_history, say
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 GOALS = ("first", "again", "best", "today", "prompts")  # planner.advise says what they mean
 
 
-@click.group(invoke_without_command=True)
+@click.group(invoke_without_command=True, short_help="List, show and make presets.")
 @click.pass_context
 def presets(ctx: click.Context) -> None:
     """What can be run: list the presets, show one, or make one of your own.
@@ -84,7 +84,7 @@ def presets_new(name: str, source: str) -> None:
     say(f"Edit it, then: plan --preset {name} --dataset messages.jsonl")
 
 
-@click.command()
+@click.command(cls=BriefHelp, short_help="Which configuration to take, and when it is done.")
 @click.option("--goal", type=click.Choice(GOALS), help="What for; asked where it is left out.")
 @click.option(
     "--deadline", metavar="WHEN", help="Done by then, surely: 'tomorrow 09:00', 'fri 18:00', '2026-11-27 09:00'."
@@ -204,7 +204,7 @@ def _advice_json(found: Advice, tail: str, begin: datetime) -> str:
     return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
 
 
-@click.command()
+@click.command(short_help="What is wrong with this machine, and what mends it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:

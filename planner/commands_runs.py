@@ -11,7 +11,7 @@ import click
 from planner.terminal import open_history, say
 
 
-@click.command()
+@click.command(short_help="Past runs: predicted beside actual.")
 @click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, metavar="N", help="The newest N.")
 @click.option("--accuracy", is_flag=True, help="How far all predictions were off, and how often the range held.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
@@ -33,7 +33,7 @@ def history(limit: int, accuracy: bool, as_json: bool) -> None:
     click.echo(past.runs_json(runs) if as_json else past.runs_text(runs, datetime.now().astimezone()))
 
 
-@click.command()
+@click.command(short_help="Watch a run from another terminal.")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--once", is_flag=True, help="Say how it stands and leave.")
 def watch(run: Path, once: bool) -> None:
@@ -52,7 +52,7 @@ def watch(run: Path, once: bool) -> None:
         watch_run(run, once=once)
 
 
-@click.command()
+@click.command(short_help="One HTML page about a run.")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="The page [RUN/report.html].")
 def report(run: Path, output: Path | None) -> None:
@@ -70,7 +70,7 @@ def report(run: Path, output: Path | None) -> None:
 RUN = click.argument("run", type=click.Path(path_type=Path))
 
 
-@click.command()
+@click.command(short_help="Quality before and after a run.")
 @RUN
 def check(run: Path) -> None:
     """Check the quality of a finished RUN: held-out loss and sample answers, before and after.
@@ -88,7 +88,7 @@ def check(run: Path) -> None:
     click.echo(check_text(check_run(run), job))
 
 
-@click.command()
+@click.command(short_help="Base model and adapter as one model.")
 @RUN
 @click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", help="The merged model [RUN/merged].")
 def merge(run: Path, output: Path | None) -> None:
@@ -106,7 +106,7 @@ def merge(run: Path, output: Path | None) -> None:
     click.echo(f"merged model: {merge_run(run, output or run / 'merged')}")
 
 
-@click.command()
+@click.command(short_help="Talk to the result of a run.")
 @RUN
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N")
 @click.option(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -100,6 +99,8 @@ def resolve_base_precision(preset: Preset, effective: Precision) -> BasePrecisio
 
 def torch_version() -> str | None:
     """torch's version without importing it; None where it is not installed."""
+    import importlib.metadata  # 40 ms, of which the published table needs none
+
     try:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:

@@ -92,8 +92,41 @@ OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
 )  # fmt: skip
 
 
+# What `--help` shows; `--help-all` shows every option. A table and a run need no others.
+ESSENTIAL = (
+    "dataset", "model", "run", "resume", "tuned", "explain", "fresh", "budget", "output_format", "goal", "deadline",
+    "within", "start",
+)  # fmt: skip
+
+
+class BriefHelp(click.Command):
+    """A command whose help fits on a screen."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if ctx.meta.get("plan.help_all"):
+            super().format_options(ctx, formatter)
+            return
+        shown = {*ESSENTIAL, "help", "help_all"} - (set() if isinstance(self, click.Group) else {"run", "resume"})
+        wanted = [one for one in self.get_params(ctx) if one.name in shown]
+        records = [record for one in wanted if (record := one.get_help_record(ctx)) is not None]
+        with formatter.section("Options"):
+            formatter.write_dl(records)
+        if isinstance(self, click.Group):
+            self.format_commands(ctx, formatter)
+
+
+def _help_all(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        ctx.meta["plan.help_all"] = True
+        click.echo(ctx.get_help(), color=ctx.color)
+        ctx.exit()
+
+
 def with_options(function: F) -> F:
-    """A command with all of them."""
+    """A command with all of them, and --help-all."""
+    function = click.option(
+        "--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_help_all, help="Show every option."
+    )(function)
     for _, names, settings in reversed(OPTIONS):
         function = click.option(*names, **settings)(function)
     return function

@@ -68,11 +68,11 @@ def _outcome_table(view: RunView) -> str:
         ("training loop", duration(predicted.train_seconds), "", duration(actual.train_seconds) if actual else UNKNOWN),
         ("peak memory", gib(predicted.peak_memory_bytes), "", gib(actual.peak_memory_bytes) if actual else UNKNOWN),
     ]
-    if actual is not None and actual.eval_loss_before is not None and actual.eval_loss_after is not None:
-        rows.append(
-            ("held-out loss", f"{actual.eval_loss_before:.4f} before", "", f"{actual.eval_loss_after:.4f} after")
-        )
-    return _table(("", "predicted", "range", "actual"), rows)
+    table = _table(("", "predicted", "range", "actual"), rows)
+    if actual is None or actual.eval_loss_before is None or actual.eval_loss_after is None:
+        return table
+    change = actual.eval_loss_after / actual.eval_loss_before - 1
+    return f"{table}<p>Held-out loss {actual.eval_loss_before:.4f} → {actual.eval_loss_after:.4f} ({change:+.0%}).</p>"
 
 
 def _breakdown_table(view: RunView) -> str:
@@ -185,6 +185,7 @@ def _draw(fill: Any) -> str:
     matplotlib.use("svg")  # draws into a file, wherever this runs
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "plan", "font.size": 11}):
         figure = Figure(figsize=(8, 3.2), layout="constrained")
@@ -194,6 +195,7 @@ def _draw(fill: Any) -> str:
         axes.patch.set_alpha(0)
         fill(axes)
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         for side in ("left", "bottom"):

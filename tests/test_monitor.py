@@ -70,3 +70,20 @@ def test_without_seconds_in_the_plan_its_work_still_weighs_the_steps(tmp_path: P
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert {line["planned_seconds"] for line in lines} == {None}
+
+
+def test_the_windows_planned_seconds_add_up_to_what_was_promised() -> None:
+    from fakes import make_data, make_job
+
+    from trainer.planning import plan_job
+    from trainer.record import CostModel, Predicted
+
+    data = make_data(np.arange(10, 210))
+    plan = plan_job(make_job(), data).plan
+    cost = CostModel(base=0.1, per_token=1e-3, per_token_width=0.0, optimizer=0.05)
+    shares = cost.window_seconds(plan, data.lengths)
+    promised = Predicted(cost=cost, train_seconds=1.3 * float(shares.sum()))
+    assert promised.window_seconds(plan, data.lengths) == pytest.approx(1.3 * shares)
+    assert Predicted(cost=cost).window_seconds(plan, data.lengths) == pytest.approx(shares)
+    tokens = Predicted().window_seconds(plan, data.lengths)
+    assert float(tokens.sum()) == float(data.lengths[plan.order].sum())

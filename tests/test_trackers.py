@@ -46,7 +46,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type:
             pass
 
         def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
-            self._told(f"step {step}")
+            self._told(f"eval {step}" if "eval_loss" in values else f"step {step}")
 
         def finish(self) -> None:
             self._told("finish")
@@ -70,7 +70,7 @@ def test_a_tracker_that_fails_in_mid_run_is_told_of_once_and_the_run_goes_on(
     assert record is not None
     assert record.status == "finished"
     assert steps(run) == list(range(1, 10))
-    assert fake.seen == ["start", "step 1", "step 2", "step 3"]
+    assert fake.seen == ["start", "eval 0", "step 1", "step 2", "eval 2", "step 3"]
     said = "step 3: the tracker wandb failed (ConnectionError: no route to host). The run goes on without it"
     assert capsys.readouterr().err.count(said) == 1
     assert sum(said in note for note in record.notes) == 1
@@ -84,7 +84,9 @@ def test_a_tracker_that_fails_at_its_end_leaves_a_finished_run(
     run = make_run(tracker="wandb")
     assert train(run) is not None
     assert RunRecord.read(run / "record.json").status == "finished"
-    assert fake.seen == ["start", *(f"step {step}" for step in range(1, 10)), "finish"]
+    assert [one for one in fake.seen if "step" in one] == [f"step {step}" for step in range(1, 10)]
+    assert [one for one in fake.seen if "eval" in one] == ["eval 0", "eval 2", "eval 4", "eval 7", "eval 9"]
+    assert (fake.seen[0], fake.seen[-1]) == ("start", "finish")
     assert "the tracker wandb failed" in capsys.readouterr().err
 
 

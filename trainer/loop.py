@@ -39,7 +39,7 @@ from trainer.planning import (
     with_evaluation_on_top,
 )
 from trainer.process import seconds_since_process_start, settle_garbage
-from trainer.record import TOKENS_ONLY, RunRecord, read_predicted
+from trainer.record import RunRecord, read_predicted
 from trainer.run import Clock, Run
 from trainer.scoring import example_losses
 from trainer.tokens import FloatArray, IntArray, TokenizedDataset
@@ -185,7 +185,7 @@ def _prepare(folder: Path, resume: bool) -> Run:
     if resume:
         _restore(run)
     if run.is_main:
-        planned = (run.predicted.cost or TOKENS_ONLY).window_seconds(plan, data.lengths)
+        planned = run.predicted.window_seconds(plan, data.lengths)
         trackers = start_trackers(accelerator, job.tracker, run.tell, must_start=not resume) if job.tracker else None
         run.monitor = Monitor(
             folder,

@@ -57,6 +57,18 @@ class Predicted:
     correction_runs: int | None = None
     signature_key: str | None = None  # runs that share it are comparable
 
+    def window_seconds(self, plan: BatchPlan, lengths: IntArray) -> FloatArray:
+        """Planned seconds of each window, (num_windows,), which add up to `train_seconds`; tokens where none are known.
+
+        The fitted cost gives the windows' shares. Their sum is not the estimate's, which follows what was timed in each
+        class of micro-batches where the fit does not.
+        """
+        shares = (self.cost or TOKENS_ONLY).window_seconds(plan, lengths)
+        total = float(shares.sum())
+        if self.cost is None or self.train_seconds is None or total <= 0:
+            return shares
+        return np.asarray(shares * (self.train_seconds / total))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Breakdown:
