@@ -6,7 +6,7 @@ import functools
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 
@@ -52,7 +52,7 @@ from presets.errors import DataError, ModelError, SettingsError
 from presets.schema import DEFAULT_PRESET, Preset
 from trainer.job import DataSpec
 from trainer.model import inspect_model
-from trainer.record import CostModel, Predicted
+from trainer.record import Breakdown, CostModel, Predicted
 from trainer.tokens import TokenizedDataset
 
 
@@ -453,4 +453,12 @@ def predicted_of(comparison: Comparison, candidate: Candidate) -> Predicted:
         correction_factor=None if by is None else by.factor,
         correction_runs=None if by is None else by.num_runs,
         signature_key=past.signature_keys.get(name),
+        parts=_parts(found),
     )
+
+
+def _parts(found: Estimate) -> Breakdown | None:
+    if found.train_seconds is None:
+        return None
+    known = {one.name: getattr(found.fixed, one.name, None) or 0.0 for one in fields(Breakdown) if one.name != "train"}
+    return Breakdown(train=found.train_seconds, **known)

@@ -79,12 +79,26 @@ def _breakdown_table(view: RunView) -> str:
     assert view.record is not None
     parts = view.record.actual.breakdown
     assert parts is not None
-    plain: dict[str, float] = jsonio.to_plain(parts)
+    plain = _merged(jsonio.to_plain(parts))
+    promised = None if view.predicted.parts is None else _merged(jsonio.to_plain(view.predicted.parts))
     total = sum(plain.values()) or 1.0
-    return _table(
-        ("part", "time", "share"),
-        [(name, duration(seconds), f"{seconds / total:.1%}") for name, seconds in plain.items() if seconds > 0],
-    )
+    rows = [
+        (
+            name,
+            UNKNOWN if promised is None else duration(promised[name]),
+            duration(seconds),
+            f"{seconds / total:.1%}",
+        )
+        for name, seconds in plain.items()
+        if seconds > 0
+    ]
+    return _table(("part", "predicted", "actual", "share"), rows)
+
+
+def _merged(parts: dict[str, float]) -> dict[str, float]:
+    """Start and loading as one: what is imported when differs a little between the probe and the run."""
+    merged = {"start and load": parts["start"] + parts["load"]}
+    return merged | {name: seconds for name, seconds in parts.items() if name not in ("start", "load")}
 
 
 def _settings(view: RunView) -> list[tuple[str, str | None]]:

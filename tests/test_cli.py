@@ -187,7 +187,17 @@ def test_a_run_from_plan_to_adapter_then_check_chat_and_merge(
 ) -> None:
     """`plan --run` predicts, trains, shows predicted beside actual; the result can be checked, talked to, merged."""
     arguments = ["--run", "recommended", "--model", str(tiny_model), "--dataset", str(chat_file)]
-    options = ["--gradient-accumulation-steps", "8", "--learning-rate", "2e-3", "--force", "--budget", "2", "--output", "run"]
+    options = [
+        "--gradient-accumulation-steps",
+        "8",
+        "--learning-rate",
+        "2e-3",
+        "--force",
+        "--budget",
+        "2",
+        "--output",
+        "run",
+    ]
     result = plan(*arguments, *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "predicted" in result.stdout

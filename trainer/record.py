@@ -38,6 +38,21 @@ TOKENS_ONLY = CostModel(base=0.0, per_token=1.0, per_token_width=0.0, optimizer=
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Breakdown:
+    """Where the seconds go, or went."""
+
+    start: float = 0.0  # process start and imports
+    data: float = 0.0
+    load: float = 0.0
+    compile: float = 0.0
+    train: float = 0.0
+    evaluation: float = 0.0
+    samples: float = 0.0
+    checkpoints: float = 0.0
+    save: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Predicted:
     """The estimate a run was started with. Unknown is None."""
 
@@ -56,6 +71,7 @@ class Predicted:
     correction_factor: float | None = None  # None: not corrected
     correction_runs: int | None = None
     signature_key: str | None = None  # runs that share it are comparable
+    parts: Breakdown | None = None  # of `seconds`; a part that is unknown counts as 0
 
     def window_seconds(self, plan: BatchPlan, lengths: IntArray) -> FloatArray:
         """Planned seconds of each window, (num_windows,), which add up to `train_seconds`; tokens where none are known.
@@ -68,21 +84,6 @@ class Predicted:
         if self.cost is None or self.train_seconds is None or total <= 0:
             return shares
         return np.asarray(shares * (self.train_seconds / total))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Breakdown:
-    """Where the seconds went."""
-
-    start: float = 0.0  # process start and imports
-    data: float = 0.0
-    load: float = 0.0
-    compile: float = 0.0
-    train: float = 0.0
-    evaluation: float = 0.0
-    samples: float = 0.0
-    checkpoints: float = 0.0
-    save: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
