@@ -7,12 +7,12 @@ comes first; a preset's tuned twin comes right after it, since it trains the sam
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from planner.report import Row, clock, duration
 from presets.errors import SettingsError
-from presets.user import find_preset
 
 GOALS = {
     "first": ("recommended", "a first training"),
@@ -32,6 +32,7 @@ QUESTIONS = {
 # those with one. The sampled ones come last.
 BY_QUALITY = ("baseline", "recommended", "aggressive", "progressive", "two-stage", "prioritized", "today", "iterate")
 LEAST_SHARE = 0.05  # of the examples: a smaller sample is no training of this data
+MEASURING_SECONDS = 120.0  # that a run takes before it starts, where its sample was not measured yet
 HEADROOM = 0.95  # of the time, for a sample whose own range is not measured
 
 
@@ -49,25 +50,26 @@ class Advice:
         if self.row is None:
             return None
         twin = " --tuned" if self.row.tuned_from else ""
-        return f"plan --run {self.row.tuned_from or self.row.name}{twin}{self.extra}{tail}"
+        return f"plan --run {shlex.quote(self.row.run_name)}{twin}{self.extra}{tail}"
 
 
 def for_goal(rows: tuple[Row, ...], goal: str) -> Advice:
     """The guide's answer for a purpose, as its tuned twin where that is known; the next best where it cannot run."""
     wanted, purpose = GOALS[goal]
-    order = [wanted, *(name for name in BY_QUALITY[_place(wanted) + 1 :])]
+    others = [row.tuned_from or row.name for row in rows if (row.tuned_from or row.name) not in BY_QUALITY]
+    order = [wanted, *(name for name in BY_QUALITY[_place(wanted) + 1 :]), *dict.fromkeys(others)]
+    compared = bool(_of(rows, wanted))
     given_up: list[str] = []
     for name in order:
         usable = [row for row in _of(rows, name) if _can_run(row)]
         if usable:
             row = min(usable, key=lambda one: one.seconds or float("inf"))
-            why = [
-                f"for {purpose} the guide takes '{wanted}'" if name == wanted else f"the next that can run is '{name}'"
-            ]
+            why = [f"for {purpose} the guide takes '{wanted}'" + ("" if compared else ", which was not compared")]
+            why += [] if name == wanted else [f"the next that can run is '{name}'"]
             if row.tuned_from:
                 why.append("tuned: the same batches in less time")
             return Advice(row=row, why=(*why, *_quality(row)), given_up=tuple(given_up))
-        given_up += [f"{row.name}: {row.error or 'does not fit'}" for row in _of(rows, name)]
+        given_up += [f"{row.name}: {_why_not(row)}" for row in _of(rows, name)]
     return Advice(row=None, why=("no configuration can run here",), given_up=tuple(given_up))
 
 
@@ -81,7 +83,7 @@ def for_deadline(rows: tuple[Row, ...], start: datetime, deadline: datetime, num
     given_up: list[str] = []
     for row in _ordered(rows):
         if not _can_run(row):
-            given_up.append(f"{row.name}: {row.error or 'does not fit'}")
+            given_up.append(f"{row.name}: {_why_not(row)}")
             continue
         latest = row.seconds_high or row.seconds or 0.0
         if latest <= available:
@@ -113,8 +115,12 @@ def latest_minute(start: datetime, seconds: float) -> datetime:
 
 
 def _sample(rows: list[Row], available: float, num_examples: int | None) -> tuple[Row, tuple[str, ...], str] | None:
-    """(row, why, options) of a random sample that fits into the time, of the fastest row over all the data."""
-    whole = [row for row in rows if not _is_sampled(row) and row.breakdown is not None]
+    """(row, why, options) of a random sample that fits into the time, of the fastest row over all the data.
+
+    As written: a twin would be searched for anew, since it belongs to its data. The run measures before it starts.
+    """
+    whole = [row for row in rows if row.tuned_from is None and not row.is_sampled and not row.phases and row.breakdown]
+    available -= MEASURING_SECONDS
     if num_examples is None or not whole:
         return None
     row = min(whole, key=lambda one: one.seconds_high or float("inf"))
@@ -143,7 +149,7 @@ def _ordered(rows: tuple[Row, ...]) -> list[Row]:
 
     def key(row: Row) -> tuple[bool, int, bool]:
         name = row.tuned_from or row.name
-        return _is_sampled(row), _place(name), row.tuned_from is not None
+        return row.is_sampled, _place(name), row.tuned_from is not None
 
     return sorted(rows, key=key)
 
@@ -152,20 +158,16 @@ def _place(name: str) -> int:
     return BY_QUALITY.index(name) if name in BY_QUALITY else BY_QUALITY.index("aggressive")
 
 
-def _is_sampled(row: Row) -> bool:
-    name = row.tuned_from or row.name
-    if name == "yours":
-        return False
-    preset = find_preset(name)
-    return not preset.sampling.takes_all
-
-
 def _of(rows: tuple[Row, ...], preset: str) -> list[Row]:
     return [row for row in rows if (row.tuned_from or row.name) == preset]
 
 
 def _can_run(row: Row) -> bool:
-    return row.error is None and row.fits is not False and row.seconds is not None
+    return row.error is None and row.fits is not False and row.seconds is not None and not row.blocked_by
+
+
+def _why_not(row: Row) -> str:
+    return row.error or (row.blocked_by[0] if row.blocked_by else "does not fit")
 
 
 def _quality(row: Row) -> tuple[str, ...]:
@@ -199,12 +201,17 @@ def parse_within(text: str) -> float:
     return seconds
 
 
-def parse_moment(text: str, now: datetime, option: str) -> datetime:
+def parse_moment(text: str, now: datetime, option: str, *, after: datetime | None = None) -> datetime:
     """ "18:00" (the next one), "tomorrow 09:00", "fri 09:00", "2026-11-27 09:00" -> a moment in this machine's zone.
 
+    Args:
+        now: what "today" and "tomorrow" count from.
+        after: the moment must be later; a time without a day is the next one after it. `now` where it is None.
+
     Raises:
-        SettingsError: not of these forms, or in the past.
+        SettingsError: not of these forms, or too early.
     """
+    after = after or now
     words = text.strip().lower().replace("t", " ", 1) if re.match(r"[0-9]{4}-", text.strip()) else text.strip().lower()
     found = re.fullmatch(
         r"(?:(?P<day>[a-z]+|[0-9]{4}-[0-9]{2}-[0-9]{2})\s+)?(?P<hour>[0-9]{1,2}):(?P<minute>[0-9]{2})", words
@@ -220,13 +227,14 @@ def parse_moment(text: str, now: datetime, option: str) -> datetime:
         if day is not None and day[0].isdigit():
             moment = datetime.fromisoformat(f"{day} {hour:02d}:{minute:02d}").astimezone()
         else:
-            moment = _next(day, hour, minute, now)
+            moment = _next(day, hour, minute, after if day is None else now)
     except (ValueError, OverflowError):
         raise problem from None
     if moment is None:
         raise problem
-    if moment <= now:
-        raise SettingsError(f"{option} is '{text}', which is past.")
+    if moment <= after:
+        when = "past" if after == now else f"not after the start ({clock(after, now)})"
+        raise SettingsError(f"{option} is '{text}', which is {when}.")
     return moment
 
 

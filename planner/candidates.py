@@ -57,6 +57,7 @@ class Candidate:
     notes: tuple[str, ...] = ()
     error: str | None = None
     blocked_by: tuple[str, ...] = ()  # safety rules; a run needs --force
+    run_as: str | None = None  # what `--run` takes where it is not the preset's name: a file
 
     @property
     def name(self) -> str:
@@ -174,7 +175,7 @@ def with_twins(
     found: list[Candidate] = []
     for candidate in candidates:
         twin = twins.get(candidate.name)
-        made = _twin_candidate(candidate, twin) if twin is not None and twin.changes else None
+        made = twin_candidate(candidate, twin) if twin is not None and twin.changes else None
         if made is None or not instead:
             noted: tuple[str, ...] = ()
             if twin is not None and not twin.changes:
@@ -186,7 +187,7 @@ def with_twins(
     return tuple(found)
 
 
-def _twin_candidate(candidate: Candidate, twin: Twin) -> Candidate | None:
+def twin_candidate(candidate: Candidate, twin: Twin) -> Candidate | None:
     """The tuned twin of a configuration; None where its split is not possible any more."""
     if candidate.planned is None or candidate.data is None:
         return None

@@ -18,6 +18,8 @@ from planner.terminal import ascii_only, open_history, say, width
 from presets.errors import PlanError, RunError, SettingsError, did_you_mean
 
 if TYPE_CHECKING:
+    from planner.candidates import Candidate
+    from planner.hardware import DeviceFacts
     from planner.report import PlanReport
     from planner.resolve import Options
     from presets.env import Settings
@@ -64,9 +66,14 @@ def cli(ctx: click.Context, /, **given: Any) -> None:
     real seconds per step, with the code that trains.
     """
     if ctx.invoked_subcommand is not None:
+        _refuse_options_before(ctx)
         return
     if given["run"] and given["resume"]:
         raise click.UsageError("--run and --resume do not go together: --resume goes on with a run that exists.")
+    if given["dry_run"] and not given["run"]:
+        raise click.UsageError("--dry-run goes with --run PRESET.")
+    if given["run"] and given["output_format"] not in ("table", "json"):
+        raise click.UsageError("--format is for the table; a run prints its result as text, or with --json.")
     if given["resume"]:
         ctx.exit(_resume(given["resume"], given["accelerate_config"]))
     from planner.resolve import Options, option_fields
@@ -84,11 +91,24 @@ def cli(ctx: click.Context, /, **given: Any) -> None:
         _table(options, settings, given)
 
 
+def _refuse_options_before(ctx: click.Context) -> None:
+    """An option before a command's name would be dropped without a word."""
+    from click.core import ParameterSource
+
+    early = [name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    early = [name for name in early if name != "debug"]
+    if early:
+        flag = next(one.opts[0] for one in ctx.command.params if one.name == early[0])
+        raise click.UsageError(
+            f"{flag} stands before '{ctx.invoked_subcommand}'. Options of a command come after its name.", ctx
+        )
+
+
 def _published(options: Options, settings: Settings, given: dict[str, Any]) -> None:
     from planner.report import published_report, published_text
     from planner.resolve import presets_to_compare, resolve_count
 
-    presets = presets_to_compare(settings, given["preset_names"])
+    presets = presets_to_compare(settings, given["preset_names"], say)
     try:
         found = published_report(resolve_count(options, settings), given["step_time"], presets)
     except ValueError as reason:
@@ -126,7 +146,7 @@ def _table(options: Options, settings: Settings, given: dict[str, Any]) -> None:
         click.echo("\n" + explain_text(comparison, width=width(), ascii_only=ascii_only()))
     command = run_command(comparison, same_options(given))
     if command:
-        click.echo(f"\nStart the recommended one:\n  {command}")
+        click.echo(f"\nStart {'the recommended one' if 'recommended' in command.split()[2] else 'it'}:\n  {command}")
 
 
 def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
@@ -190,8 +210,11 @@ def _dry_run(options: Options, settings: Settings, given: dict[str, Any], output
     force, name = given["force"], given["run"]
     _, _, candidates = prepare(options, settings, facts, names=(name,), running=True, say=say, force=force)
     candidate = candidates[0]
-    if candidate.planned is None:
+    if candidate.planned is None or candidate.data is None:
         raise RunError(candidate.error or "this configuration cannot be planned.")
+    if given["tuned"]:
+        candidate = _known_twin(candidate, facts, quantized=given["quantized"])
+    assert candidate.planned is not None
     job, plan = (
         with_checkpoint_interval(candidate.planned.job, candidate.planned.plan.num_steps, None),
         candidate.planned.plan,
@@ -204,6 +227,21 @@ def _dry_run(options: Options, settings: Settings, given: dict[str, Any], output
         click.echo(job.to_json())
         return
     click.echo(shlex.join(command(folder, job, accelerate_config=given["accelerate_config"], dry=True)))
+
+
+def _known_twin(candidate: Candidate, facts: DeviceFacts, *, quantized: bool) -> Candidate:
+    """The tuned twin of a configuration where the history has it; else itself, and a word about it."""
+    from planner.candidates import twin_candidate
+    from planner.reuse import Keys
+    from planner.twins import known_twin
+
+    assert candidate.planned is not None
+    assert candidate.data is not None
+    twin = known_twin(open_history(say), Keys(facts), candidate.planned.job, candidate.data, quantized=quantized)
+    found = None if twin is None else twin_candidate(candidate, twin) if twin.changes else candidate
+    if found is None:
+        say("note: no tuned twin is known yet: --run would search for it first; shown is the configuration as written")
+    return found or candidate
 
 
 def _resume(folder: Path, accelerate_config: Path | None) -> int:
@@ -271,7 +309,7 @@ def tune_command(names: tuple[str, ...], **given: Any) -> None:
       plan tune --dataset messages.jsonl
       plan tune recommended --dataset messages.jsonl --budget 120
     """
-    refused = [flag for flag in ("run", "resume", "output", "step_time") if given[flag]]
+    refused = [flag for flag in ("run", "resume", "output", "step_time", "dry_run", "force") if given[flag]]
     if refused:
         raise click.UsageError(f"--{refused[0].replace('_', '-')} does not go with 'plan tune'.")
     from planner.resolve import Options, option_fields

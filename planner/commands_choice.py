@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from planner.options import BriefHelp, measure_settings, same_options, with_options
-from planner.terminal import open_history, say
+from planner.terminal import open_history, out, say
 
 if TYPE_CHECKING:
     from planner.advise import Advice
@@ -50,7 +50,7 @@ def _list() -> None:
             summary = find_preset(name).summary
         except PresetError as reason:  # one of the user's own, to be mended
             summary = f"cannot be used: {reason}"
-        click.echo(f"{name:<12} {printable(summary)}")
+        out(f"{name:<12} {printable(summary)}")
 
 
 @presets.command("show")
@@ -65,7 +65,7 @@ def presets_show(name: str) -> None:
     from planner.report import printable
     from presets.user import text_of
 
-    click.echo("\n".join(map(printable, text_of(name).splitlines())))
+    out("\n".join(map(printable, text_of(name).splitlines())))
 
 
 @presets.command("new")
@@ -112,13 +112,16 @@ def advise(goal: str | None, deadline: str | None, within: str | None, start: st
     refused = [flag for flag in ("run", "resume", "output", "step_time", "dry_run", "force") if given[flag]]
     if refused:
         raise click.UsageError(f"--{refused[0].replace('_', '-')} does not go with 'plan advise'.")
+    if given["output_format"] not in ("table", "json"):
+        raise click.UsageError("--format is 'table' or 'json' for advice.")
+    given["as_json"] = given["as_json"] or given["output_format"] == "json"
     if sum(one is not None for one in (goal, deadline, within)) > 1:
         raise click.UsageError("--goal, --deadline and --within do not go together: name one of them.")
     now = datetime.now().astimezone()
     begin = now if start is None else parse_moment(start, now, "--start")
     until = None
     if deadline is not None:
-        until = parse_moment(deadline, begin, "--deadline")
+        until = parse_moment(deadline, now, "--deadline", after=begin)
     elif within is not None:
         until = begin + timedelta(seconds=parse_within(within))
     elif goal is None:
@@ -143,7 +146,7 @@ def advise(goal: str | None, deadline: str | None, within: str | None, start: st
         assert goal is not None
         found = for_goal(report.rows, goal)
     tail = same_options(given | {"tuned": False})
-    click.echo(_advice_json(found, tail, begin) if given["as_json"] else _advice_text(found, tail, begin))
+    out(_advice_json(found, tail, begin) if given["as_json"] else _advice_text(found, tail, begin))
 
 
 def _ask() -> str:
@@ -228,7 +231,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     else:
         marks = {"ok": "ok   ", "note": "note ", "wrong": "WRONG"}
         for one in found:
-            click.echo(f"{marks[one.state]}  {printable(one.what)}: {printable(one.text)}")
+            out(f"{marks[one.state]}  {printable(one.what)}: {printable(one.text)}")
             if one.remedy:
-                click.echo(f"         -> {printable(one.remedy)}")
+                out(f"         -> {printable(one.remedy)}")
     ctx.exit(int(any(one.state == "wrong" for one in found)))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -50,6 +51,7 @@ from planner.tune import Twin
 from presets.env import Settings
 from presets.errors import DataError, ModelError, SettingsError
 from presets.schema import DEFAULT_PRESET, Preset
+from presets.user import find_preset, is_path
 from trainer.job import DataSpec
 from trainer.model import inspect_model
 from trainer.record import Breakdown, CostModel, Predicted
@@ -159,7 +161,7 @@ def prepare(
     Raises:
         PlanError: as `compare`; with `running` also where the safety rules advise against it and `force` is not given.
     """
-    presets = presets_to_compare(settings, names)
+    presets = presets_to_compare(settings, names, say)
     model, where = resolve_model(options, settings)
     spec = resolve_data(options, settings, running=running)
     files = inspect_model(model)
@@ -169,6 +171,8 @@ def prepare(
         )
     say(f"model: {model} ({where})")
     candidates = make_candidates(presets, options, settings, facts, spec, say)
+    files_of = {find_preset(name).name: name for name in names if is_path(name)}
+    candidates = tuple(replace(one, run_as=files_of.get(one.resolved.preset.name)) for one in candidates)
     if all(candidate.planned is None for candidate in candidates):
         raise DataError(" ".join(dict.fromkeys(candidate.error or "" for candidate in candidates)))
     blocked = [text for candidate in candidates for text in candidate.blocked_by]
@@ -296,6 +300,9 @@ def _row(candidate: Candidate, estimates: dict[str, Estimate], past: Past, now: 
             for steps, phase in zip(accumulation, preset.phases, strict=False)
         ),
         "note": "\n".join(candidate.notes) or None,
+        "run_as": candidate.run_as,
+        "is_sampled": is_sampled(preset),
+        "blocked_by": candidate.blocked_by,
     }
     if found is None or candidate.planned is None:
         return Row(**common, error=candidate.error)  # type: ignore[arg-type]
@@ -418,10 +425,20 @@ def _accumulation_note(candidates: tuple[Candidate, ...], estimates: dict[str, E
     return None
 
 
+def is_sampled(preset: Preset) -> bool:
+    """Whether a preset trains on a part of the data, in all of its stages."""
+    if preset.phases and preset.phases[0].is_stage:
+        return all(not phase.sampling.takes_all for phase in preset.phases)
+    return preset.num_epochs < 1 or not preset.sampling.takes_all
+
+
 def run_command(comparison: Comparison, argv_tail: str) -> str | None:
-    """The command that starts the recommended row, where it fits."""
-    found = comparison.estimates.get(DEFAULT_PRESET)
-    return f"plan --run {DEFAULT_PRESET}{argv_tail}" if found is not None and found.fits else None
+    """The command that starts the recommended row, or the only one there is; None where it does not fit or may not."""
+    rows = [row for row in comparison.report.rows if row.tuned_from is None]
+    wanted = [row for row in rows if row.name == DEFAULT_PRESET] or (rows if len(rows) == 1 else [])
+    if not wanted or not wanted[0].fits or wanted[0].blocked_by:
+        return None
+    return f"plan --run {shlex.quote(wanted[0].run_name)}{argv_tail}"
 
 
 def predicted_of(comparison: Comparison, candidate: Candidate) -> Predicted:

@@ -106,11 +106,21 @@ def _torch(machine: Machine) -> list[Found]:
                 what="torch",
                 text=f"{version}, a build without CUDA, beside {machine.gpus[0][0]}: training would run on the CPU",
                 state="wrong",
-                remedy="pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130",
+                remedy=_cuda_build(machine.driver),
             )
         ]
     built = f"built for CUDA {machine.torch_cuda}" if machine.torch_cuda else "a build for the CPU"
     return [Found(what="torch", text=f"{version}, {built}")]
+
+
+def _cuda_build(driver: str | None) -> str:
+    """The command that installs a torch which this driver can run."""
+    major = (driver or "").split(".")[0]
+    known = int(major) if major.isdigit() else max(OLDEST_DRIVER.values())
+    wheel = "cu130" if known >= OLDEST_DRIVER[13] else "cu126" if known >= OLDEST_DRIVER[12] else None
+    if wheel is None:
+        return f"install NVIDIA driver {OLDEST_DRIVER[12]} or newer, then a torch built for CUDA"
+    return f"pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/{wheel}"
 
 
 def _gpu(machine: Machine) -> list[Found]:
@@ -171,12 +181,12 @@ def _packages(machine: Machine) -> list[Found]:
     for name in ("transformers", "peft", "accelerate", "datasets"):
         version = machine.packages.get(name)
         if version is None:
-            found.append(Found(what=name, text="not installed", state="wrong", remedy="pip install training-planner"))
+            found.append(Found(what=name, text="not installed", state="wrong", remedy=f"pip install {name}"))
         else:
             found.append(Found(what=name, text=version))
-    for name, extra, use in (("bitsandbytes", "quant", "4-bit and 8-bit bases"), ("matplotlib", "report", "charts")):
+    for name, use in (("bitsandbytes", "4-bit and 8-bit bases"), ("matplotlib", "charts in reports")):
         version = machine.packages.get(name)
-        remedy = None if version else f"pip install 'training-planner[{extra}]'"
+        remedy = None if version else f"pip install {name}"
         text = version or f"not installed: no {use}"
         found.append(Found(what=name, text=text, state="ok" if version else "note", remedy=remedy))
     return found

@@ -46,7 +46,7 @@ OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("What", ("--resume",), {"metavar": "RUN", "type": click.Path(path_type=Path), "help": "Go on with a stopped run folder."}),
     ("What", ("--output",), {"metavar": "FOLDER", "type": click.Path(path_type=Path), "help": "The run folder itself [runs/PRESET-TIME]."}),
     ("What", ("--force",), {"is_flag": True, "help": "Run what the safety rules advise against."}),
-    ("What", ("--dry-run",), {"is_flag": True, "help": "With --run: print what would be started; measure and write nothing."}),
+    ("What", ("--dry-run",), {"is_flag": True, "help": "With --run: print what would be started; measure nothing, make no run folder."}),
     ("What", ("--preset", "preset_names"), {"metavar": "PRESET", "multiple": True, "help": "Compare only these (repeat it)."}),
     ("Measure", ("--budget",), {"type": click.FloatRange(min=0, min_open=True, max=86400), "default": 60.0, "show_default": True, "metavar": "SECONDS", "help": "Seconds spent timing; process starts come on top."}),
     ("Measure", ("--precision-target",), {"metavar": "PERCENT", "default": "2%", "show_default": True, "help": "Stop timing when the range is as narrow as ± this."}),
@@ -157,14 +157,19 @@ def measure_settings(given: dict[str, Any]) -> MeasureSettings:
 def same_options(given: dict[str, Any]) -> str:
     """The options of this call that a run needs too, as text; a count is left out, since a run needs messages."""
     skipped = {"run", "resume", "output", "as_json", "budget", "precision_target", "preset_names", "debug", "step_time"}
-    skipped |= {"fresh", "explain", "quantized"}  # what was measured just now will do
-    skipped |= {"force", "dry_run", "output_format"}
+    skipped |= {"fresh", "explain", "force", "dry_run", "output_format"}  # what was measured just now will do
+    skipped |= set() if given["tuned"] else {"quantized"}
     words = []
     for _, names, settings in OPTIONS:
         flag = names[0].split("/")[0]
         name = names[1] if len(names) > 1 else flag.removeprefix("--").replace("-", "_")
         value = given[name]
-        if name in skipped or value in (None, False) or value == settings.get("default"):
+        if name in skipped or value is None or (value is settings.get("default", False) is False):
+            continue
+        if value == settings.get("default") and not isinstance(value, bool):
+            continue
+        if value is False:  # --this/--no-this: said, and not the default
+            words.append(names[0].split("/")[1])
             continue
         if name == "tokens_per_example" or (name == "dataset" and value.replace(",", "").isdigit()):
             continue

@@ -124,17 +124,28 @@ class Row:
     calibrated: bool = True  # False: the range is what was seen on an unsteady machine, not a 90 % interval
     measured_at: str | None = None  # ISO, local time with offset, where the basis is "cached"
     correction: CorrectionInfo | None = None
+    run_as: str | None = None  # what `--run` takes where it is not the preset's name: a file
+    is_sampled: bool = False  # trains on a part of the data
+    blocked_by: tuple[str, ...] = ()  # safety rules: a run needs --force
+
+    @property
+    def run_name(self) -> str:
+        """What `--run` takes."""
+        return self.run_as or self.tuned_from or self.name
 
     def to_plain(self) -> dict[str, Any]:
-        """The row as a JSON object; phases, published figures, an earlier measurement's time and a correction only
-        where there are any, `calibrated` only where it is false."""
+        """The row as a JSON object; phases, published figures, an earlier measurement's time, a correction, a sample
+        and safety rules only where there are any, `calibrated` only where it is false."""
         plain: dict[str, Any] = jsonio.to_plain(self)
         if not self.phases:
             del plain["phases"]
         if self.calibrated:
             del plain["calibrated"]
-        for name in ("published", "measured_at", "correction", "breakdown", "tuned_from", "speedup"):
+        for name in ("published", "measured_at", "correction", "breakdown", "tuned_from", "speedup", "run_as"):
             if getattr(self, name) is None:
+                del plain[name]
+        for name in ("is_sampled", "blocked_by"):
+            if not getattr(self, name):
                 del plain[name]
         return plain
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,15 +78,30 @@ class Resolved:
     error: str | None = None
 
 
-def presets_to_compare(settings: Settings, names: tuple[str, ...] = ()) -> tuple[Preset, ...]:
-    """The named presets (all where none is named), "yours" last where settings make one.
+def presets_to_compare(
+    settings: Settings, names: tuple[str, ...] = (), say: Callable[[str], None] = lambda text: None
+) -> tuple[Preset, ...]:
+    """The named presets (all where none is named), "yours" last where settings make one; each once.
+
+    Args:
+        say: told of a preset of the user's own that cannot be used, where none was named.
 
     Raises:
-        PresetError: an unknown name, or "yours" without a setting.
+        PresetError: an unknown name, "yours" without a setting, or two presets of one name.
     """
     yours = yours_preset(settings)
-    wanted = names or (*all_names(), *(("yours",) if yours else ()))
-    return tuple(_preset(name, yours) for name in wanted)
+    found: dict[str, Preset] = {}
+    for name in names or (*all_names(), *(("yours",) if yours else ())):
+        try:
+            preset = _preset(name, yours)
+        except PresetError as reason:
+            if names:
+                raise
+            say(f"left out: {reason}")
+            continue
+        if found.setdefault(preset.name, preset) != preset:
+            raise PresetError(f"two different presets are called '{preset.name}'. Give one of the files another name.")
+    return tuple(found.values())
 
 
 def _preset(name: str, yours: Preset | None) -> Preset:

@@ -19,7 +19,7 @@ from presets.errors import RunError
 
 # Grey is readable on white and on black; the page's own colours cannot reach into the drawing.
 AXES, LINE, SOFT, MARK = "#7d8590", "#2f81f7", "#9ec5fe", "#e8790a"
-NO_CHARTS = "Charts need matplotlib: pip install 'training-planner[report]'."
+NO_CHARTS = "Charts need matplotlib: pip install matplotlib."
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:

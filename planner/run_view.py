@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from trainer.record import Predicted, RunRecord, read_predicted
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SILENT_SECONDS = 60.0  # beyond this, and ten usual steps, a run without an end is called silent
+STARTING_SECONDS = 60.0  # taken for a usual step before the first: a large model loads for minutes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,25 +31,17 @@ class RunView:
     steps: tuple[dict[str, Any], ...]  # lines of metrics.jsonl, ascending and each step once
     evaluations: tuple[tuple[int, float], ...]  # (step, held-out loss)
     num_steps: int | None  # planned; None where the plan is made by the run and is not yet
-    seconds_since_step: float | None  # since the newest line was written
+    seconds_since_sign: float | None  # since the run last wrote something
 
     @property
     def state(self) -> str:
         """ "finished", "stopped", "failed", "starting", "running" or "silent"."""
-        if self.record is not None and not (self.record.status == "stopped" and self._goes_on):
+        if self.record is not None:  # a resume takes the record of its stop away
             return self.record.status
-        if not self.steps:
-            return "starting"
-        usual = float(self.steps[-1].get("seconds") or 0.0)
-        quiet = self.seconds_since_step or 0.0
-        return "silent" if quiet > max(SILENT_SECONDS, 10 * usual) else "running"
-
-    @property
-    def _goes_on(self) -> bool:
-        """Whether it was resumed after the record of its stop."""
-        assert self.record is not None
-        done = self.record.actual.num_steps or 0
-        return bool(self.steps) and int(self.steps[-1]["step"]) > done
+        usual = float(self.steps[-1].get("seconds") or 0.0) if self.steps else STARTING_SECONDS
+        if (self.seconds_since_sign or 0.0) > max(SILENT_SECONDS, 10 * usual):
+            return "silent"
+        return "running" if self.steps else "starting"
 
 
 def look_at(folder: Path) -> RunView:
@@ -56,9 +50,11 @@ def look_at(folder: Path) -> RunView:
     Raises:
         RunError: it is not a run folder, or its job, estimate or record is damaged.
     """
+    folder = folder.absolute()
     job = open_run(folder)
     plan_file = folder / "batch_plan.npz"
     metrics = folder / "metrics.jsonl"
+    signs = [path.stat().st_mtime for path in (metrics, folder / "train.log", folder / "job.json") if path.is_file()]
     return RunView(
         folder=folder,
         job=job,
@@ -68,10 +64,10 @@ def look_at(folder: Path) -> RunView:
         evaluations=tuple(
             (step, float(line["loss"]))
             for step, line in _by_step(folder / "evaluations.jsonl").items()
-            if isinstance(line.get("loss"), (int, float))
+            if isinstance(line.get("loss"), (int, float)) and math.isfinite(line["loss"])
         ),
         num_steps=BatchPlan.load(plan_file).num_steps if plan_file.is_file() else None,
-        seconds_since_step=max(0.0, time.time() - metrics.stat().st_mtime) if metrics.is_file() else None,
+        seconds_since_sign=max(0.0, time.time() - max(signs)),
     )
 
 
@@ -86,7 +82,7 @@ def _by_step(path: Path) -> dict[int, dict[str, Any]]:
         try:
             one = json.loads(line)
             found[int(one["step"])] = one
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             continue
     return dict(sorted(found.items()))
 

@@ -20,6 +20,13 @@ def say(text: str) -> None:
     click.echo(printable(text), err=True)
 
 
+def out(text: str) -> None:
+    """Text on stdout, in characters that its encoding has."""
+    if ascii_only():
+        text = text.replace("–", "-").replace("→", "->").encode("ascii", "backslashreplace").decode("ascii")
+    click.echo(text)
+
+
 def width() -> int | None:
     """Columns of the terminal; None where stdout is none."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

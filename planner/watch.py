@@ -11,6 +11,7 @@ from typing import Any
 
 from planner.report import UNKNOWN, clock, duration, figure, gib, printable
 from planner.run_view import RunView, look_at, sparkline
+from planner.terminal import ascii_only, out
 
 EVERY_SECONDS = 1.0
 ENDED = ("finished", "stopped", "failed")
@@ -24,7 +25,7 @@ def watch(folder: Path, *, once: bool = False, sleep: Callable[[float], None] = 
     """
     view = look_at(folder)
     if once or not sys.stdout.isatty():
-        print("\n".join(lines_of(view, gpu=_gpu(view), now=datetime.now().astimezone())))
+        out("\n".join(lines_of(view, gpu=_gpu(view), now=datetime.now().astimezone(), blocks=not ascii_only())))
         return view
     from rich.console import Console
     from rich.live import Live
@@ -39,8 +40,8 @@ def watch(folder: Path, *, once: bool = False, sleep: Callable[[float], None] = 
             sleep(EVERY_SECONDS)
 
 
-def lines_of(view: RunView, *, gpu: str | None, now: datetime) -> list[str]:
-    """How a run stands, as plain lines."""
+def lines_of(view: RunView, *, gpu: str | None, now: datetime, blocks: bool = True) -> list[str]:
+    """How a run stands, as plain lines; `blocks`: with the loss drawn in block characters."""
     job, last = view.job, view.steps[-1] if view.steps else {}
     done = int(last.get("step", 0))
     total = view.num_steps
@@ -50,7 +51,7 @@ def lines_of(view: RunView, *, gpu: str | None, now: datetime) -> list[str]:
     ]
     losses = [float(one["loss"]) for one in view.steps if isinstance(one.get("loss"), (int, float))]
     if losses:
-        lines.append(f"loss      {losses[-1]:.3f}  {sparkline(losses)}")
+        lines.append(f"loss      {losses[-1]:.3f}" + (f"  {sparkline(losses)}" if blocks else ""))
     if view.evaluations:
         told = " -> ".join(f"{loss:.3f}" for _, loss in (view.evaluations[0], view.evaluations[-1]))
         lines.append(f"held-out  {told if len(view.evaluations) > 1 else f'{view.evaluations[0][1]:.3f}'}")
@@ -64,7 +65,8 @@ def lines_of(view: RunView, *, gpu: str | None, now: datetime) -> list[str]:
     lines += _time_lines(view, last, now)
     if view.state == "silent":
         lines.append(
-            f"No step for {duration(view.seconds_since_step)}. If its process is gone: plan --resume {view.folder}"
+            f"Nothing written for {duration(view.seconds_since_sign)}. If its process is gone: "
+            f"plan --resume {printable(str(view.folder))}"
         )
     if view.record is not None and view.record.error and view.state == "failed":
         lines.append(f"Error: {printable(view.record.error)}")

@@ -145,7 +145,8 @@ class Preset:
         for field in positive:
             if getattr(self, field) < 1:
                 found.append(f"{field} is {getattr(self, field)}; it must be at least 1")
-        if not (self.num_epochs >= 1 and self.num_epochs == int(self.num_epochs)) and not 0 < self.num_epochs < 1:
+        is_whole = math.isfinite(self.num_epochs) and self.num_epochs >= 1 and self.num_epochs == int(self.num_epochs)
+        if not is_whole and not 0 < self.num_epochs < 1:
             found.append(
                 f"num_epochs is {self.num_epochs}; it must be a whole number of at least 1, or a share of one below 1"
             )

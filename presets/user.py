@@ -30,7 +30,8 @@ def all_names() -> list[str]:
     bundled = preset_names()
     folder = user_folder()
     own = sorted(path.stem for path in folder.glob("*.toml")) if folder.is_dir() else []
-    return [*bundled, *(name for name in own if name not in bundled and NAME.fullmatch(name))]
+    taken = (*bundled, *RESERVED)
+    return [*bundled, *(name for name in own if name not in taken and NAME.fullmatch(name))]
 
 
 def is_path(name: str) -> bool:
@@ -47,6 +48,10 @@ def find_preset(name: str) -> Preset:
     if not is_path(name) and name in preset_names():
         return load_preset(name)
     path, text = _read(name)
+    if is_path(name) and (path.stem in preset_names() or path.stem in RESERVED):
+        raise PresetError(
+            f"preset '{name}': '{path.stem}' is the name of a bundled preset. Give the file another name."
+        )
     return parse_preset(path.stem, text)
 
 
@@ -92,7 +97,10 @@ def new_preset(name: str, source: str) -> Path:
 
 
 def _read(name: str) -> tuple[Path, str]:
-    path = Path(name).expanduser() if is_path(name) else user_folder() / f"{name}.toml"
+    try:
+        path = Path(name).expanduser() if is_path(name) else user_folder() / f"{name}.toml"
+    except RuntimeError as reason:  # ~somebody, who is not known here
+        raise PresetError(f"preset '{name}': cannot be read ({reason}).") from None
     try:
         if path.is_file() and path.stat().st_size > LARGEST_FILE:
             raise PresetError(f"preset '{name}': a file of over {LARGEST_FILE:,} bytes is no preset.")

@@ -139,3 +139,39 @@ def test_from_python_errors_are_the_planners_own(monkeypatch: pytest.MonkeyPatch
         planner.plan(dataset=10, colour="red")
     with pytest.raises(AttributeError):
         planner.nothing  # noqa: B018
+
+
+def test_an_option_before_a_command_and_one_that_does_not_go_with_it_are_refused(home: Path) -> None:
+    assert "--limit stands before 'advise'" in plan(home, "--limit", "5", "advise", "--goal", "first", code=2).stderr
+    assert "--dry-run goes with --run" in plan(home, *COMMON, "--dry-run", code=2).stderr
+    assert "--dry-run does not go with 'plan tune'" in plan(home, "tune", *COMMON, "--dry-run", code=2).stderr
+    assert "--format" in plan(home, "--run", "baseline", *COMMON, "--format", "html", code=2).stderr
+
+
+def test_the_printed_command_keeps_zeros_and_refusals() -> None:
+    from click.testing import CliRunner
+
+    from planner import cli as command_line
+    from planner.options import same_options
+
+    seen: dict[str, Any] = {}
+    words = ["--samples", "0", "--seed", "0", "--eval-fraction", "0", "--no-gradient-checkpointing", "--packing"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command_line, "_table", lambda options, settings, given: seen.update(given))
+        assert CliRunner().invoke(command_line.cli, [*words, "--dataset", "63000", "--force"]).exit_code == 0
+    assert same_options(seen) == " --eval-fraction 0.0 --samples 0 --no-gradient-checkpointing --packing --seed 0"
+
+
+def test_two_presets_of_one_name_are_refused(home: Path) -> None:
+    for folder in ("a", "b"):
+        (home / folder).mkdir(exist_ok=True)
+        accumulation = {"a": 16, "b": 8}[folder]
+        text = (
+            f'summary = "x"\ngradient_accumulation_steps = {accumulation}\nlearning_rate = 1e-4\nprecision = "fp32"\n'
+        )
+        (home / folder / "mine.toml").write_text(text, encoding="utf-8")
+    words = ("--dataset", "63000", "--step-time", "30", "--preset", "a/mine.toml", "--preset")
+    assert "two different presets are called 'mine'" in plan(home, *words, "b/mine.toml", code=1).stderr
+    assert plan(home, *words, "a/mine.toml").stdout.count("mine") == 1
+    (home / "a" / "baseline.toml").write_text("", encoding="utf-8")
+    assert "bundled preset" in plan(home, *words, "a/baseline.toml", code=1).stderr

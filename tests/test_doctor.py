@@ -49,7 +49,7 @@ def test_a_well_machine_has_nothing_wrong() -> None:
         ({"disks": {"runs": 1 * GIB}}, "wrong", "only 1.0 GiB free", "--output"),
         ({"disks": {"runs": 5 * GIB}}, "note", "only 5.0 GiB free", "--output"),
         ({"disks": {"runs": None}}, "wrong", "cannot be written", "PLAN_HOME"),
-        ({"packages": WELL.packages | {"bitsandbytes": None}}, "note", "no 4-bit", "training-planner[quant]"),
+        ({"packages": WELL.packages | {"bitsandbytes": None}}, "note", "no 4-bit", "pip install bitsandbytes"),
         ({"packages": WELL.packages | {"torch": None}}, "wrong", "not installed", "pip install torch"),
         ({"python": (3, 14)}, "note", "not tested", "3.12"),
         ({"hub_offline": True}, "note", "HF_HUB_OFFLINE", "unset"),

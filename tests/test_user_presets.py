@@ -121,3 +121,22 @@ planner.PlanReport, planner.plan
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_broken_preset_of_ones_own_leaves_the_table_standing() -> None:
+    user_folder().mkdir(parents=True)
+    (user_folder() / "broken.toml").write_text("x = ", encoding="utf-8")
+    (user_folder() / "yours.toml").write_text(MINE, encoding="utf-8")
+    (user_folder() / "folder.toml").mkdir()
+    done = CliRunner().invoke(cli, ["--dataset", "63000", "--step-time", "30", "--format", "csv"])
+    assert done.exit_code == 0
+    assert "broken" in done.stderr
+    assert "baseline" in done.stdout
+
+
+@pytest.mark.parametrize("epochs", ["inf", "nan", "1.5", "0", "-1"])
+def test_epochs_that_are_none_are_refused(epochs: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(MINE + f"num_epochs = {epochs}\n", encoding="utf-8")
+    with pytest.raises(PresetError, match="num_epochs"):
+        find_preset(str(path))

@@ -110,17 +110,49 @@ def test_a_run_that_says_nothing_for_long_is_called_silent(folder: Path) -> None
     write_steps(folder, range(1, 4))
     assert look_at(folder).state == "running"
     long_ago = time.time() - 3600
-    os.utime(folder / "metrics.jsonl", (long_ago, long_ago))
+    for name in ("metrics.jsonl", "job.json"):
+        os.utime(folder / name, (long_ago, long_ago))
     assert look_at(folder).state == "silent"
     assert f"plan --resume {folder}" in told(folder)
 
 
-def test_a_stopped_run_that_was_resumed_is_running(folder: Path) -> None:
+def test_a_run_that_died_before_its_first_step_is_called_silent_in_the_end(folder: Path) -> None:
+    assert look_at(folder).state == "starting"
+    long_ago = time.time() - 3600
+    os.utime(folder / "job.json", (long_ago, long_ago))
+    assert look_at(folder).state == "silent"
+
+
+def test_a_resume_takes_the_record_of_the_stop_away(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer import loop
+
+    run = make_run()
+    monkeypatch.setattr(loop, "_window", lambda run, _state: loop._discard_and_stop(run, _state, 15))
+    with pytest.raises(loop.Stopped):
+        loop.train(run)
+    assert look_at(run).state == "stopped"
+    seen: list[str] = []
+
+    def first_window(_run: Any, _state: Any) -> None:
+        seen.append(look_at(run).state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_window", first_window)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(run, resume=True)
+    assert seen == ["starting"]
+
+
+def test_without_block_characters_the_loss_is_a_number(folder: Path) -> None:
     write_steps(folder, range(1, 4))
-    end(folder, "stopped")
-    assert look_at(folder).state == "stopped" or look_at(folder).record is not None
-    write_steps(folder, range(4, 24))
-    assert look_at(folder).state == "running"
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(
+        [sys.executable, "-m", "planner.cli", "watch", str(folder), "--once"],
+        capture_output=True,
+        env=environment,
+        check=True,
+    )
+    assert b"loss      1.333\n" in done.stdout.replace(b"\r", b"")
 
 
 def test_a_failed_run_says_why_and_no_control_character_comes_through(folder: Path) -> None:
@@ -246,7 +278,7 @@ def test_without_matplotlib_the_page_says_how_to_get_its_charts(folder: Path, mo
     )
     write_steps(folder, range(1, 3))
     text = run_page(look_at(folder), now=NOW)
-    assert "training-planner[report]" in text
+    assert "pip install matplotlib" in text
     assert "<svg" not in text
 
 

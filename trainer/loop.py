@@ -249,6 +249,8 @@ def _clear_leftovers(folder: Path) -> None:
 
 
 def _restore(run: Run) -> None:
+    if run.is_main:
+        (run.folder / "record.json").unlink(missing_ok=True)  # of the stop: the run goes on
     progress, path, notes = ckpt.load_newest(
         run.folder / "checkpoints", run.stepper, run.accelerator.process_index, run.is_main
     )

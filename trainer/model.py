@@ -189,7 +189,7 @@ def _quantization(job: Job, compute: Any) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
             f"base_precision is '{job.base_precision}', which needs bitsandbytes. "
-            "Install it (pip install 'training-planner[quant]') or choose base_precision fp16."
+            "Install it (pip install bitsandbytes) or choose base_precision fp16."
         )
     from transformers import BitsAndBytesConfig
 

@@ -104,7 +104,9 @@ class Monitor:
     def evaluation(self, step: int, loss: float, perplexity: float) -> None:
         """A held-out loss after `step` windows; one that a resume takes again follows the earlier one."""
         with open(self.run / "evaluations.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "loss": loss, "perplexity": perplexity}) + "\n")
+            values = {"loss": loss, "perplexity": perplexity}
+            finite = {name: value if np.isfinite(value) else None for name, value in values.items()}
+            file.write(json.dumps({"step": step, **finite}) + "\n")
         if self.trackers is not None:
             self.trackers.log({"eval_loss": loss}, step=step)
 
