@@ -222,7 +222,16 @@ def _dry_run(options: Options, settings: Settings, given: dict[str, Any], output
     folder = run_folder_name(output, job, datetime.now().astimezone())
     for note in candidate.notes:
         say(f"note: {note}")
+    rates = [phase.learning_rate for phase in job.preset.phases] or [job.preset.learning_rate]
+    accumulation = "/".join(map(str, job.gradient_accumulation_steps))
+    say(f"run folder: {folder}")
+    say(
+        f"micro {job.micro_batch_size} x GA {accumulation}{', packed' if job.packing else ''}, learning rate "
+        f"{'/'.join(f'{rate:g}' for rate in rates)}, {job.preset.num_epochs:g} epoch(s), "
+        f"{job.precision} on {job.device}"
+    )
     say(f"{plan.num_steps:,} optimizer steps over {plan.num_examples:,} examples; nothing was measured or written")
+    say("what --run would start, once it has made the run folder:")
     if given["as_json"]:
         click.echo(job.to_json())
         return

@@ -92,7 +92,10 @@ def presets_new(name: str, source: str) -> None:
 @click.option("--within", metavar="TIME", help="Done in this time, surely: 8h, 90min.")
 @click.option("--start", metavar="WHEN", help="When it will be started [now].")
 @with_options
-def advise(goal: str | None, deadline: str | None, within: str | None, start: str | None, **given: Any) -> None:
+@click.pass_context
+def advise(
+    ctx: click.Context, goal: str | None, deadline: str | None, within: str | None, start: str | None, **given: Any
+) -> None:
     """Which configuration to take, why, when it will be done, and the command that starts it.
 
     By the published guide's questions, or for a deadline: then the best quality that is surely done in time, tuned
@@ -146,7 +149,9 @@ def advise(goal: str | None, deadline: str | None, within: str | None, start: st
         assert goal is not None
         found = for_goal(report.rows, goal)
     tail = same_options(given | {"tuned": False})
-    out(_advice_json(found, tail, begin) if given["as_json"] else _advice_text(found, tail, begin))
+    make = _advice_json if given["as_json"] else _advice_text
+    out(make(found, tail, begin, until))
+    ctx.exit(0 if found.row is not None else 1)
 
 
 def _ask() -> str:
@@ -165,15 +170,15 @@ def _ask() -> str:
     return list(MEANINGS)[chosen - 1]
 
 
-def _advice_text(found: Advice, tail: str, begin: datetime) -> str:
+def _advice_text(found: Advice, tail: str, begin: datetime, until: datetime | None) -> str:
     from planner.advise import latest_minute
     from planner.report import clock, duration, duration_range, printable
 
-    lines = []
+    lines = [] if until is None else [f"By {clock(until, begin)}, started {clock(begin, begin)}:\n"]
     row = found.row
     sampled = bool(found.extra)
     if row is None:
-        lines.append(f"Nothing: {found.why[0]}.")
+        lines.append(f"{found.why[0][0].upper()}{found.why[0][1:]}.")
     else:
         lines.append(printable(row.name))
         lines += [f"  why      {text}" if not number else f"           {text}" for number, text in enumerate(found.why)]
@@ -193,7 +198,7 @@ def _advice_text(found: Advice, tail: str, begin: datetime) -> str:
     return "\n".join(lines)
 
 
-def _advice_json(found: Advice, tail: str, begin: datetime) -> str:
+def _advice_json(found: Advice, tail: str, begin: datetime, until: datetime | None) -> str:
     import json
 
     plain = {
@@ -202,6 +207,7 @@ def _advice_json(found: Advice, tail: str, begin: datetime) -> str:
         "why": list(found.why),
         "passed_over": list(found.given_up),
         "start_at": begin.isoformat(timespec="seconds"),
+        "deadline_at": None if until is None else until.isoformat(timespec="seconds"),
         "command": found.command(tail),
     }
     return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)

@@ -50,7 +50,7 @@ from planner.reuse import Keys, Reused, Sharpness, keep, reuse
 from planner.tune import Twin
 from presets.env import Settings
 from presets.errors import DataError, ModelError, SettingsError
-from presets.schema import DEFAULT_PRESET, Preset
+from presets.schema import DEFAULT_PRESET, Preset, Published, load_preset, preset_names
 from presets.user import find_preset, is_path
 from trainer.job import DataSpec
 from trainer.model import inspect_model
@@ -283,6 +283,7 @@ def _row(candidate: Candidate, estimates: dict[str, Estimate], past: Past, now: 
     by, raw = past.corrections.get(name), past.raw.get(name)
     first = estimates.get(BASELINE)
     accumulation = job.gradient_accumulation_steps if job else (preset.gradient_accumulation_steps,)
+    published = preset.published if is_as_published(preset) else Published()
     common = {
         "name": name,
         "tuned_from": preset.name if candidate.twin is not None else None,
@@ -292,8 +293,8 @@ def _row(candidate: Candidate, estimates: dict[str, Estimate], past: Past, now: 
         "num_epochs": preset.num_epochs,
         "learning_rate": preset.phases[0].learning_rate if preset.phases else preset.learning_rate,
         "precision": job.precision if job else preset.precision,
-        "quality": Quality(text=preset.published.quality, source="published" if preset.published.quality else None),
-        "risk": preset.published.risk,
+        "quality": Quality(text=published.quality, source="published" if published.quality else None),
+        "risk": published.risk,
         "basis": "cached" if measured_at is not None and found is not None else "measured",
         "phases": tuple(
             PhaseRow(gradient_accumulation_steps=steps, learning_rate=phase.learning_rate, num_steps=phase.num_steps)
@@ -423,6 +424,15 @@ def _accumulation_note(candidates: tuple[Candidate, ...], estimates: dict[str, E
             f"16)."
         )
     return None
+
+
+def is_as_published(preset: Preset) -> bool:
+    """Whether what the guide says of a preset's quality and risk is said of these settings."""
+    if preset.name not in preset_names():
+        return True  # a preset of the user's own says what it says
+    original = load_preset(preset.name)
+    named = ("global_batch_size", "learning_rate", "num_epochs", "sampling", "adapter", "phases")
+    return all(getattr(preset, name) == getattr(original, name) for name in named)
 
 
 def is_sampled(preset: Preset) -> bool:

@@ -16,7 +16,7 @@ CSV_FIELDS = (
     "name", "tuned_from", "micro_batch_size", "gradient_accumulation_steps", "global_batch_size", "num_epochs",
     "learning_rate", "precision", "num_steps", "seconds_per_step", "seconds_per_sample", "tokens_per_second",
     "speed_factor", "seconds", "seconds_low", "seconds_high", "peak_memory_bytes", "fits", "risk", "basis", "finish_at",
-    "speedup", "calibrated", "measured_at", "error",
+    "speedup", "calibrated", "measured_at", "quality", "error",
 )  # fmt: skip
 
 STYLE = """
@@ -60,7 +60,8 @@ def comma_separated(report: PlanReport) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(CSV_FIELDS)
     for row in report.rows:
-        writer.writerow([_plain(getattr(row, name)) for name in CSV_FIELDS])
+        values = {name: getattr(row, name) for name in CSV_FIELDS} | {"quality": row.quality.text}
+        writer.writerow([_plain(value) for value in values.values()])
     return out.getvalue()
 
 

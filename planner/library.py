@@ -15,7 +15,7 @@ def plan(
     dataset: str | int | Path | None = None,
     model: str | Path | None = None,
     *,
-    presets: Sequence[str] = (),
+    presets: str | Sequence[str] = (),
     budget_seconds: float = 60.0,
     precision_target: float = 0.02,
     fresh: bool = False,
@@ -54,9 +54,15 @@ def plan(
     from planner.candidates import MeasureSettings
     from planner.compare import compare
     from planner.history import History
-    from planner.resolve import Options
+    from planner.resolve import Options, option_fields
     from presets.env import read_settings
+    from presets.errors import did_you_mean
 
+    known = option_fields()
+    for name in options:
+        if name not in known:
+            said = did_you_mean(name, (*known, "budget_seconds", "presets", "precision_target"))
+            raise TypeError(f"planner.plan() has no option '{name}'.{said}")
     say = progress or (lambda text: None)
     settings = read_settings(Path.cwd(), os.environ)
     for warning in settings.warnings:
@@ -67,7 +73,7 @@ def plan(
         ),
         settings,
         MeasureSettings(budget_seconds=budget_seconds, precision_target=precision_target, fresh=fresh),
-        names=tuple(presets),
+        names=(presets,) if isinstance(presets, str) else tuple(presets),
         say=say,
         history=History(say=say),
         tuned=tuned,

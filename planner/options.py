@@ -155,7 +155,7 @@ def measure_settings(given: dict[str, Any]) -> MeasureSettings:
 
 
 def same_options(given: dict[str, Any]) -> str:
-    """The options of this call that a run needs too, as text; a count is left out, since a run needs messages."""
+    """The options of this call that a run needs too, as text; for a count a file's place is held."""
     skipped = {"run", "resume", "output", "as_json", "budget", "precision_target", "preset_names", "debug", "step_time"}
     skipped |= {"fresh", "explain", "force", "dry_run", "output_format"}  # what was measured just now will do
     skipped |= set() if given["tuned"] else {"quantized"}
@@ -171,7 +171,10 @@ def same_options(given: dict[str, Any]) -> str:
         if value is False:  # --this/--no-this: said, and not the default
             words.append(names[0].split("/")[1])
             continue
-        if name == "tokens_per_example" or (name == "dataset" and value.replace(",", "").isdigit()):
+        if name == "tokens_per_example":
+            continue
+        if name == "dataset" and value[:1].isdigit() and value.strip("0123456789,._kKmM") == "":
+            words += [flag, "YOUR_FILE"]  # a count is enough to plan, a run needs messages
             continue
         words += [flag] if value is True else [flag, shlex.quote(str(value))]
     return "".join(f" {word}" for word in words)

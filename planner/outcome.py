@@ -33,10 +33,10 @@ def outcome_text(record: RunRecord, folder: Path) -> str:
         lines.append(f"The predicted range {spread} {'holds' if inside else 'does NOT hold'} the actual time.")
     if actual.eval_loss_before is not None and actual.eval_loss_after is not None:
         change = actual.eval_loss_after / actual.eval_loss_before - 1
-        lines.append(
-            f"Held-out loss {actual.eval_loss_before:.3f} -> {actual.eval_loss_after:.3f} ({change:+.0%}); "
-            f"sample answers before and after: {printable(str(folder / 'samples.md'))}"
-        )
+        losses = f"Held-out loss {actual.eval_loss_before:.3f} -> {actual.eval_loss_after:.3f} ({change:+.0%})"
+        samples = folder / "samples.md"
+        where = f"; sample answers before and after: {printable(str(samples))}" if samples.is_file() else ""
+        lines.append(losses + where)
     kind = "adapter" if record.job.preset.adapter == "lora" else "model"
     lines.append(f"The {kind}: {printable(str(folder / kind))}")
     return "\n".join(lines)

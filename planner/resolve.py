@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,6 +163,9 @@ def resolve_data(options: Options, settings: Settings, *, running: bool) -> Data
 
 def _as_count(named: str) -> int | None:
     text = named.replace(",", "").replace("_", "")
+    short = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([kKmM])", text)
+    if short is not None and not Path(named).exists():  # 63k
+        return round(float(short[1]) * {"k": 1_000, "m": 1_000_000}[short[2].lower()])
     try:
         return int(text) if text.lstrip("+-").isascii() and text.lstrip("+-").isdigit() else None
     except ValueError:  # more digits than Python converts

@@ -61,8 +61,8 @@ def verdicts(job: Job, plan: BatchPlan) -> tuple[Verdict, ...]:
     if passes > 0 and largest > SHARE_OF_AN_EPOCH * passes:
         found.append(
             Verdict(
-                text=f"a step takes {largest} of about {round(passes):,} examples, more than 1/50 of a pass: the model "
-                "moves in few, coarse steps. A smaller global batch would learn more from the same data"
+                text=f"a step takes {min(largest, round(passes))} of {round(passes):,} examples, more than 1/50 of a "
+                "pass: the model moves in few, coarse steps. A smaller global batch would learn more from the same data"
             )
         )
     if plan.num_steps < FEW_STEPS:

@@ -61,7 +61,8 @@ def test_advice_for_a_deadline_keeps_to_the_upper_end(home: Path, measured: dict
     latest = max(row["seconds_high"] for row in measured["rows"])
     found = json.loads(plan(home, "advise", "--within", f"{3 * latest:.0f}s", *COMMON, *ROWS, "--json").stdout)
     assert found["row"]["name"] == "baseline"
-    nothing = json.loads(plan(home, "advise", "--within", "1s", *COMMON, *ROWS, "--json").stdout)
+    assert "By " in plan(home, "advise", "--within", f"{3 * latest:.0f}s", *COMMON, *ROWS).stdout
+    nothing = json.loads(plan(home, "advise", "--within", "1s", *COMMON, *ROWS, "--json", code=1).stdout)
     assert nothing["row"] is None
     assert "the nearest is" in nothing["why"][0]
     assert len(nothing["passed_over"]) == 3
@@ -135,8 +136,10 @@ def test_from_python_errors_are_the_planners_own(monkeypatch: pytest.MonkeyPatch
         planner.plan(dataset=10, device="tpu")
     with pytest.raises(SettingsError):
         planner.plan(dataset=-5)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="no option 'colour'"):
         planner.plan(dataset=10, colour="red")
+    with pytest.raises(TypeError, match="Did you mean 'budget_seconds'"):
+        planner.plan(dataset=10, budget_second=3)
     with pytest.raises(AttributeError):
         planner.nothing  # noqa: B018
 
@@ -159,7 +162,9 @@ def test_the_printed_command_keeps_zeros_and_refusals() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command_line, "_table", lambda options, settings, given: seen.update(given))
         assert CliRunner().invoke(command_line.cli, [*words, "--dataset", "63000", "--force"]).exit_code == 0
-    assert same_options(seen) == " --eval-fraction 0.0 --samples 0 --no-gradient-checkpointing --packing --seed 0"
+    assert same_options(seen) == (
+        " --dataset YOUR_FILE --eval-fraction 0.0 --samples 0 --no-gradient-checkpointing --packing --seed 0"
+    )
 
 
 def test_two_presets_of_one_name_are_refused(home: Path) -> None:
@@ -175,3 +180,18 @@ def test_two_presets_of_one_name_are_refused(home: Path) -> None:
     assert plan(home, *words, "a/mine.toml").stdout.count("mine") == 1
     (home / "a" / "baseline.toml").write_text("", encoding="utf-8")
     assert "bundled preset" in plan(home, *words, "a/baseline.toml", code=1).stderr
+
+
+def test_published_quality_stands_only_beside_published_settings(home: Path, measured: dict[str, Any]) -> None:
+    assert measured["rows"][0]["quality"]["text"] == "100 %"
+    words = ("--preset", "baseline", "--learning-rate", "1e-3", "--json")
+    (row,) = json.loads(plan(home, *COMMON, *words).stdout)["rows"]
+    assert row["quality"]["text"] is None
+    assert row["risk"] is None
+    assert row["blocked_by"]
+    assert "Start" not in plan(home, *COMMON, *words[:-1]).stdout
+
+
+def test_a_count_can_be_written_short_and_its_command_asks_for_a_file(home: Path) -> None:
+    done = json.loads(plan(home, "--dataset", "63k", "--step-time", "30", "--json").stdout)
+    assert done["rows"][0]["num_steps"] == 3938

@@ -28,6 +28,9 @@ def main() -> int:
         train(arguments.job.resolve().parent, resume=arguments.resume, owns_process=True)
     except Stopped as stopped:
         return 128 + stopped.signal_number
+    except KeyboardInterrupt:  # before the run listens to signals, while it imports and loads
+        print(f"stopped before the first step; go on with: plan --resume {arguments.job.parent}", file=sys.stderr)
+        return 130
     except PlanError as reason:
         print(f"Error: {reason}", file=sys.stderr)
         return 1

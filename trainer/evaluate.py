@@ -168,8 +168,8 @@ def answerable(data: TokenizedDataset, examples: IntArray, count: int) -> IntArr
     for example in examples.tolist():
         start, end = int(data.offsets[example]), int(data.offsets[example + 1])
         targets = np.flatnonzero(data.supervised[start:end])
+        if len(chosen) >= count:
+            break
         if len(targets) and targets[0] > 1 and targets[0] <= 512:
             chosen.append(example)
-        if len(chosen) == count:
-            break
     return np.array(chosen, dtype=np.int64)

@@ -51,7 +51,7 @@ def held_out_loss(run: Run) -> EvaluationResult | None:
 def write_samples(run: Run, when: str) -> None:
     """samples-before.json and samples-after.json; with both there, samples.md side by side."""
     path = run.folder / f"samples-{when}.json"
-    if not run.is_main or path.exists():
+    if not run.is_main or path.exists() or not run.job.evaluation.num_samples:
         return
     examples = answerable(run.data, run.plan.evaluation, run.job.evaluation.num_samples)
     with run.clock.part("samples"):
