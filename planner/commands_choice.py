@@ -94,7 +94,7 @@ def presets_new(name: str, source: str) -> None:
 @with_options
 @click.pass_context
 def advise(
-    ctx: click.Context, goal: str | None, deadline: str | None, within: str | None, start: str | None, **given: Any
+    ctx: click.Context, /, goal: str | None, deadline: str | None, within: str | None, start: str | None, **given: Any
 ) -> None:
     """Which configuration to take, why, when it will be done, and the command that starts it.
 

@@ -164,7 +164,7 @@ def stop_tokens(model: Any, tokenizer: Any, trained: int | None = None) -> list[
 
 def answerable(data: TokenizedDataset, examples: IntArray, count: int) -> IntArray:
     """The first `count` examples that have a prompt before their first target and are short enough to read."""
-    chosen = []
+    chosen: list[int] = []
     for example in examples.tolist():
         start, end = int(data.offsets[example]), int(data.offsets[example + 1])
         targets = np.flatnonzero(data.supervised[start:end])

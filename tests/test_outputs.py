@@ -1,0 +1,36 @@
+"""What a run writes beside its weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from planner.outcome import outcome_text
+from trainer.job import Job
+from trainer.loop import train
+
+
+def test_a_run_without_sample_answers_writes_none_and_speaks_of_none(make_run: Any) -> None:
+    run = make_run()
+    job = Job.read(run / "job.json")
+    quiet = replace(job, evaluation=replace(job.evaluation, num_samples=0))
+    (run / "job.json").write_text(quiet.to_json(), encoding="utf-8")
+    record = train(run)
+    assert record is not None
+    assert record.actual.breakdown is not None
+    assert record.actual.breakdown.samples == 0.0
+    assert not list(run.glob("samples*"))
+    assert "samples.md" not in outcome_text(record, run)
+
+
+def test_the_held_out_loss_along_the_way_is_kept(make_run: Any) -> None:
+    run = make_run()
+    record = train(run)
+    assert record is not None
+    lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert lines[0]["step"] == 0
+    assert lines[0]["loss"] == record.actual.eval_loss_before
+    assert lines[-1]["loss"] == record.actual.eval_loss_after
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(set(steps))
