@@ -12,6 +12,7 @@ from typing import Any
 
 from presets import jsonio
 from presets.errors import RunError
+from trainer.card import write_card
 from trainer.evaluate import EvaluationResult, answerable, evaluate, evaluation_batches, sample_answers
 from trainer.process import peak_memory_bytes, seconds_since_process_start
 from trainer.record import Actual, Breakdown, RunRecord
@@ -144,6 +145,12 @@ def write_record(run: Run, status: str, after: EvaluationResult | None, *, error
         error=error,
     )
     record.write(run.folder / "record.json")
+    result = run.folder / ("adapter" if run.job.preset.adapter == "lora" else "model")
+    if status == "finished" and result.is_dir():
+        try:
+            write_card(result, record)
+        except OSError as reason:  # the result is whole without it
+            run.say(f"note: {result / 'README.md'} cannot be written ({reason.strerror or reason})")
     return record
 
 
