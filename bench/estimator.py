@@ -10,14 +10,13 @@ Each cell (distribution x preset x kind of noise) is judged for itself:
 - spikes       as stationary, with rare slow timings
 - drift, two modes   the warning comes in at least 95 % of the trials; the interval is labelled as not calibrated
 
-`--check` takes other noise than the figures that the thresholds were chosen with (see NOISE and CHECK_NOISE). The truth
-is one run, with noise of its own in every step: a short one scatters, and the interval has to hold that too.
+Written after each cell; a second call with the same --out goes on where the first stopped. `--check` takes other noise
+than the figures that the thresholds were chosen with (see NOISE and CHECK_NOISE). The truth is one run, with noise of its own in every step: a short one scatters, and the interval has to hold that too.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -25,11 +24,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import common
 from fakes import FakeDevice, make_data, make_job, make_row
 
 from planner.estimate import estimate
@@ -159,8 +161,25 @@ def main() -> int:
     kinds = options.kinds.split(",") if options.kinds else list(noise)
     tasks = [(d, p, k, noise[k], options.trials) for k in kinds for d in chosen for p in presets]
     begun = time.time()
+    settings = {"trials": options.trials, "noise": noise}
+    result: dict[str, Any] = {"settings": settings, "cells": []}
+    if options.out:
+        result = common.earlier(options.out, settings, result)
+    known = {(cell["distribution"], cell["preset"], cell["kind"]): cell for cell in result["cells"]}
+    missing = [task for task in tasks if task[:3] not in known]
     with ProcessPoolExecutor(options.workers) as pool:
-        cells = list(pool.map(judge, tasks))
+        for cell in pool.map(judge, missing):
+            plain = {name: getattr(cell, name) for name in Cell.__slots__}
+            result["cells"].append(plain | {"passed": cell.passed})
+            result |= {"date": str(date.today()), "commit": common.commit()}
+            if options.out:
+                common.write(options.out, result)
+    wanted = {task[:3] for task in tasks}
+    cells = [
+        Cell(**{name: one[name] for name in Cell.__slots__})
+        for one in result["cells"]
+        if (one["distribution"], one["preset"], one["kind"]) in wanted
+    ]
     print(f"{'kind':<11} {'cells':>5} {'pass':>5} {'median error':>13} {'worst cell':>11} {'held':>13} {'alarms':>13}")
     for kind in kinds:
         own = [cell for cell in cells if cell.kind == kind]
@@ -175,10 +194,6 @@ def main() -> int:
         if not cell.passed:
             print("FAILED", cell)
     print(f"{time.time() - begun:.0f} s")
-    if options.out:
-        plain = [{name: getattr(cell, name) for name in Cell.__slots__} | {"passed": cell.passed} for cell in cells]
-        content = {"date": str(date.today()), "trials": options.trials, "noise": noise, "cells": plain}
-        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 0 if all(cell.passed for cell in cells) else 1
 
 
