@@ -11,7 +11,8 @@ Each cell (distribution x preset x kind of noise) is judged for itself:
 - drift, two modes   the warning comes in at least 95 % of the trials; the interval is labelled as not calibrated
 
 Written after each cell; a second call with the same --out goes on where the first stopped. `--check` takes other noise
-than the figures that the thresholds were chosen with (see NOISE and CHECK_NOISE). The truth is one run, with noise of its own in every step: a short one scatters, and the interval has to hold that too.
+than the figures that the thresholds were chosen with (see NOISE and CHECK_NOISE). The truth is one run, with noise of
+its own in every step: a short one scatters, and the interval has to hold that too.
 """
 
 from __future__ import annotations
