@@ -146,7 +146,7 @@ def _table(options: Options, settings: Settings, given: dict[str, Any]) -> None:
         click.echo("\n" + explain_text(comparison, width=width(), ascii_only=ascii_only()))
     command = run_command(comparison, same_options(given))
     if command:
-        click.echo(f"\nStart {'the recommended one' if 'recommended' in command.split()[2] else 'it'}:\n  {command}")
+        click.echo(f"\nStart it:\n  {command}")
 
 
 def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:

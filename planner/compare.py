@@ -51,7 +51,7 @@ from planner.tune import Twin
 from presets.env import Settings
 from presets.errors import DataError, ModelError, SettingsError
 from presets.schema import DEFAULT_PRESET, Preset, Published, load_preset, preset_names
-from presets.user import find_preset, is_path
+from presets.user import is_path
 from trainer.job import DataSpec
 from trainer.model import inspect_model
 from trainer.record import Breakdown, CostModel, Predicted
@@ -171,7 +171,7 @@ def prepare(
         )
     say(f"model: {model} ({where})")
     candidates = make_candidates(presets, options, settings, facts, spec, say)
-    files_of = {find_preset(name).name: name for name in names if is_path(name)}
+    files_of = {Path(name).stem: name for name in names if is_path(name)}
     candidates = tuple(replace(one, run_as=files_of.get(one.resolved.preset.name)) for one in candidates)
     if all(candidate.planned is None for candidate in candidates):
         raise DataError(" ".join(dict.fromkeys(candidate.error or "" for candidate in candidates)))

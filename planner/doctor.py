@@ -9,7 +9,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from planner.hardware import DeviceFacts, detect_device, system_memory, torch_version
+from planner.hardware import DeviceFacts, detect_device, system_memory, torch_cuda_version, torch_version
 from planner.report import gib
 from presets.errors import SettingsError
 from presets.home import plan_home
@@ -69,7 +68,7 @@ def look() -> Machine:
         python=(sys.version_info[0], sys.version_info[1]),
         system=platform.system(),
         packages={name: _version(name) for name in names},
-        torch_cuda=_torch_cuda(),
+        torch_cuda=torch_cuda_version(),
         gpus=gpus,
         driver=driver,
         device=device,
@@ -223,19 +222,6 @@ def _version(name: str) -> str | None:
         return torch_version() if name == "torch" else importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _torch_cuda() -> str | None:
-    """The CUDA version of the installed torch, from its version file; importing torch costs a second."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return None
-    try:
-        text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    found = re.search(r"^cuda(?:\s*:[^=]*)?\s*=\s*['\"]([^'\"]+)['\"]", text, re.MULTILINE)
-    return found.group(1) if found else None
 
 
 def _driver_view() -> tuple[tuple[tuple[str, int], ...], str | None]:

@@ -123,22 +123,26 @@ def _capability(facts: DeviceFacts) -> str:
 # --- CUDA ---------------------------------------------------------------------------------------------------------
 
 
-def _torch_has_cuda() -> bool:
-    """Whether the installed torch was built for CUDA, read from its version file: importing torch costs a second."""
+def torch_cuda_version() -> str | None:
+    """The CUDA version that the installed torch was built for, from its version file; None for a build without.
+
+    Importing torch to ask it costs a second.
+    """
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        return False
+        return None
     try:
         text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
     except OSError:
-        return False
-    return re.search(r"^cuda(\s*:[^=]*)?\s*=\s*['\"]", text, re.MULTILINE) is not None
+        return None
+    found = re.search(r"^cuda(?:\s*:[^=]*)?\s*=\s*['\"]([^'\"]+)['\"]", text, re.MULTILINE)
+    return found.group(1) if found else None
 
 
 def _why_no_cuda() -> str:
     if torch_version() is None:
         return "torch is not installed"
-    if not _torch_has_cuda():
+    if torch_cuda_version() is None:
         return f"the installed torch ({torch_version()}) is not built for CUDA"
     return "no CUDA device is visible"
 
@@ -162,7 +166,7 @@ def visible_devices(setting: str | None, count: int) -> list[int | str]:
 
 
 def _cuda_by_nvml() -> DeviceFacts | None:
-    if not _torch_has_cuda():
+    if torch_cuda_version() is None:
         return None
     try:
         import pynvml as nvml

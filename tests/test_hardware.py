@@ -77,7 +77,7 @@ def test_an_unknown_device_is_refused() -> None:
 
 def test_a_missing_gpu_is_an_error_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "_cuda_by_nvml", lambda: None)
-    monkeypatch.setattr(hardware, "_torch_has_cuda", lambda: False)
+    monkeypatch.setattr(hardware, "torch_cuda_version", lambda: None)
     with pytest.raises(SettingsError, match="not built for CUDA"):
         detect_device("cuda")
 

@@ -112,7 +112,7 @@ def test_oom_becomes_a_row_and_other_presets_still_run() -> None:
 
 
 def test_what_runs_out_of_memory_only_among_other_shapes_takes_no_smaller_row_with_it() -> None:
-    # Seen on a GPU: the largest micro-batch fitted by itself, and no longer once many shapes had left holes.
+    # As a GPU's log suggests: the largest micro-batch fitted by itself, and no longer among many shapes.
     longest = int(LENGTHS.max())
     device = FakeDevice(LENGTHS, fits_in_turns=2 * longest)
     rows = [make_row(make_job(micro_batch_size=size), DATA, f"micro {size}") for size in (1, 2, 4, 8)]

@@ -23,6 +23,7 @@ from planner.cli import cli
 from planner.run_report import run_page, write_report
 from planner.run_view import look_at, sparkline
 from planner.watch import lines_of
+from presets.errors import PlanError
 from trainer.planning import plan_job
 from trainer.record import Actual, Breakdown, Predicted, RunRecord
 
@@ -123,24 +124,42 @@ def test_a_run_that_died_before_its_first_step_is_called_silent_in_the_end(folde
     assert look_at(folder).state == "silent"
 
 
-def test_a_resume_takes_the_record_of_the_stop_away(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def stopped(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A real run that was stopped in its first window."""
     from trainer import loop
 
-    run = make_run()
-    monkeypatch.setattr(loop, "_window", lambda run, _state: loop._discard_and_stop(run, _state, 15))
+    run: Path = make_run()
+    monkeypatch.setattr(loop, "_window", lambda run, state: loop._discard_and_stop(run, state, 15))
     with pytest.raises(loop.Stopped):
         loop.train(run)
     assert look_at(run).state == "stopped"
+    return run
+
+
+def test_a_resume_takes_the_record_of_the_stop_away(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer import loop
+
     seen: list[str] = []
 
     def first_window(_run: Any, _state: Any) -> None:
-        seen.append(look_at(run).state)
+        seen.append(look_at(stopped).state)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "_window", first_window)
     with pytest.raises(KeyboardInterrupt):
-        loop.train(run, resume=True)
+        loop.train(stopped, resume=True)
     assert seen == ["starting"]
+
+
+def test_a_resume_that_finds_nothing_to_go_on_with_leaves_the_record(stopped: Path) -> None:
+    from trainer import loop
+
+    for state in (stopped / "checkpoints").glob("step-*/state.json"):
+        state.write_text("{", encoding="utf-8")
+    with pytest.raises(PlanError, match="No whole checkpoint"):
+        loop.train(stopped, resume=True)
+    assert look_at(stopped).state == "stopped"
 
 
 def test_without_block_characters_the_loss_is_a_number(folder: Path) -> None:

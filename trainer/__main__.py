@@ -29,7 +29,7 @@ def main() -> int:
     except Stopped as stopped:
         return 128 + stopped.signal_number
     except KeyboardInterrupt:  # before the run listens to signals, while it imports and loads
-        print(f"stopped before the first step; go on with: plan --resume {arguments.job.parent}", file=sys.stderr)
+        print(f"stopped while it started; go on with: plan --resume {arguments.job.parent}", file=sys.stderr)
         return 130
     except PlanError as reason:
         print(f"Error: {reason}", file=sys.stderr)

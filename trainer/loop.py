@@ -249,8 +249,6 @@ def _clear_leftovers(folder: Path) -> None:
 
 
 def _restore(run: Run) -> None:
-    if run.is_main:
-        (run.folder / "record.json").unlink(missing_ok=True)  # of the stop: the run goes on
     progress, path, notes = ckpt.load_newest(
         run.folder / "checkpoints", run.stepper, run.accelerator.process_index, run.is_main
     )
@@ -258,6 +256,8 @@ def _restore(run: Run) -> None:
     run.notes += notes
     run.num_resumes = 1
     run.wall_before = progress.wall_seconds
+    if run.is_main:
+        (run.folder / "record.json").unlink(missing_ok=True)  # of the stop: the run goes on
     where = f"step {progress.windows_done}" if path else "the beginning: there is no checkpoint yet"
     run.notes.append(f"resumed from {where}")
 
