@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from planner.hardware import DeviceFacts
 from planner.history import History
+from planner.measure import Progress
 from planner.measurement import PlannedRow
 from planner.prober import ProberFactory
 from planner.report import duration
@@ -28,6 +30,7 @@ from trainer.planning import STAND_IN_NOTE, needs_loss, plan_job, stand_in, with
 from trainer.tokens import TokenizedDataset
 
 Say = Callable[[str], None]
+Shown = Callable[[Say], AbstractContextManager[Progress]]  # how the progress of measuring is shown while it lasts
 
 BASELINE = "baseline"
 TUNED = "tuned"
@@ -114,6 +117,7 @@ class Search:
 
     measuring: MeasureSettings
     say: Say
+    shown: Shown
     factory: Callable[[Path], ProberFactory]
     history: History | None
     keys: Keys
@@ -121,18 +125,19 @@ class Search:
     clock: Callable[[], float]
 
     def twins(self, wanted: list[Wanted], data: TokenizedDataset) -> dict[str, Twin]:
-        return find_twins(
-            wanted,
-            data,
-            self.factory,
-            history=self.history,
-            keys=self.keys,
-            budget_seconds=TUNE_BUDGETS * self.measuring.budget_seconds,
-            quantized=self.measuring.quantized,
-            now=self.now,
-            progress=each_once(self.say),
-            clock=self.clock,
-        )
+        with self.shown(self.say) as progress:
+            return find_twins(
+                wanted,
+                data,
+                self.factory,
+                history=self.history,
+                keys=self.keys,
+                budget_seconds=TUNE_BUDGETS * self.measuring.budget_seconds,
+                quantized=self.measuring.quantized,
+                now=self.now,
+                progress=progress,
+                clock=self.clock,
+            )
 
 
 def baseline_job(
@@ -227,7 +232,12 @@ def _prepare(job: Job, say: Say) -> tuple[TokenizedDataset, float]:
     return data, time.perf_counter() - begun
 
 
-def each_once(say: Say) -> Callable[[str, float], None]:
+def as_lines(say: Say) -> AbstractContextManager[Progress]:
+    """How measuring is shown where there is no terminal."""
+    return nullcontext(each_once(say))
+
+
+def each_once(say: Say) -> Progress:
     """Progress as lines: each text once, however often it is told."""
     told: set[str] = set()
 

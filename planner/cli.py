@@ -14,7 +14,7 @@ import click
 from planner.commands_choice import advise, doctor, presets
 from planner.commands_runs import chat, check, history, merge, report, watch
 from planner.options import BriefHelp, measure_settings, same_options, with_options
-from planner.terminal import ascii_only, open_history, say, width
+from planner.terminal import ascii_only, measuring_bar, open_history, say, width
 from presets.errors import PlanError, RunError, SettingsError, did_you_mean
 
 if TYPE_CHECKING:
@@ -135,7 +135,9 @@ def _table(options: Options, settings: Settings, given: dict[str, Any]) -> None:
 
     measuring, names = measure_settings(given), given["preset_names"]
     history = open_history(say)
-    comparison = compare(options, settings, measuring, names=names, say=say, history=history, tuned=given["tuned"])
+    comparison = compare(
+        options, settings, measuring, names=names, say=say, shown=measuring_bar, history=history, tuned=given["tuned"]
+    )
     if _printed_as(comparison.report, given):
         return
     now = datetime.now().astimezone()
@@ -180,6 +182,7 @@ def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
         names=(given["run"],),
         running=True,
         say=say,
+        shown=measuring_bar,
         history=open_history(say),
         tuned=given["tuned"],
         force=given["force"],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from planner.options import BriefHelp, measure_settings, same_options, with_options
-from planner.terminal import open_history, out, say
+from planner.terminal import measuring_bar, open_history, out, say
 
 if TYPE_CHECKING:
     from planner.advise import Advice
@@ -139,6 +139,7 @@ def advise(
         measure_settings(given),
         names=given["preset_names"],
         say=say,
+        shown=measuring_bar,
         history=open_history(say),
         tuned=given["tuned"],
     )

@@ -20,8 +20,9 @@ from planner.candidates import (
     MeasureSettings,
     Say,
     Search,
+    Shown,
+    as_lines,
     baseline_job,
-    each_once,
     make_candidates,
     with_twins,
 )
@@ -87,6 +88,7 @@ def compare(
     names: tuple[str, ...] = (),
     running: bool = False,
     say: Say = lambda text: None,
+    shown: Shown = as_lines,
     factory: Callable[[Path], ProberFactory] = ProcessProber.factory,
     facts: DeviceFacts | None = None,
     now: datetime | None = None,
@@ -100,6 +102,7 @@ def compare(
     Args:
         running: a run follows: the model must have weights and the data messages.
         say: takes progress, one line each.
+        shown: how the progress of measuring is shown.
         factory: makes probers for a folder of tokenised data; tests put a fake device here.
         history: earlier measurements and runs; None: measure, keep nothing and correct nothing.
         clock: seconds that the budget is counted in; a fake device has its own.
@@ -115,9 +118,9 @@ def compare(
     keys = Keys(facts)
     if tuned or (history is not None and not running):
         baseline = functools.partial(baseline_job, options, settings, facts, spec)
-        search = Search(measuring, say, factory, history, keys, now, clock)
+        search = Search(measuring, say, shown, factory, history, keys, now, clock)
         candidates = with_twins(candidates, baseline, search, tuned=tuned, instead=running)
-    found, measured_at = _measure_all(candidates, measuring, say, factory, history, keys, now, clock)
+    found, measured_at = _measure_all(candidates, measuring, say, shown, factory, history, keys, now, clock)
     raw = {
         candidate.planned.name: estimate(
             candidate.planned,
@@ -185,6 +188,7 @@ def _measure_all(
     candidates: tuple[Candidate, ...],
     measuring: MeasureSettings,
     say: Say,
+    shown: Shown,
     factory: Callable[[Path], ProberFactory],
     history: History | None,
     keys: Keys,
@@ -219,7 +223,7 @@ def _measure_all(
                 say(f"measuring again: {stored}")
         from planner.meter import ConditionsMeter  # with psutil, which a table from the history does without
 
-        with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        with tempfile.TemporaryDirectory(prefix="plan-") as folder, shown(say) as progress:
             saved = Path(folder) / "data"
             saved.mkdir()
             data.save(saved)
@@ -230,7 +234,7 @@ def _measure_all(
                 budget_seconds=asked.budget_seconds,
                 precision_target=asked.precision_target,
                 clock=clock,
-                progress=each_once(say),
+                progress=progress,
                 meter=ConditionsMeter(is_gpu=rows[0].job.device == "cuda"),
             )
         if history is not None:

@@ -13,6 +13,7 @@ from typing import Any
 from presets.errors import SettingsError
 from presets.schema import BasePrecision, Precision, Preset
 from trainer.job import Device
+from trainer.nvml import visible_devices
 
 AMPERE = (8, 0)  # the first compute capability with bf16 and TF32 units; below it torch only emulates bf16
 
@@ -145,24 +146,6 @@ def _why_no_cuda() -> str:
     if torch_cuda_version() is None:
         return f"the installed torch ({torch_version()}) is not built for CUDA"
     return "no CUDA device is visible"
-
-
-def visible_devices(setting: str | None, count: int) -> list[int | str]:
-    """NVML indices or UUIDs that `CUDA_VISIBLE_DEVICES` leaves visible, in its order.
-
-    As in CUDA, an entry that names no device hides itself and all that follow.
-    """
-    if setting is None:
-        return list(range(count))
-    found: list[int | str] = []
-    for entry in (part.strip() for part in setting.split(",")):
-        if entry.isdigit() and int(entry) < count:
-            found.append(int(entry))
-        elif entry.startswith(("GPU-", "MIG-")):
-            found.append(entry)
-        else:
-            break
-    return found
 
 
 def _cuda_by_nvml() -> DeviceFacts | None:

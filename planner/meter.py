@@ -7,12 +7,12 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 
 from planner.conditions import throttle_reasons
 from planner.measurement import Conditions, GpuConditions
+from trainer.nvml import VisibleGpu
 
 LEAST_SECONDS = 0.5  # between two readings: the kernel counts CPU time in hundredths of a second
 
@@ -97,38 +97,16 @@ def _load() -> float | None:
 
 
 class NvmlGpu:
-    """The first visible GPU, through NVML; what it cannot say is None."""
+    """The conditions of the first visible GPU, through NVML; what it cannot say is None."""
 
     def __init__(self) -> None:
-        self._nvml: Any = None
-        self._handle: Any = None
-        try:
-            import pynvml
-        except ImportError:
-            return
-        from planner.hardware import visible_devices
-
-        with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlInit()
-            visible = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), pynvml.nvmlDeviceGetCount())
-            if visible:
-                first = visible[0]
-                by = pynvml.nvmlDeviceGetHandleByIndex if isinstance(first, int) else pynvml.nvmlDeviceGetHandleByUUID
-                self._handle = by(first)
-                self._nvml = pynvml
+        self._gpu = VisibleGpu()
 
     def read(self, own: set[int]) -> GpuConditions | None:
-        nvml, handle = self._nvml, self._handle
+        """How it is now, `own` being the processes that are not others'; None where there is none."""
+        nvml, ask = self._gpu.nvml, self._gpu.ask
         if nvml is None:
             return None
-
-        def ask(function: str, *arguments: Any) -> Any:
-            try:
-                return getattr(nvml, function)(handle, *arguments)
-            except (nvml.NVMLError, AttributeError):  # not every card and driver answers everything
-                return None
-
-        power = ask("nvmlDeviceGetPowerUsage")
         bits = ask("nvmlDeviceGetCurrentClocksEventReasons")
         if bits is None:
             bits = ask("nvmlDeviceGetCurrentClocksThrottleReasons")
@@ -139,8 +117,8 @@ class NvmlGpu:
         return GpuConditions(
             sm_clock_mhz=ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
             max_sm_clock_mhz=ask("nvmlDeviceGetMaxClockInfo", nvml.NVML_CLOCK_SM),
-            temperature_c=ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
-            power_watts=None if power is None else power / 1000,
+            temperature_c=self._gpu.temperature_c(),
+            power_watts=self._gpu.power_watts(),
             throttle=throttle_reasons(bits or 0),
             other_processes=None if others is None else len(others),
             other_memory_bytes=None if others is None else sum(one.usedGpuMemory or 0 for one in others),

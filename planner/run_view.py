@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import time
@@ -15,7 +14,6 @@ from trainer.batching import BatchPlan
 from trainer.job import Job
 from trainer.record import Predicted, RunRecord, read_predicted
 
-BLOCKS = "▁▂▃▄▅▆▇█"
 SILENT_SECONDS = 60.0  # beyond this, and ten usual steps, a run without an end is called silent
 STARTING_SECONDS = 60.0  # taken for a usual step before the first: a large model loads for minutes
 
@@ -85,17 +83,3 @@ def _by_step(path: Path) -> dict[int, dict[str, Any]]:
         except (ValueError, KeyError, TypeError, OverflowError):
             continue
     return dict(sorted(found.items()))
-
-
-def sparkline(values: list[float], width: int = 24) -> str:
-    """The course of some numbers in one line of blocks, the newest on the right; of many, means of equal stretches."""
-    known = [value for value in values if value == value and abs(value) != float("inf")]
-    if not known:
-        return ""
-    if len(known) > width:
-        edges = [round(place * len(known) / width) for place in range(width + 1)]
-        known = [sum(known[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
-    low, high = min(known), max(known)
-    if high == low:
-        return BLOCKS[0] * len(known)
-    return "".join(BLOCKS[round((value - low) / (high - low) * (len(BLOCKS) - 1))] for value in known)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from planner.report import UNKNOWN, clock, duration, figure, gib, printable
-from planner.run_view import RunView, look_at, sparkline
+from planner.run_view import RunView, look_at
 from planner.terminal import ascii_only, out
+from trainer.sparkline import sparkline
 
 EVERY_SECONDS = 1.0
 ENDED = ("finished", "stopped", "failed")

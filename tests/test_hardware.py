@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from planner import hardware
-from planner.hardware import DeviceFacts, detect_device, resolve_base_precision, resolve_precision, visible_devices
+from planner.hardware import DeviceFacts, detect_device, resolve_base_precision, resolve_precision
 from presets.errors import SettingsError
 from presets.schema import load_preset
+from trainer.nvml import visible_devices
 
 CPU = DeviceFacts(name="cpu", kind="cpu", memory_bytes=1, free_bytes=1)
 CPU_BF16 = replace(CPU, supports_bf16=True)

@@ -21,11 +21,12 @@ from fakes import make_data, make_job
 
 from planner.cli import cli
 from planner.run_report import run_page, write_report
-from planner.run_view import look_at, sparkline
+from planner.run_view import look_at
 from planner.watch import lines_of
 from presets.errors import PlanError
 from trainer.planning import plan_job
 from trainer.record import Actual, Breakdown, Predicted, RunRecord
+from trainer.sparkline import sparkline
 
 NOW = datetime(2026, 11, 25, 18, 0).astimezone()
 

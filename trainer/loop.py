@@ -194,6 +194,7 @@ def _prepare(folder: Path, resume: bool) -> Run:
             is_time=run.predicted.cost is not None,
             done=run.progress.windows_done,
             trackers=trackers,
+            device=job.device,
         )
         for note in run.notes:
             run.monitor.log.info(note)

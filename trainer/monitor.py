@@ -9,10 +9,10 @@ import sys
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from trainer.bar import GIB, TrainingBar
 from trainer.tokens import FloatArray
 from trainer.trackers import Trackers
 
@@ -23,8 +23,16 @@ class Monitor:
     """One run's display and files. `planned` are the planned seconds (or work) of each window, (num_windows,)."""
 
     def __init__(
-        self, run: Path, name: str, planned: FloatArray, *, is_time: bool, done: int, trackers: Trackers | None = None
-    ):
+        self,
+        run: Path,
+        name: str,
+        planned: FloatArray,
+        *,
+        is_time: bool,
+        done: int,
+        trackers: Trackers | None = None,
+        device: str = "cpu",
+    ) -> None:
         self.planned = np.concatenate([[0.0], np.cumsum(planned)])
         self.is_time = is_time  # planned is in seconds, so drift can be said
         self.run, self.name, self.trackers = run, name, trackers
@@ -36,30 +44,13 @@ class Monitor:
         _forget_after(run / "evaluations.jsonl", done)
         self.metrics = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  # closed by close()
         self.last_line = time.monotonic()
-        self.bar: Any = None
-        self.task: Any = None
-        if sys.stderr.isatty():
-            self._open_bar(done)
-
-    def _open_bar(self, done: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[told]}"),
-            console=Console(stderr=True),
-        )
-        self.task = self.bar.add_task(self.name, total=self.total, completed=done, told="")
-        self.bar.start()
+        self.bar = TrainingBar(name, self.total, done, device=device) if sys.stderr.isatty() else None
 
     def say(self, text: str) -> None:
         """One line for the user and the log."""
         self.log.info(text)
         if self.bar is not None:
-            self.bar.console.print(text, markup=False, highlight=False)
+            self.bar.say(text)
         else:
             print(text, file=sys.stderr, flush=True)
 
@@ -91,12 +82,12 @@ class Monitor:
         if self.trackers is not None:
             numbers = {key: value for key, value in clean.items() if isinstance(value, (int, float))}
             self.trackers.log(numbers, step=done)
-        told = self._told(done, values)
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, told=told)
+            self.bar.update(done, clean["loss"], clean.get("memory_bytes"), self._told(done, values))
         now = time.monotonic()
         if now - self.last_line >= PLAIN_LINE_SECONDS or done == self.total:
             self.last_line = now
+            told = "  ".join([*_state(values), *self._told(done, values)])
             self.log.info(f"step {done}/{self.total}  {told}")
             if self.bar is None:
                 print(f"{self.name}: step {done}/{self.total}  {told}", file=sys.stderr, flush=True)
@@ -110,11 +101,8 @@ class Monitor:
         if self.trackers is not None:
             self.trackers.log({"eval_loss": loss}, step=step)
 
-    def _told(self, done: int, values: dict[str, float | int | bool | None]) -> str:
-        parts = [f"loss {values['loss']:.3f}", f"{values['tokens_per_second']:,.0f} tok/s"]
-        memory = values.get("memory_bytes")
-        if memory:
-            parts.append(f"{memory / 1024**3:.2f} GiB")
+    def _told(self, done: int, values: dict[str, float | int | bool | None]) -> list[str]:
+        parts = [f"{values['tokens_per_second']:,.0f} tok/s"]
         left = self.seconds_left(done)
         if left is not None and done < self.total:
             at = datetime.now() + timedelta(seconds=left)
@@ -122,11 +110,11 @@ class Monitor:
         drift = self.drift(done)
         if drift is not None:
             parts.append(f"{drift:+.0%} on plan")
-        return "  ".join(parts)
+        return parts
 
     def close(self) -> None:
         if self.bar is not None:
-            self.bar.stop()
+            self.bar.close()
             self.bar = None
         if self.trackers is not None:
             self.trackers.finish()
@@ -134,6 +122,11 @@ class Monitor:
         for handler in list(self.log.handlers):
             handler.close()
             self.log.removeHandler(handler)
+
+
+def _state(values: dict[str, float | int | bool | None]) -> list[str]:
+    loss, memory = values["loss"], values.get("memory_bytes")  # no loss: nothing in the window was to be learnt
+    return [*([] if loss is None else [f"loss {loss:.3f}"]), *([f"{memory / GIB:.2f} GiB"] if memory else [])]
 
 
 def _short(seconds: float) -> str:

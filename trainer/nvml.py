@@ -1,0 +1,69 @@
+"""What NVIDIA's driver tells of the first visible GPU: heat, power, memory. No torch; nothing where there is none."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import Any
+
+
+def visible_devices(setting: str | None, count: int) -> list[int | str]:
+    """NVML indices or UUIDs that `CUDA_VISIBLE_DEVICES` leaves visible, in its order.
+
+    As in CUDA, an entry that names no device hides itself and all that follow.
+    """
+    if setting is None:
+        return list(range(count))
+    found: list[int | str] = []
+    for entry in (part.strip() for part in setting.split(",")):
+        if entry.isdigit() and int(entry) < count:
+            found.append(int(entry))
+        elif entry.startswith(("GPU-", "MIG-")):
+            found.append(entry)
+        else:
+            break
+    return found
+
+
+class VisibleGpu:
+    """A handle on the first visible GPU; what it cannot say is None. `nvml` is the library, None without a GPU."""
+
+    def __init__(self) -> None:
+        self.nvml: Any = None
+        self._handle: Any = None
+        try:
+            import pynvml
+        except ImportError:
+            return
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlInit()
+            visible = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), pynvml.nvmlDeviceGetCount())
+            if visible:
+                first = visible[0]
+                by = pynvml.nvmlDeviceGetHandleByIndex if isinstance(first, int) else pynvml.nvmlDeviceGetHandleByUUID
+                self._handle = by(first)
+                self.nvml = pynvml
+
+    def ask(self, function: str, *arguments: Any) -> Any:
+        """What NVML's function says of this GPU; None where it, the card or the driver has no answer."""
+        if self.nvml is None:
+            return None
+        try:
+            return getattr(self.nvml, function)(self._handle, *arguments)
+        except (self.nvml.NVMLError, AttributeError):  # not every card and driver answers everything
+            return None
+
+    def temperature_c(self) -> int | None:
+        """Of the chip, in °C."""
+        found: int | None = self.ask("nvmlDeviceGetTemperature", getattr(self.nvml, "NVML_TEMPERATURE_GPU", 0))
+        return found
+
+    def power_watts(self) -> float | None:
+        """Drawn now."""
+        found = self.ask("nvmlDeviceGetPowerUsage")
+        return None if found is None else float(found) / 1000
+
+    def memory_bytes(self) -> tuple[int, int] | None:
+        """(in use by anyone, all of it)."""
+        found = self.ask("nvmlDeviceGetMemoryInfo")
+        return None if found is None else (int(found.used), int(found.total))
