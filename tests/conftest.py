@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,35 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     with contextlib.suppress(OSError):  # links need a right of their own on Windows
         (home / "tokens").symlink_to(tokens, target_is_directory=True)
     monkeypatch.setenv("PLAN_HOME", str(home))
+
+
+@pytest.fixture(scope="session")
+def _fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The socket of a process that has torch and its friends imported, and forks."""
+    script = Path(__file__).resolve().parent.parent / "bench" / "preloaded.py"
+    path = str(tmp_path_factory.mktemp("fork-server") / "socket")
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true"}
+    with subprocess.Popen(
+        [sys.executable, str(script), "serve", path], stderr=subprocess.PIPE, text=True, env=environment
+    ) as server:
+        assert server.stderr is not None
+        for line in server.stderr:
+            if "ready" in line:
+                break
+        yield path
+        server.kill()
+
+
+@pytest.fixture
+def preloaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that are started with `sys.executable`, and those that they start, skip seven seconds of imports.
+
+    For tests of what a program does, not of how it starts. Each still runs in a process of its own.
+    """
+    if not hasattr(os, "fork"):
+        return  # Windows: they start as they always do
+    monkeypatch.setenv("PRELOADED", request.getfixturevalue("_fork_server"))
+    monkeypatch.setattr(sys, "executable", str(Path(__file__).resolve().parent.parent / "bench" / "preloaded.py"))
 
 
 @pytest.fixture(scope="session")
