@@ -16,10 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def shown_commands() -> list[str]:
-    """`plan ...` lines of code blocks and of the commands' own help, without what follows a comment sign."""
+    """`plan ...` in the pages, in blocks and in the text, and in the commands' own help; comments are cut off."""
     found = []
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        found += re.findall(r"^ {4}(?:\.venv/bin/)?(plan\b.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        text = path.read_text(encoding="utf-8")
+        found += re.findall(r"^(plan\b.*)$", text, re.MULTILINE) + [
+            f"{line} --help"
+            for line in re.findall(r"`(plan [^`\n]+)`", text)  # perhaps without what it needs
+        ]
     for name in cli.list_commands(click.Context(cli)):
         command = cli.get_command(click.Context(cli), name)
         examples = ((command.help if command else None) or "").partition("Example")[2]
@@ -47,7 +51,9 @@ def test_there_are_commands_to_try() -> None:
 
 
 @pytest.mark.parametrize("line", shown_commands())
-def test_every_command_that_is_shown_can_be_parsed(line: str) -> None:
+def test_every_command_that_is_shown_can_be_parsed(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "accelerate.yaml").touch()  # options that name a file look for it
     with contextlib.suppress(click.exceptions.Exit):  # --help and --version
         parse(shlex.split(line)[1:])
 

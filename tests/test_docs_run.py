@@ -50,9 +50,7 @@ def desk(tmp_path: Path, tiny_model: Path, chat_file: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if lines_to_run(page)], ids=lambda page: page.stem)
-def test_every_command_of_a_page_runs(
-    page: Path, desk: Path, preloaded: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_command_of_a_page_runs(page: Path, desk: Path, preloaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLAN_BUDGET", "2")
     for language, content in blocks(page):
         if language == "ini":
@@ -70,7 +68,9 @@ def test_every_command_of_a_page_runs(
         assert "Traceback" not in done.stderr, line
     for language, content in blocks(page):
         if language == "python":
-            done = subprocess.run([sys.executable, "-c", content], cwd=desk, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [sys.executable, "-c", content], cwd=desk, capture_output=True, text=True, check=False
+            )
             assert done.returncode == 0, f"{page.name}\n{content}\n{done.stderr}"
             assert done.stdout, content
 
