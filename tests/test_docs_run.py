@@ -33,6 +33,12 @@ def lines_to_run(page: Path) -> list[str]:
     return [line for line in found if not line.startswith((*INSTALLS, "#"))]
 
 
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One history for all pages: what one of them measured or tuned, the next does not do again."""
+    return tmp_path_factory.mktemp("reader-home")
+
+
 @pytest.fixture
 def desk(tmp_path: Path, tiny_model: Path, chat_file: Path) -> Path:
     """A reader's folder: messages, a table with columns of its own, a model."""
