@@ -47,16 +47,19 @@ def _fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.kill()
 
 
-@pytest.fixture
-def preloaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes that are started with `sys.executable`, and those that they start, skip seven seconds of imports.
+@pytest.fixture(scope="module")
+def preloaded(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In this module, processes started with `sys.executable`, and those that they start, skip seconds of imports.
 
     For tests of what a program does, not of how it starts. Each still runs in a process of its own.
     """
     if not hasattr(os, "fork"):
-        return  # Windows: they start as they always do
-    monkeypatch.setenv("PRELOADED", request.getfixturevalue("_fork_server"))
-    monkeypatch.setattr(sys, "executable", str(Path(__file__).resolve().parent.parent / "bench" / "preloaded.py"))
+        yield  # Windows: they start as they always do
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRELOADED", request.getfixturevalue("_fork_server"))
+        patch.setattr(sys, "executable", str(Path(__file__).resolve().parent.parent / "bench" / "preloaded.py"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import pytest
 import planner
 from presets.errors import PlanError, SettingsError
 
+pytestmark = pytest.mark.usefixtures("preloaded")
 COMMON = ("--dataset", "bundled", "--limit", "120", "--device", "cpu", "--max-length", "64", "--budget", "3")
 
 
@@ -37,7 +38,7 @@ def plan(home: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[
 
 
 @pytest.fixture(scope="module")
-def measured(home: Path) -> dict[str, Any]:
+def measured(home: Path, preloaded: None) -> dict[str, Any]:
     """The table of three presets, measured once; what follows in this module is answered from it."""
     names = ("--preset", "baseline", "--preset", "recommended", "--preset", "aggressive")
     return dict(json.loads(plan(home, *COMMON, *names, "--json").stdout))

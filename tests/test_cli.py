@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-PLAN = [sys.executable, "-P", "-m", "planner.cli"]
+PYTHON = sys.executable  # itself, where a test is about how a process starts
+pytestmark = pytest.mark.usefixtures("preloaded")
 
 
 def plan(
@@ -20,7 +21,7 @@ def plan(
 ):
     clean = {key: value for key, value in os.environ.items() if key not in ("MODEL", "DATASET", "OUTPUT", "COLUMNS")}
     return subprocess.run(
-        [*PLAN, *arguments],
+        [sys.executable, "-P", "-m", "planner.cli", *arguments],
         cwd=cwd,
         env={**clean, **(env or {})},
         capture_output=True,
@@ -61,7 +62,7 @@ def test_the_published_table_and_the_help_import_no_torch(tmp_path: Path) -> Non
     )
     for arguments in (["--help"], ["--version"], ["presets", "list"], ["--dataset", "63000", "--step-time", "30"]):
         result = subprocess.run(
-            [sys.executable, "-P", "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+            [PYTHON, "-P", "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert result.returncode == 0, result.stderr
 
@@ -239,11 +240,12 @@ def test_a_run_from_plan_to_adapter_then_check_chat_and_merge(
 
 
 def test_a_folder_called_trainer_in_the_working_directory_is_not_run(
-    tmp_path: Path, tiny_model: Path, chat_file: Path
+    tmp_path: Path, tiny_model: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys, "executable", PYTHON)
     (tmp_path / "trainer").mkdir()
     (tmp_path / "trainer" / "__init__.py").write_text("raise SystemExit('the wrong trainer')")
     arguments = ["--run", "baseline", "--model", str(tiny_model), "--dataset", str(chat_file), "--limit", "30"]
-    result = plan(*arguments, "--budget", "0.5", "--output", "run", cwd=tmp_path)
+    result = plan(*arguments, "--budget", "0.5", "--samples", "0", "--output", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,27 @@ def gradients(stepper: Stepper, batch: Any) -> tuple[float, dict[str, Any]]:
     return loss, found
 
 
+@pytest.fixture
+def one_layer(tiny_model: Path, tmp_path: Path) -> str:
+    """The tiny model with a single layer: each takes the compiler as long as the first."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "one-layer"
+    shutil.copytree(tiny_model, folder)
+    (folder / "model.safetensors").unlink()
+    LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_model, num_hidden_layers=1)).save_pretrained(folder)
+    return str(folder)
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_compiled_layers_give_the_same_loss_and_gradients_at_every_shape_and_leave_the_rest_alone(
-    make_job: Any, data: TokenizedDataset
+    make_job: Any, data: TokenizedDataset, one_layer: str
 ) -> None:
     import torch
     from torch._dynamo.utils import counters
 
-    job = make_job(compile=True, loss="lean", micro=2)
+    job = make_job(model=one_layer, compile=True, loss="lean", micro=2)
     plain, fast = stepper_of(replace(job, loss="plain")), stepper_of(job)
     assert fast.head is not None
     before = torch.get_rng_state()
@@ -83,8 +96,13 @@ def test_compiled_layers_give_the_same_loss_and_gradients_at_every_shape_and_lea
 
 @needs_compiler
 @pytest.mark.slow
-def test_a_compiled_run_counts_its_compile_time_apart(make_run: Any) -> None:
+def test_a_compiled_run_counts_its_compile_time_apart(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
     from trainer.loop import train
+
+    # Traced, and not translated to C++: that takes a minute, and what the run does with the layers is the same.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
     record = train(make_run(compile=True, micro=2))
     assert record is not None
