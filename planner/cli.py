@@ -42,6 +42,8 @@ class _Group(BriefHelp, click.Group):
             from presets.user import all_names
 
             command = did_you_mean(args[0], self.list_commands(ctx))
+            if args[0] in ("run", "resume"):
+                command = f" Did you mean '--{args[0]}'?"
             preset = did_you_mean(args[0], all_names()).replace("'", "'--run ", 1) if not command else ""
             raise click.UsageError(f"no command '{args[0]}'.{command or preset} See 'plan --help'.", ctx)
         return super().resolve_command(ctx, args)
@@ -74,8 +76,11 @@ def cli(ctx: click.Context, /, **given: Any) -> None:
         raise click.UsageError("--dry-run goes with --run PRESET.")
     if given["run"] and given["output_format"] not in ("table", "json"):
         raise click.UsageError("--format is for the table; a run prints its result as text, or with --json.")
+    if given["run"] and given["preset_names"]:
+        raise click.UsageError("--preset is for the table; --run takes the one configuration that it names.")
     if given["resume"]:
-        ctx.exit(_resume(given["resume"], given["accelerate_config"]))
+        _refuse_options_beside_resume(ctx)
+        ctx.exit(_resume(given["resume"], given["accelerate_config"], as_json=given["as_json"]))
     from planner.resolve import Options, option_fields
     from presets.env import read_settings
 
@@ -91,14 +96,30 @@ def cli(ctx: click.Context, /, **given: Any) -> None:
         _table(options, settings, given)
 
 
-def _refuse_options_before(ctx: click.Context) -> None:
-    """An option before a command's name would be dropped without a word."""
+def _typed(ctx: click.Context, *without: str) -> str | None:
+    """The first option that stands on the command line, other than these."""
     from click.core import ParameterSource
 
-    early = [name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    early = [name for name in early if name != "debug"]
-    if early:
-        flag = next(one.opts[0] for one in ctx.command.params if one.name == early[0])
+    for one in ctx.command.params:
+        name = one.name or ""
+        if name not in without and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            return one.opts[0]
+    return None
+
+
+def _refuse_options_beside_resume(ctx: click.Context) -> None:
+    """A run goes on as its job.json says; another learning rate would be dropped without a word."""
+    flag = _typed(ctx, "resume", "accelerate_config", "as_json", "debug")
+    if flag:
+        raise click.UsageError(
+            f"{flag} does not go with --resume: a run goes on as it was started. For other settings start another run."
+        )
+
+
+def _refuse_options_before(ctx: click.Context) -> None:
+    """An option before a command's name would be dropped without a word."""
+    flag = _typed(ctx, "debug")
+    if flag:
         raise click.UsageError(
             f"{flag} stands before '{ctx.invoked_subcommand}'. Options of a command come after its name.", ctx
         )
@@ -256,7 +277,7 @@ def _known_twin(candidate: Candidate, facts: DeviceFacts, *, quantized: bool) ->
     return found or candidate
 
 
-def _resume(folder: Path, accelerate_config: Path | None) -> int:
+def _resume(folder: Path, accelerate_config: Path | None, *, as_json: bool) -> int:
     from planner.launch import command, open_run, read_record, start
 
     job = open_run(folder)
@@ -266,7 +287,8 @@ def _resume(folder: Path, accelerate_config: Path | None) -> int:
         say(f"'{folder}' is finished: there is nothing to resume.")
         return 0
     _check_tracker(job.tracker)
-    return _ended(folder, start(command(folder.absolute(), job, resume=True, accelerate_config=accelerate_config)))
+    code = start(command(folder.absolute(), job, resume=True, accelerate_config=accelerate_config))
+    return _ended(folder, code, as_json=as_json)
 
 
 def _check_tracker(name: str | None) -> None:
