@@ -6,14 +6,14 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from planner.estimate import Estimator, PlanWork, plan_work, reference_job
+from planner.group import Group, rows_of
 from planner.measurement import (
     Conditions,
-    FixedSamples,
     Measurement,
     Measurements,
     MicroSample,
@@ -23,7 +23,8 @@ from planner.measurement import (
     StepSignature,
     WindowSample,
 )
-from planner.prober import DoesNotFit, LoadReply, MemoryReply, MicroRows, Prober, ProberFactory
+from planner.memory import SAME_SHAPE, MemoryProbe
+from planner.prober import DoesNotFit, ProberFactory
 from planner.steadiness import split_warmup
 from planner.strata import Kind, Strata, keys, make_strata
 from presets.errors import MeasurementError, PlanError
@@ -45,55 +46,11 @@ LONGEST = 200
 WINDOW_MICROS = 16  # micro-batches of a window timed as a whole; a longer window is cut
 WINDOW_AFTER = (2, 5, 10, 20, 40)  # rounds after which one is timed
 WINDOW_SHARE = 0.2  # of the budget that is left, at most, for one window
-SAME_SHAPE = 0.95  # a worst micro-batch this near to a larger one is judged by the larger one's peak
-# On a CPU the heap keeps growing over the first few of the longest micro-batches, since freed blocks seldom fit the
-# next tensor exactly: with glibc 2.36 one long micro-batch after another took 1.47, 1.61, 1.64, 1.66 GB (2026-11-25).
-LONG_ONES = 10  # so many are run, as far as the plan holds them, while their time lasts
-LONG_ONES_SHARE = 0.2  # of the budget, for all rows' together
 EVALUATION_BATCHES = 5
 ANSWER_TOKENS = 16
 
 Progress = Callable[[str, float], None]  # (what is being done, share of the budget spent)
 Meter = Callable[[], Conditions]  # what went on since it was last asked
-
-
-@dataclass(slots=True, eq=False)
-class _Group:
-    """A step signature while it is measured."""
-
-    signature: StepSignature
-    rows: list[PlannedRow]
-    prober: Prober | None = None
-    load: LoadReply | None = None
-    verdicts: dict[str, RowVerdict] = field(default_factory=dict)
-    reserved: int = 0  # bytes, at the largest micro-batch that fits
-    largest_key: float = 0.0  # of the micro-batches that fit
-    seconds_per_padded_token: float = 0.0  # at the worst micro-batch: a first idea of what a round costs
-    rounds: list[Round] = field(default_factory=list)  # the first of them may be warm-up
-    windows: list[tuple[int, WindowSample]] = field(default_factory=list)  # (rounds before it, window)
-    fixed: FixedSamples = field(default_factory=FixedSamples)
-    warmed_up: bool = False
-    spent: float = 0.0
-    ended_by: str = ""
-    error: str | None = None
-    is_postponed: bool = False  # ran out of memory beside others; to be timed alone
-
-    @property
-    def fitting(self) -> list[PlannedRow]:
-        return [row for row in self.rows if self.verdicts[row.name].fits]
-
-    @property
-    def is_live(self) -> bool:
-        return self.error is None and not self.is_postponed and bool(self.fitting)
-
-    @property
-    def is_reference(self) -> bool:
-        return all(row.is_reference for row in self.rows)
-
-    def close(self) -> None:
-        if self.prober is not None:
-            self.prober.stop()
-            self.prober = None
 
 
 def with_references(rows: list[PlannedRow]) -> list[PlannedRow]:
@@ -178,7 +135,16 @@ class _Measuring:
         groups: dict[StepSignature, list[PlannedRow]] = {}
         for row in rows:
             groups.setdefault(StepSignature.of(row.job), []).append(row)
-        self.groups = [_Group(signature, members) for signature, members in groups.items()]
+        self.groups = [Group(signature, members) for signature, members in groups.items()]
+        self.memory = MemoryProbe(
+            self.groups,
+            data,
+            self.shapes,
+            start=self._start,
+            tell=self.tell,
+            warnings=self.warnings,
+            budget=budget,
+        )
         self.rows = rows
         self.strata = Strata(kinds=())
         self.next_look = LEAST_ROUNDS  # rounds after which the interval is looked at again
@@ -189,8 +155,9 @@ class _Measuring:
         together = False
         try:
             for group in self.groups:
-                self._probe_memory(group)
-                self._probe_evaluation(group)
+                self.memory.probe(group)
+                if self.with_fixed:
+                    self.memory.probe_evaluation(group)
             live = [group for group in self.groups if group.is_live]
             if live:
                 self._stratify(live)
@@ -228,162 +195,14 @@ class _Measuring:
             warnings=tuple(self.warnings),
         )
 
-    # --- memory -------------------------------------------------------------------------------------------------------
-
-    def _probe_memory(self, group: _Group) -> None:
-        """Whether each row fits at its worst micro-batch: the smallest worst first, up to the first that does not.
-
-        Ascending, since a process's peak never falls: each row's own peak is read before a larger one covers it.
-        """
-        self._make_room_beside(group)
-        group.verdicts = {row.name: RowVerdict(name=row.name, signature=group.signature) for row in group.rows}
-        trials = self._worst_micro_batches(group.rows)
-        failed: DoesNotFit | None = None
-        for plan, micro, members in trials:
-            shapes = self.shapes[id(plan)]
-            for row in members:
-                group.verdicts[row.name] = replace(
-                    group.verdicts[row.name], worst_rows=int(shapes.rows[micro]), worst_width=int(shapes.width[micro])
-                )
-            if failed is None:
-                self.tell(f"memory: {members[0].name}", 0.0)
-                try:
-                    seconds = LONG_ONES_SHARE * self.budget / (len(trials) * len(self.groups))
-                    more = self._long_windows(members) if group.signature.device == "cpu" else []
-                    reply = self._try_alone(group, self._worst_windows(members, plan, micro), more, seconds)
-                    group.reserved = reply.reserved_bytes
-                    group.largest_key = max(group.largest_key, float(keys(shapes)[micro]))
-                    padded = int(shapes.padded_tokens[micro])
-                    group.seconds_per_padded_token = reply.micro_step_seconds / max(1, padded)
-                    for row in members:
-                        group.verdicts[row.name] = replace(
-                            group.verdicts[row.name],
-                            fits=True,
-                            peak_allocated_bytes=reply.allocated_bytes,
-                            peak_reserved_bytes=reply.reserved_bytes,
-                        )
-                    continue
-                except DoesNotFit as reason:
-                    failed = reason
-                    group.close()  # what is left of it is not a clean place to time in
-                except PlanError as reason:
-                    group.error = str(reason)
-                    group.close()
-                    return
-            for row in members:
-                text = f"does not fit: {failed}"
-                group.verdicts[row.name] = replace(group.verdicts[row.name], fits=False, error=text)
-
-    def _probe_evaluation(self, group: _Group) -> None:
-        """Raise the peaks where the largest batch of held-out examples needs more than a step.
-
-        Before any timing: on a CPU a process's peak only grows, and hundreds of shapes in random order leave the heap
-        in a state that no run knows.
-        """
-        if not self.with_fixed or not group.fitting or group.prober is None or group.is_reference:
-            return
-        held_out = group.fitting[0].plan.evaluation
-        if not len(held_out):
-            return
-        batches = evaluation_batches(self.data, held_out)
-        largest = max(batches, key=lambda batch: len(batch) * int(self.data.lengths[batch].max()))
-        try:
-            group.prober.evaluate([largest.tolist()])
-            reply = group.prober.peak()
-        except DoesNotFit as reason:
-            names = ", ".join(row.name for row in group.fitting)
-            self.warnings.append(
-                f"{names}: a batch of held-out examples does not fit ({reason}); the run would stop there"
-            )
-            group.close()
-            return
-        except PlanError as reason:
-            group.error = str(reason)
-            group.close()
-            return
-        if reply.reserved_bytes > group.reserved:
-            self._raise_peaks(group, to=reply.reserved_bytes, headroom=reply.headroom_bytes)
-
-    def _try_alone(
-        self, group: _Group, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float
-    ) -> MemoryReply:
-        """The memory reply; out of memory is believed only of a worker that had the device to itself."""
-        try:
-            self._start(group)
-            assert group.prober is not None
-            return group.prober.memory(windows, more, seconds)
-        except DoesNotFit:
-            others = [other for other in self.groups if other is not group and other.prober is not None]
-            if not others:
-                raise
-            for other in others:
-                other.close()
-            group.close()
-            self._start(group)
-            assert group.prober is not None
-            return group.prober.memory(windows, more, seconds)
-
-    def _worst_windows(self, members: list[PlannedRow], plan: BatchPlan, micro: int) -> list[list[MicroRows]]:
-        """The longest micro-batch with its neighbours in its window, and the same of the longest that is at no head.
-
-        At the head of a window no gradients lie beside the activations; a shorter one further on may need more.
-        """
-        windows = [_neighbourhood(plan, micro)]
-        for other in {id(row.plan): row.plan for row in members}.values():
-            key = keys(self.shapes[id(other)]).copy()
-            heads = (other.window_offsets[:-1, None] + np.arange(other.num_devices)).ravel()
-            key[heads[heads < len(key)]] = -1.0
-            if len(key) and key.max() > 0:
-                windows.append(_neighbourhood(other, int(key.argmax())))
-        return windows
-
-    def _long_windows(self, members: list[PlannedRow]) -> list[list[MicroRows]]:
-        """The longest micro-batches of each plan with their neighbours, in the plan's order."""
-        windows = []
-        for plan in {id(row.plan): row.plan for row in members}.values():
-            key = keys(self.shapes[id(plan)])
-            for micro in np.sort(np.argsort(key, kind="stable")[-LONG_ONES:]).tolist():
-                windows.append(_neighbourhood(plan, micro))
-        return windows
-
-    def _worst_micro_batches(self, rows: list[PlannedRow]) -> list[tuple[BatchPlan, int, list[PlannedRow]]]:
-        """(plan, micro-batch, rows judged by it), ascending. Rows with nearly equal worst ones share the largest."""
-        worst = []
-        for row in rows:
-            shapes = self.shapes[id(row.plan)]
-            micro = int(keys(shapes).argmax())  # most padded tokens; of equals the widest
-            worst.append((float(keys(shapes)[micro]), (int(shapes.rows[micro]), row.job.packing), micro, row))
-        worst.sort(key=lambda entry: entry[0], reverse=True)
-        trials: list[tuple[float, tuple[int, bool], BatchPlan, int, list[PlannedRow]]] = []
-        for key, kind, micro, row in worst:
-            if trials and trials[-1][1] == kind and key >= SAME_SHAPE * trials[-1][0]:
-                trials[-1][4].append(row)
-            else:
-                trials.append((key, kind, row.plan, micro, [row]))
-        return [(plan, micro, members) for _, _, plan, micro, members in reversed(trials)]
-
-    def _make_room_beside(self, group: _Group) -> None:
-        """Stop the other workers unless there is plainly room: a third of what is free would hold another like them."""
-        idle = [other for other in self.groups if other is not group and other.prober is not None]
-        if not idle:
-            return
-        try:
-            assert idle[0].prober is not None
-            roomy = idle[0].prober.free() > 3 * max(other.reserved for other in idle)
-        except (DoesNotFit, MeasurementError):
-            roomy = False
-        if not roomy:
-            for other in idle:
-                other.close()
-
-    def _start(self, group: _Group) -> None:
+    def _start(self, group: Group) -> None:
         if group.prober is None:
             self.tell(f"start: {group.rows[0].name}", 0.0)
             group.prober = self.factory(group.rows[0].job)
             reply = group.prober.load()
             group.load = group.load or reply
 
-    def _ensure_worker(self, group: _Group) -> bool:
+    def _ensure_worker(self, group: Group) -> bool:
         """Whether the group has a worker; starts one where it was stopped for room."""
         try:
             self._start(group)
@@ -391,7 +210,7 @@ class _Measuring:
             self._give_up(group, reason, of=group.rows)
         return group.is_live
 
-    def _fit_together(self, live: list[_Group]) -> bool:
+    def _fit_together(self, live: list[Group]) -> bool:
         """Whether all workers may stand on the device at once: reserved peaks still to come against what is free."""
         standing = [group for group in live if group.prober is not None]
         if not standing:
@@ -408,7 +227,7 @@ class _Measuring:
 
     # --- timing -------------------------------------------------------------------------------------------------------
 
-    def _one_after_another(self, live: list[_Group]) -> None:
+    def _one_after_another(self, live: list[Group]) -> None:
         """Time each alone, with an equal share of what is left of the budget."""
         live = sorted(live, key=lambda group: group.prober is None)
         for number, group in enumerate(live):
@@ -420,7 +239,7 @@ class _Measuring:
                 self._measure_fixed(group)
             group.close()
 
-    def _stratify(self, live: list[_Group]) -> None:
+    def _stratify(self, live: list[Group]) -> None:
         """Choose strata few enough for a warm-up and two rounds within the budget."""
         populations = []
         for group in live:
@@ -443,7 +262,7 @@ class _Measuring:
             row.name: plan_work(row, self.shapes[id(row.plan)], self.strata) for group in live for row in group.fitting
         }
 
-    def _first_guess(self, live: list[_Group], populations: list[tuple[Kind, MicroShapes]]) -> float:
+    def _first_guess(self, live: list[Group], populations: list[tuple[Kind, MicroShapes]]) -> float:
         """Seconds of a round over all signatures, at the rate seen while probing memory."""
         tokens = 0.0
         for one in self.strata.kinds:
@@ -464,7 +283,7 @@ class _Measuring:
         chosen = np.union1d(part, longest)
         return chosen, MicroShapes(rows=shapes.rows[chosen], width=shapes.width[chosen], tokens=shapes.tokens[chosen])
 
-    def _time(self, groups: list[_Group], budget: float) -> None:
+    def _time(self, groups: list[Group], budget: float) -> None:
         """Rounds until every row's interval is narrow enough, or the budget is spent. In turns: A B, B A, A B ..."""
         groups = [group for group in groups if group.is_live and group.prober is not None]
         if not groups:
@@ -498,7 +317,7 @@ class _Measuring:
                     self._guarded(group, functools.partial(self._window, group, budget - (self.spent - begun)))
             self.tell(f"timing, round {number + 1}", min(1.0, self.spent / max(self.budget, 1e-9)))
 
-    def _another_round(self, groups: list[_Group], budget: float, left: float, done: int) -> bool:
+    def _another_round(self, groups: list[Group], budget: float, left: float, done: int) -> bool:
         """Whether to go on, and if not, why: written to the groups."""
         if done >= max(LEAST_ROUNDS, self.next_look) and left <= (1 - LEAST_SHARE) * budget:
             allowed = self.target * (1 if left <= (1 - USUAL_SHARE) * budget else MUCH_NARROWER)
@@ -518,7 +337,7 @@ class _Measuring:
             return False
         return True
 
-    def _width(self, group: _Group, least: int = LEAST_ROUNDS) -> float:
+    def _width(self, group: Group, least: int = LEAST_ROUNDS) -> float:
         """Relative half-width of the interval, of the row where it is the widest; infinite from too few rounds."""
         rounds = self._kept(group)
         if len(rounds) < least:
@@ -526,7 +345,7 @@ class _Measuring:
         estimators = {kind: Estimator(rounds, self.strata, kind) for kind in {row.kind for row in group.fitting}}
         return max(estimators[row.kind].total(self.work[row.name]).relative_half_width for row in group.fitting)
 
-    def _kept(self, group: _Group) -> tuple[Round, ...]:
+    def _kept(self, group: Group) -> tuple[Round, ...]:
         """The rounds without warm-up."""
         first = 1 if group.warmed_up and len(group.rounds) > 1 else 0
         rounds = tuple(group.rounds[first:])
@@ -536,13 +355,13 @@ class _Measuring:
         totals = Estimator(rounds, self.strata, first_row.kind).total(self.work[first_row.name]).replicates
         return rounds[split_warmup(totals, LEAST_ROUNDS) :]
 
-    def _round(self, group: _Group, draw: list[_Drawn]) -> None:
+    def _round(self, group: Group, draw: list[_Drawn]) -> None:
         prober = group.prober
         assert prober is not None
         kinds = {row.kind for row in group.fitting}
         drawn = [one for one in draw if one.kind in kinds and one.key <= group.largest_key]
         started = self.clock()
-        seconds = prober.run([_rows_of(one.plan, one.micro) for one in drawn])
+        seconds = prober.run([rows_of(one.plan, one.micro) for one in drawn])
         optimizer = prober.optimizer(1)
         self._spend(group, started)
         samples = tuple(replace(one.sample, seconds=value) for one, value in zip(drawn, seconds, strict=True))
@@ -555,7 +374,7 @@ class _Measuring:
             )
         )
 
-    def _window(self, group: _Group, left: float) -> None:
+    def _window(self, group: Group, left: float) -> None:
         """Time one window as a whole, where it takes no more than its share of what is left of the budget."""
         prober = group.prober
         assert prober is not None
@@ -570,7 +389,7 @@ class _Measuring:
         if Estimator(self._kept(group), self.strata, row.kind).window_seconds(samples) > WINDOW_SHARE * left:
             return
         started = self.clock()
-        seconds = prober.window([_rows_of(plan, micro) for micro in micros])
+        seconds = prober.window([rows_of(plan, micro) for micro in micros])
         self._spend(group, started)
         group.windows.append((len(group.rounds), WindowSample(samples=samples, seconds=seconds)))
 
@@ -588,24 +407,24 @@ class _Measuring:
             tokens=int(one.tokens[0]),
         )
 
-    def _spend(self, group: _Group, started: float) -> None:
+    def _spend(self, group: Group, started: float) -> None:
         seconds = self.clock() - started
         group.spent += seconds
         self.spent += seconds
 
-    def _guarded(self, group: _Group, action: Callable[[], None]) -> None:
+    def _guarded(self, group: Group, action: Callable[[], None]) -> None:
         """Run an action of one group so that its failure is its own, and running out of memory that of its largest."""
         try:
             action()
         except (PlanError, DoesNotFit) as reason:
             self._give_up(group, reason, of=self._largest(group))
 
-    def _largest(self, group: _Group) -> list[PlannedRow]:
+    def _largest(self, group: Group) -> list[PlannedRow]:
         """The rows whose worst micro-batch is the worst of all, or nearly so."""
         worst = {row.name: float(keys(self.shapes[id(row.plan)]).max()) for row in group.fitting}
         return [row for row in group.fitting if worst[row.name] >= SAME_SHAPE * max(worst.values())]
 
-    def _give_up(self, group: _Group, reason: Exception, *, of: list[PlannedRow]) -> None:
+    def _give_up(self, group: Group, reason: Exception, *, of: list[PlannedRow]) -> None:
         """After a failure: `of` these rows where memory ran out, else of all.
 
         A micro-batch that just fitted by itself may no longer do so among others, whose shapes leave holes between the
@@ -629,7 +448,7 @@ class _Measuring:
 
     # --- fixed parts --------------------------------------------------------------------------------------------------
 
-    def _measure_fixed(self, group: _Group) -> None:
+    def _measure_fixed(self, group: Group) -> None:
         """Evaluation, checkpoint, adapter and sample answers. What fails stays unknown; the timings stand."""
         prober = group.prober
         if prober is None or not group.is_live or group.is_reference or not self.with_fixed:
@@ -642,7 +461,7 @@ class _Measuring:
             # A GPU's allocator keeps the holes that many shapes make. Resident memory on a CPU does not, and timing
             # piles gradients up beside long micro-batches as no window does: there the probe's own figure stands.
             holes = timed.reserved_bytes - group.reserved if group.signature.device == "cuda" else 0
-            self._raise_peaks(group, by=holes, headroom=timed.headroom_bytes)
+            self.memory.raise_peaks(group, by=holes, headroom=timed.headroom_bytes)
             if len(held_out):
                 batches = evaluation_batches(self.data, held_out)
                 places = np.unique(np.linspace(0, len(batches) - 1, EVALUATION_BATCHES).round().astype(int))
@@ -675,28 +494,13 @@ class _Measuring:
                 )
             ended = prober.peak()
             if group.signature.device == "cuda" and ended.reserved_bytes > timed.reserved_bytes:
-                self._raise_peaks(group, to=ended.reserved_bytes, headroom=ended.headroom_bytes)
+                self.memory.raise_peaks(group, to=ended.reserved_bytes, headroom=ended.headroom_bytes)
         except (PlanError, DoesNotFit) as reason:
             self.notes.append(f"{group.fitting[0].name}: not every fixed part could be measured ({reason})")
 
-    def _raise_peaks(self, group: _Group, *, by: int = 0, to: int = 0, headroom: int) -> None:
-        """Add to the rows' peaks what timing showed beside the largest micro-batch alone."""
-        for row in group.fitting:
-            verdict = group.verdicts[row.name]
-            if verdict.peak_reserved_bytes is None or verdict.peak_allocated_bytes is None:
-                continue
-            more = max(0, by, to - verdict.peak_reserved_bytes)
-            reserved = verdict.peak_reserved_bytes + more
-            group.verdicts[row.name] = replace(
-                verdict,
-                peak_reserved_bytes=reserved,
-                peak_allocated_bytes=verdict.peak_allocated_bytes + more,
-                headroom_bytes=headroom + max(0, group.reserved + by - reserved) if not to else headroom,
-            )
-
     # --- results ------------------------------------------------------------------------------------------------------
 
-    def _result(self, group: _Group) -> Measurement:
+    def _result(self, group: Group) -> Measurement:
         kept = self._kept(group) if group.rounds and group.is_live else tuple(group.rounds)
         width = self._width(group, least=1) if group.is_live and kept else 0.0
         if group.ended_by == "budget" and width > self.target:
@@ -722,7 +526,7 @@ class _Measuring:
             error=group.error,
         )
 
-    def _verdict(self, group: _Group, row: PlannedRow) -> RowVerdict:
+    def _verdict(self, group: Group, row: PlannedRow) -> RowVerdict:
         verdict = group.verdicts[row.name]
         return verdict if group.error is None else replace(verdict, error=group.error)
 
@@ -744,7 +548,7 @@ class _Decks:
     Every signature of a round gets the same micro-batches, so that their ratio is one of like with like.
     """
 
-    def __init__(self, measuring: _Measuring, groups: list[_Group]) -> None:
+    def __init__(self, measuring: _Measuring, groups: list[Group]) -> None:
         self._measuring = measuring
         self._rows = list({id(row.plan): row for group in groups for row in group.fitting}.values())
         members: dict[int, list[tuple[int, int]]] = {}
@@ -770,19 +574,6 @@ class _Decks:
             key = sample.rows * sample.width + sample.width / 2.0**20
             drawn.append(_Drawn(row.plan, micro, row.kind, key, sample))
         return drawn
-
-
-def _neighbourhood(plan: BatchPlan, micro: int) -> list[MicroRows]:
-    """A micro-batch with the one before it and the one after it in its device's share of its window."""
-    window = int(np.searchsorted(plan.window_offsets, micro, side="right")) - 1
-    first, last = int(plan.window_offsets[window]), int(plan.window_offsets[window + 1])
-    places = (micro - plan.num_devices, micro, micro + plan.num_devices)
-    found = [_rows_of(plan, place) for place in places if first <= place < last]
-    return [rows for rows in found if any(rows)]
-
-
-def _rows_of(plan: BatchPlan, micro: int) -> MicroRows:
-    return [row.tolist() for row in plan.rows_of_micro_batch(micro)]
 
 
 def _seconds_of(one: Round) -> float:

@@ -1,0 +1,53 @@
+"""A step signature while it is measured: its rows, its worker, and what was found so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from planner.measurement import FixedSamples, PlannedRow, Round, RowVerdict, StepSignature, WindowSample
+from planner.prober import LoadReply, MicroRows, Prober
+from trainer.batching import BatchPlan
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """A step signature while it is measured."""
+
+    signature: StepSignature
+    rows: list[PlannedRow]
+    prober: Prober | None = None
+    load: LoadReply | None = None
+    verdicts: dict[str, RowVerdict] = field(default_factory=dict)
+    reserved: int = 0  # bytes, at the largest micro-batch that fits
+    largest_key: float = 0.0  # of the micro-batches that fit
+    seconds_per_padded_token: float = 0.0  # at the worst micro-batch: a first idea of what a round costs
+    rounds: list[Round] = field(default_factory=list)  # the first of them may be warm-up
+    windows: list[tuple[int, WindowSample]] = field(default_factory=list)  # (rounds before it, window)
+    fixed: FixedSamples = field(default_factory=FixedSamples)
+    warmed_up: bool = False
+    spent: float = 0.0
+    ended_by: str = ""
+    error: str | None = None
+    is_postponed: bool = False  # ran out of memory beside others; to be timed alone
+
+    @property
+    def fitting(self) -> list[PlannedRow]:
+        return [row for row in self.rows if self.verdicts[row.name].fits]
+
+    @property
+    def is_live(self) -> bool:
+        return self.error is None and not self.is_postponed and bool(self.fitting)
+
+    @property
+    def is_reference(self) -> bool:
+        return all(row.is_reference for row in self.rows)
+
+    def close(self) -> None:
+        if self.prober is not None:
+            self.prober.stop()
+            self.prober = None
+
+
+def rows_of(plan: BatchPlan, micro: int) -> MicroRows:
+    """The rows of a micro-batch as a prober takes them."""
+    return [row.tolist() for row in plan.rows_of_micro_batch(micro)]

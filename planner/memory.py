@@ -1,0 +1,220 @@
+"""Whether a plan's worst micro-batch fits, and what it needs: proven in a worker, the smallest configuration first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from planner.group import Group, rows_of
+from planner.measurement import PlannedRow, RowVerdict
+from planner.prober import DoesNotFit, MemoryReply, MicroRows
+from planner.strata import keys
+from presets.errors import MeasurementError, PlanError
+from trainer.batching import BatchPlan, MicroShapes
+from trainer.evaluate import evaluation_batches
+from trainer.tokens import TokenizedDataset
+
+SAME_SHAPE = 0.95  # a worst micro-batch this near to a larger one is judged by the larger one's peak
+# On a CPU the heap keeps growing over the first few of the longest micro-batches, since freed blocks seldom fit the
+# next tensor exactly: with glibc 2.36 one long micro-batch after another took 1.47, 1.61, 1.64, 1.66 GB (2026-11-25).
+LONG_ONES = 10  # so many are run, as far as the plan holds them, while their time lasts
+LONG_ONES_SHARE = 0.2  # of the budget, for all rows' together
+
+
+class MemoryProbe:
+    """Fills in the verdicts of groups.
+
+    Args:
+        groups: all of them, since workers that stand idle take room from the one that is tried.
+        shapes: of the micro-batches, by the identity of a plan.
+        start: gives a group its worker.
+        tell: what is being done, and the share of the budget spent.
+        warnings: added to.
+    """
+
+    def __init__(
+        self,
+        groups: list[Group],
+        data: TokenizedDataset,
+        shapes: dict[int, MicroShapes],
+        *,
+        start: Callable[[Group], None],
+        tell: Callable[[str, float], None],
+        warnings: list[str],
+        budget: float,
+    ) -> None:
+        self._groups, self._data, self._shapes = groups, data, shapes
+        self._start, self._tell, self._warnings = start, tell, warnings
+        self._budget = budget
+
+    def probe(self, group: Group) -> None:
+        """Whether each row fits at its worst micro-batch: the smallest worst first, up to the first that does not.
+
+        Ascending, since a process's peak never falls: each row's own peak is read before a larger one covers it.
+        """
+        self._make_room_beside(group)
+        group.verdicts = {row.name: RowVerdict(name=row.name, signature=group.signature) for row in group.rows}
+        trials = self._worst_micro_batches(group.rows)
+        failed: DoesNotFit | None = None
+        for plan, micro, members in trials:
+            shapes = self._shapes[id(plan)]
+            for row in members:
+                group.verdicts[row.name] = replace(
+                    group.verdicts[row.name], worst_rows=int(shapes.rows[micro]), worst_width=int(shapes.width[micro])
+                )
+            if failed is None:
+                self._tell(f"memory: {members[0].name}", 0.0)
+                try:
+                    seconds = LONG_ONES_SHARE * self._budget / (len(trials) * len(self._groups))
+                    more = self._long_windows(members) if group.signature.device == "cpu" else []
+                    reply = self._try_alone(group, self._worst_windows(members, plan, micro), more, seconds)
+                    group.reserved = reply.reserved_bytes
+                    group.largest_key = max(group.largest_key, float(keys(shapes)[micro]))
+                    padded = int(shapes.padded_tokens[micro])
+                    group.seconds_per_padded_token = reply.micro_step_seconds / max(1, padded)
+                    for row in members:
+                        group.verdicts[row.name] = replace(
+                            group.verdicts[row.name],
+                            fits=True,
+                            peak_allocated_bytes=reply.allocated_bytes,
+                            peak_reserved_bytes=reply.reserved_bytes,
+                        )
+                    continue
+                except DoesNotFit as reason:
+                    failed = reason
+                    group.close()  # what is left of it is not a clean place to time in
+                except PlanError as reason:
+                    group.error = str(reason)
+                    group.close()
+                    return
+            for row in members:
+                text = f"does not fit: {failed}"
+                group.verdicts[row.name] = replace(group.verdicts[row.name], fits=False, error=text)
+
+    def probe_evaluation(self, group: Group) -> None:
+        """Raise the peaks where the largest batch of held-out examples needs more than a step.
+
+        Before any timing: on a CPU a process's peak only grows, and hundreds of shapes in random order leave the heap
+        in a state that no run knows.
+        """
+        if not group.fitting or group.prober is None or group.is_reference:
+            return
+        held_out = group.fitting[0].plan.evaluation
+        if not len(held_out):
+            return
+        batches = evaluation_batches(self._data, held_out)
+        largest = max(batches, key=lambda batch: len(batch) * int(self._data.lengths[batch].max()))
+        try:
+            group.prober.evaluate([largest.tolist()])
+            reply = group.prober.peak()
+        except DoesNotFit as reason:
+            names = ", ".join(row.name for row in group.fitting)
+            self._warnings.append(
+                f"{names}: a batch of held-out examples does not fit ({reason}); the run would stop there"
+            )
+            group.close()
+            return
+        except PlanError as reason:
+            group.error = str(reason)
+            group.close()
+            return
+        if reply.reserved_bytes > group.reserved:
+            self.raise_peaks(group, to=reply.reserved_bytes, headroom=reply.headroom_bytes)
+
+    def _try_alone(
+        self, group: Group, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float
+    ) -> MemoryReply:
+        """The memory reply; out of memory is believed only of a worker that had the device to itself."""
+        try:
+            self._start(group)
+            assert group.prober is not None
+            return group.prober.memory(windows, more, seconds)
+        except DoesNotFit:
+            others = [other for other in self._groups if other is not group and other.prober is not None]
+            if not others:
+                raise
+            for other in others:
+                other.close()
+            group.close()
+            self._start(group)
+            assert group.prober is not None
+            return group.prober.memory(windows, more, seconds)
+
+    def _worst_windows(self, members: list[PlannedRow], plan: BatchPlan, micro: int) -> list[list[MicroRows]]:
+        """The longest micro-batch with its neighbours in its window, and the same of the longest that is at no head.
+
+        At the head of a window no gradients lie beside the activations; a shorter one further on may need more.
+        """
+        windows = [_neighbourhood(plan, micro)]
+        for other in {id(row.plan): row.plan for row in members}.values():
+            key = keys(self._shapes[id(other)]).copy()
+            heads = (other.window_offsets[:-1, None] + np.arange(other.num_devices)).ravel()
+            key[heads[heads < len(key)]] = -1.0
+            if len(key) and key.max() > 0:
+                windows.append(_neighbourhood(other, int(key.argmax())))
+        return windows
+
+    def _long_windows(self, members: list[PlannedRow]) -> list[list[MicroRows]]:
+        """The longest micro-batches of each plan with their neighbours, in the plan's order."""
+        windows = []
+        for plan in {id(row.plan): row.plan for row in members}.values():
+            key = keys(self._shapes[id(plan)])
+            for micro in np.sort(np.argsort(key, kind="stable")[-LONG_ONES:]).tolist():
+                windows.append(_neighbourhood(plan, micro))
+        return windows
+
+    def _worst_micro_batches(self, rows: list[PlannedRow]) -> list[tuple[BatchPlan, int, list[PlannedRow]]]:
+        """(plan, micro-batch, rows judged by it), ascending. Rows with nearly equal worst ones share the largest."""
+        worst = []
+        for row in rows:
+            shapes = self._shapes[id(row.plan)]
+            micro = int(keys(shapes).argmax())  # most padded tokens; of equals the widest
+            worst.append((float(keys(shapes)[micro]), (int(shapes.rows[micro]), row.job.packing), micro, row))
+        worst.sort(key=lambda entry: entry[0], reverse=True)
+        trials: list[tuple[float, tuple[int, bool], BatchPlan, int, list[PlannedRow]]] = []
+        for key, kind, micro, row in worst:
+            if trials and trials[-1][1] == kind and key >= SAME_SHAPE * trials[-1][0]:
+                trials[-1][4].append(row)
+            else:
+                trials.append((key, kind, row.plan, micro, [row]))
+        return [(plan, micro, members) for _, _, plan, micro, members in reversed(trials)]
+
+    def _make_room_beside(self, group: Group) -> None:
+        """Stop the other workers unless there is plainly room: a third of what is free would hold another like them."""
+        idle = [other for other in self._groups if other is not group and other.prober is not None]
+        if not idle:
+            return
+        try:
+            assert idle[0].prober is not None
+            roomy = idle[0].prober.free() > 3 * max(other.reserved for other in idle)
+        except (DoesNotFit, MeasurementError):
+            roomy = False
+        if not roomy:
+            for other in idle:
+                other.close()
+
+    def raise_peaks(self, group: Group, *, by: int = 0, to: int = 0, headroom: int) -> None:
+        """Add to the rows' peaks what timing showed beside the largest micro-batch alone."""
+        for row in group.fitting:
+            verdict = group.verdicts[row.name]
+            if verdict.peak_reserved_bytes is None or verdict.peak_allocated_bytes is None:
+                continue
+            more = max(0, by, to - verdict.peak_reserved_bytes)
+            reserved = verdict.peak_reserved_bytes + more
+            group.verdicts[row.name] = replace(
+                verdict,
+                peak_reserved_bytes=reserved,
+                peak_allocated_bytes=verdict.peak_allocated_bytes + more,
+                headroom_bytes=headroom + max(0, group.reserved + by - reserved) if not to else headroom,
+            )
+
+
+def _neighbourhood(plan: BatchPlan, micro: int) -> list[MicroRows]:
+    """A micro-batch with the one before it and the one after it in its device's share of its window."""
+    window = int(np.searchsorted(plan.window_offsets, micro, side="right")) - 1
+    first, last = int(plan.window_offsets[window]), int(plan.window_offsets[window + 1])
+    places = (micro - plan.num_devices, micro, micro + plan.num_devices)
+    found = [rows_of(plan, place) for place in places if first <= place < last]
+    return [rows for rows in found if any(rows)]
