@@ -30,7 +30,7 @@ demo: venv
 	$(BIN)/plan --run recommended --budget 20
 
 test: venv
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 check: venv
 	$(BIN)/ruff check .

@@ -69,6 +69,8 @@ def test_the_predicted_peak_is_that_of_the_run(
         "2",
         "--gradient-accumulation-steps",
         "4",
+        "--samples",
+        "0",  # a thousand words one by one, which need no memory
         "--output",
         str(tmp_path / "run"),
     ]
