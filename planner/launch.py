@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -58,9 +58,13 @@ def make_run_folder(output: Path | None, job: Job, plan: BatchPlan, predicted: P
                 for entry in folder.iterdir():  # nothing half-written stays
                     entry.unlink(missing_ok=True)
                 raise
-    except OSError as reason:
+    except (OSError, RunError) as reason:
         if made:
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another plan has come to use it
+                (folder / LOCK).unlink(missing_ok=True)
+                folder.rmdir()
+        if isinstance(reason, RunError):
+            raise
         raise RunError(
             f"output '{output or folder}' cannot be written ({reason.strerror or reason}). Choose another --output."
         ) from None

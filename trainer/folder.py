@@ -38,8 +38,8 @@ def sole_writer(folder: Path) -> Iterator[None]:
             yield
             return
         raise RunError(
-            f"run folder '{folder}' cannot be written ({reason.strerror or reason}). Make it writable; "
-            "nothing was changed."
+            f"run folder '{folder}' cannot be written ({reason.strerror or reason}). Mend that and try "
+            "again; nothing was changed."
         ) from None
     try:
         yield
