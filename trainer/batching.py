@@ -131,7 +131,8 @@ class BatchPlan:
     def load(cls, path: Path) -> BatchPlan:
         """Raises: RunError where the file is missing or damaged."""
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            # Opened here: of a damaged file numpy would leave the one that it opened open.
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays = {field.name: archive[field.name] for field in fields(cls)}
             arrays["num_devices"] = int(arrays["num_devices"])
             plan = cls(**arrays)

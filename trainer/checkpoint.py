@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from presets import jsonio
 from presets.errors import RunError
-from trainer.disk import sync, sync_tree, told_in_one_line
+from trainer.disk import LEAST_KEPT, sync, sync_tree, told_in_one_line
 from trainer.sums import NAME as SUMS
 from trainer.sums import changed_since, write_sums
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 FORMAT = 2  # 1: without sizes and checksums
 TENSORS = ("model.safetensors", "optimizer.safetensors", "random.safetensors")
 SUMMED = (*TENSORS, "state.json")
-LEAST_KEPT = 2  # a power cut can spoil the newest one although it was written whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,6 +17,7 @@ FULL = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOS
 FORBIDDEN = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 BROKEN = frozenset({errno.EIO, errno.ENXIO, errno.ENODEV, getattr(errno, "ESTALE", errno.EIO)})
 
+LEAST_KEPT = 2  # checkpoints: a power cut can spoil the newest one although it was written whole
 BYTES_PER_VALUE = 4  # what trains is always fp32, and so are its moments
 BESIDES = 64 << 20  # bytes: tokenizer, batch plan, log, metrics, sample answers, headers
 GIB = 1024**3
@@ -29,7 +30,7 @@ def bytes_to_write(num_trainable: int, keep_checkpoints: int) -> int:
     before the oldest may go; then the result.
     """
     checkpoint = 3 * num_trainable * BYTES_PER_VALUE
-    return (keep_checkpoints + 2) * checkpoint + num_trainable * BYTES_PER_VALUE + BESIDES
+    return (max(LEAST_KEPT, keep_checkpoints) + 2) * checkpoint + num_trainable * BYTES_PER_VALUE + BESIDES
 
 
 def require_room(folder: Path, needed: int) -> None:

@@ -14,29 +14,27 @@ NAME = "SHA256SUMS"
 
 def write_sums(folder: Path, names: Iterable[str]) -> None:
     """Write SHA256SUMS over these files of a folder."""
-    lines = [f"{_digest(folder / name)}  {name}\n" for name in sorted(names)]
-    (folder / NAME).write_text("".join(lines), encoding="ascii")
+    (folder / NAME).write_text("".join(_line(folder, name) for name in sorted(names)), encoding="ascii")
 
 
 def changed_since(folder: Path, names: Iterable[str]) -> str | None:
-    """The first of these files that is not as SHA256SUMS says; None where all are.
+    """The first of these files that is not as SHA256SUMS says, or SHA256SUMS itself; None where all are.
 
-    Names are compared, never opened: what stands in the file is not a path to follow.
+    The lines are made anew and compared: what stands in the file is never a path to follow.
 
     Raises:
         OSError, UnicodeDecodeError: SHA256SUMS or one of the files cannot be read.
     """
-    wanted = sorted(names)
-    told = dict(line.split("  ", 1)[::-1] for line in _lines(folder) if "  " in line)
-    if sorted(told) != wanted:
+    told = (folder / NAME).read_text(encoding="ascii")
+    lines = {name: _line(folder, name) for name in sorted(names)}
+    if told == "".join(lines.values()):
+        return None
+    named = [line for line in told.splitlines() if line.endswith(tuple(f"  {name}" for name in lines))]
+    if len(named) != len(lines) or not told.endswith("\n"):
         return NAME
-    return next((name for name in wanted if told[name] != _digest(folder / name)), None)
+    return next((name for name, line in lines.items() if line not in told), NAME)
 
 
-def _lines(folder: Path) -> list[str]:
-    return (folder / NAME).read_text(encoding="ascii").splitlines()
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _line(folder: Path, name: str) -> str:
+    with open(folder / name, "rb") as file:
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n"
