@@ -36,14 +36,12 @@ MEANING = {
 
 
 def points(calls: list[tuple[str, bool, str]], thin: int) -> Iterator[tuple[str, int]]:
-    """(mode, n): every change for kill; where nothing is written the others are as kill or as each other."""
-    for number, (_, takes_room, _) in enumerate(calls, start=1):
-        yield "kill", number
-        if takes_room:
-            yield "torn", number
-            yield "full", number
-        if number % thin == 0:
-            yield "broken", number
+    """(mode, n): every change for kill; where nothing is written, torn is as a later kill and full as a later full."""
+    numbered = list(enumerate((takes_room for _, takes_room, _ in calls), start=1))
+    yield from (("kill", number) for number, _ in numbered)
+    for mode in ("full", "torn"):
+        yield from ((mode, number) for number, takes_room in numbered if takes_room)
+    yield from (("broken", number) for number, _ in numbered if number % thin == 0)
 
 
 def main() -> int:
@@ -102,13 +100,13 @@ def main() -> int:
         whole = make_run("whole")
         calls = calls_of(server, whole, work / "calls")
         result["changes_of_a_run"] = len(calls)
-        for mode, at in points(calls, options.thin):
-            if (mode, at) not in done:
-                note(mode, at, survives(server, make_run("run"), whole, at, mode))
         stopped = damaged_run(server, make_run("stopped"))
         for wound in wounds(stopped):
             if ("damage", wound.name) not in done:
                 note("damage", wound.name, survives_damage(server, stopped, work / "run", whole, wound))
+        for mode, at in points(calls, options.thin):
+            if (mode, at) not in done:
+                note(mode, at, survives(server, make_run("run"), whole, at, mode))
         server.close()
     rows = []
     for fault, meaning in MEANING.items():
