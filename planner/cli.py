@@ -186,6 +186,7 @@ def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
     )
     from planner.report import measured_text
     from planner.resolve import presets_to_compare
+    from planner.room import require_room_for
 
     _check_tracker(options.tracker)
     output = given["output"] or (Path(settings.output) if settings.output else None)
@@ -196,6 +197,12 @@ def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
     if given["dry_run"]:
         _dry_run(options, settings, given, output)
         return 0
+
+    def check_room(found: tuple[Candidate, ...]) -> None:
+        for one in found:
+            if one.planned is not None:
+                require_room_for(one.planned.job, output or Path("runs"))
+
     comparison = compare(
         options,
         settings,
@@ -207,6 +214,7 @@ def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
         history=open_history(say),
         tuned=given["tuned"],
         force=given["force"],
+        before_measuring=check_room,
     )
     candidate = comparison.candidates[0]
     if candidate.planned is None:
@@ -218,6 +226,7 @@ def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
     if found.fits is False:
         raise RunError(f"'{given['run']}' does not fit on this device: {found.error or 'out of memory'}.")
     job = with_checkpoint_interval(candidate.planned.job, found.num_steps, found.seconds_per_step)
+    require_room_for(job, output or Path("runs"), comparison.report.model.num_trainable_parameters)
     folder = make_run_folder(output, replace(job), candidate.planned.plan, predicted_of(comparison, candidate), now)
     say(f"run folder: {folder}")
     code = start(command(folder, job, accelerate_config=given["accelerate_config"]))
@@ -278,14 +287,19 @@ def _known_twin(candidate: Candidate, facts: DeviceFacts, *, quantized: bool) ->
 
 
 def _resume(folder: Path, accelerate_config: Path | None, *, as_json: bool) -> int:
-    from planner.launch import command, open_run, read_record, start
+    from planner.launch import command, open_run, open_to_write, read_record, start
 
-    job = open_run(folder)
-    record = read_record(folder)
+    open_run(folder)
+    try:
+        record = read_record(folder)
+    except RunError as reason:  # the run needs none to go on; it writes its own
+        say(f"note: {reason} It is written anew.")
+        record = None
     if record is not None and record.status == "finished":
         _remember(record, folder)  # where this program was ended before the trainer was
         say(f"'{folder}' is finished: there is nothing to resume.")
         return 0
+    job = open_to_write(folder)
     _check_tracker(job.tracker)
     code = start(command(folder.absolute(), job, resume=True, accelerate_config=accelerate_config))
     return _ended(folder, code, as_json=as_json)

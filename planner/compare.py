@@ -96,6 +96,7 @@ def compare(
     clock: Callable[[], float] = time.perf_counter,
     tuned: bool = False,
     force: bool = False,
+    before_measuring: Callable[[tuple[Candidate, ...]], None] = lambda candidates: None,
 ) -> Comparison:
     """Measure the named presets (all of them where none is named) on this device and report them.
 
@@ -108,6 +109,7 @@ def compare(
         clock: seconds that the budget is counted in; a fake device has its own.
         tuned: search for the twins that the history does not have; with `running`, the twin is what will run.
         force: with `running`: run what the safety rules advise against.
+        before_measuring: may refuse them before minutes are spent.
 
     Raises:
         PlanError: nothing can be compared: bad options, unreadable data or model, or nothing could be measured.
@@ -120,6 +122,7 @@ def compare(
         baseline = functools.partial(baseline_job, options, settings, facts, spec)
         search = Search(measuring, say, shown, factory, history, keys, now, clock)
         candidates = with_twins(candidates, baseline, search, tuned=tuned, instead=running)
+    before_measuring(candidates)
     found, measured_at = _measure_all(candidates, measuring, say, shown, factory, history, keys, now, clock)
     raw = {
         candidate.planned.name: estimate(

@@ -28,6 +28,7 @@ FILE_NAME = "history.sqlite"
 APPLICATION_ID = 0x504C414E  # "PLAN": tells our file from another program's
 SCHEMA_VERSION = 1
 BUSY_SECONDS = 10.0  # waited for another process; a transaction takes milliseconds
+PAUSED = "stood still in between: the clock ran on"
 MOST_MEASUREMENTS = 500  # the oldest go first; one takes about 100 kB
 
 T = TypeVar("T")
@@ -99,7 +100,7 @@ class PastRun:
     @property
     def is_uninterrupted(self) -> bool:
         """Whether its wall clock can be compared with a prediction."""
-        return self.status == "finished" and self.num_resumes == 0
+        return self.status == "finished" and self.num_resumes == 0 and self.not_counted != PAUSED
 
     @property
     def error(self) -> float | None:
@@ -125,6 +126,8 @@ def _why_not_counted(record: RunRecord) -> str | None:
         return "resumed: the clock ran in parts"
     if (record.actual.micro_batch_split or 1) > 1:
         return "memory ran out: micro-batches ran in parts"
+    if record.actual.paused_seconds:
+        return PAUSED
     if needs_loss(record.job.preset):
         return "the model's loss chose other examples than were predicted"
     return None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from presets import jsonio
 from presets.errors import RunError, SettingsError
 from trainer.batching import BatchPlan
+from trainer.folder import LOCK, refuse_links, require_unused, sole_writer
 from trainer.job import Job
 from trainer.planning import needs_loss
 from trainer.record import Predicted, RunRecord
@@ -43,20 +45,50 @@ def make_run_folder(output: Path | None, job: Job, plan: BatchPlan, predicted: P
     """
     check_output(output)
     folder = run_folder_name(output, job, now)
-    made = not folder.exists()
+    made = False
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not needs_loss(job.preset):
-            plan.save(folder / "batch_plan.npz")
-        jsonio.write_atomically(folder / "estimate.json", jsonio.to_json(predicted))
-        jsonio.write_atomically(folder / "job.json", job.to_json())  # last: its presence says the folder is whole
-    except OSError as reason:
-        if made:  # nothing half-written stays; a folder that was there before was empty
-            shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder, made = _new_folder(folder, may_be_there=output is not None)
+        with sole_writer(folder):
+            if not _is_empty(folder):  # another plan was quicker: what is there is not ours to remove
+                raise RunError(_not_empty(output or folder, folder))
+            try:
+                _fill(folder, job, plan, predicted)
+            except OSError:
+                for entry in folder.iterdir():  # nothing half-written stays
+                    entry.unlink(missing_ok=True)
+                raise
+    except (OSError, RunError) as reason:
+        if made:
+            with contextlib.suppress(OSError):  # another plan has come to use it
+                (folder / LOCK).unlink(missing_ok=True)
+                folder.rmdir()
+        if isinstance(reason, RunError):
+            raise
         raise RunError(
             f"output '{output or folder}' cannot be written ({reason.strerror or reason}). Choose another --output."
         ) from None
     return folder
+
+
+def _new_folder(folder: Path, *, may_be_there: bool) -> tuple[Path, bool]:
+    """Make it, or one with a number behind its name where another plan began in the same second; whether it is new."""
+    for number in itertools.count(2):
+        try:
+            folder.mkdir()
+            return folder, True
+        except FileExistsError:
+            if may_be_there:
+                return folder, False
+            folder = folder.with_name(f"{folder.name.removesuffix(f'-{number - 1}')}-{number}")
+    raise AssertionError("itertools.count ends")
+
+
+def _fill(folder: Path, job: Job, plan: BatchPlan, predicted: Predicted) -> None:
+    if not needs_loss(job.preset):
+        plan.save(folder / "batch_plan.npz")
+    jsonio.write_atomically(folder / "estimate.json", jsonio.to_json(predicted))
+    jsonio.write_atomically(folder / "job.json", job.to_json())  # last: its presence says the folder is whole
 
 
 def run_folder_name(output: Path | None, job: Job, now: datetime) -> Path:
@@ -71,14 +103,29 @@ def check_output(output: Path | None) -> None:
         RunError: as `make_run_folder` would.
     """
     folder = (output or Path("runs")).expanduser().absolute()
-    if output is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        hint = f" Go on with it: plan --resume {shlex.quote(str(output))}." if (folder / "job.json").is_file() else ""
-        raise RunError(f"output '{output}' exists and is not empty.{hint} Or choose another --output.")
+    if output is not None and folder.is_symlink():
+        raise RunError(
+            f"output '{output}' is a link to '{folder.readlink()}'. A run is written into a folder of its own: name "
+            "the folder itself."
+        )
+    if output is not None and folder.exists() and (not folder.is_dir() or not _is_empty(folder)):
+        if folder.is_dir():
+            require_unused(folder)
+        raise RunError(_not_empty(output, folder))
     existing = folder
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise RunError(f"output '{output or folder}' cannot be written: '{existing}' is not a folder you may write to.")
+
+
+def _is_empty(folder: Path) -> bool:
+    return all(path.name == LOCK for path in folder.iterdir())
+
+
+def _not_empty(output: Path, folder: Path) -> str:
+    hint = f" Go on with it: plan --resume {shlex.quote(str(output))}." if (folder / "job.json").is_file() else ""
+    return f"output '{output}' exists and is not empty.{hint} Or choose another --output."
 
 
 def with_checkpoint_interval(job: Job, num_steps: int, seconds_per_step: float | None) -> Job:
@@ -184,6 +231,18 @@ def open_run(folder: Path) -> Job:
     if not (folder / "job.json").is_file():
         raise RunError(f"'{folder}' is not a run folder: there is no job.json in it.")
     return Job.read(folder / "job.json")
+
+
+def open_to_write(folder: Path) -> Job:
+    """The job of a run folder in which a trainer is to be started: nobody trains in it, and it can be written.
+
+    Raises:
+        RunError: it is not a run folder, or cannot be written into now.
+    """
+    job = open_run(folder)
+    refuse_links(folder)
+    with sole_writer(folder):
+        return job
 
 
 def read_record(folder: Path) -> RunRecord | None:

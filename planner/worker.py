@@ -300,6 +300,7 @@ class Worker:
     def save(self) -> SaveReply:
         """Seconds of one checkpoint and of saving what was trained, on the disk that the run will use."""
         from trainer.checkpoint import Progress, random_state, save_checkpoint
+        from trainer.disk import sync_tree
 
         with tempfile.TemporaryDirectory(dir=self.scratch, prefix=".plan-probe-") as name:
             # A run writes many: the second is like them, the first also opens libraries and folders.
@@ -311,6 +312,7 @@ class Worker:
             self.stepper.model.save_pretrained(Path(name) / "adapter", **more)
             if self._tokenizer is not None:
                 self._tokenizer.save_pretrained(Path(name) / "adapter")
+            sync_tree(Path(name) / "adapter")
             return SaveReply(checkpoint_seconds=saved - begin, adapter_seconds=time.perf_counter() - saved)
 
     def answer(self, examples: list[int], max_new_tokens: int) -> float:

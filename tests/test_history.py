@@ -407,6 +407,7 @@ def test_interrupted_runs_are_listed_and_do_not_correct(tmp_path: Path) -> None:
     usual = Actual(seconds=900.0, train_seconds=800.0, num_resumes=0, micro_batch_split=1)
     cases = [
         ("finished", job, replace(usual, num_resumes=1)),
+        ("finished", job, replace(usual, paused_seconds=7200.0)),
         ("stopped", job, usual),
         ("failed", job, usual),
         ("finished", job, replace(usual, micro_batch_split=2)),
@@ -415,10 +416,10 @@ def test_interrupted_runs_are_listed_and_do_not_correct(tmp_path: Path) -> None:
     for number, (status, of, actual) in enumerate(cases):
         record = RunRecord(status=status, job=of, predicted=predicted, actual=actual, versions={"torch": "2.13.0"})
         history.add_run(PastRun.of(record, Path(f"/runs/{number}"), NOW))
-    assert len(history.runs()) == 5
+    assert len(history.runs()) == 6
     assert all(run.not_counted for run in history.runs())
     assert past_correction(history, "k") is None
-    assert [run.error is None for run in history.runs()] == [False, False, True, True, True]
+    assert [run.error is None for run in history.runs()] == [False, False, True, True, True, True]
     for number in range(3):
         record = RunRecord(status="finished", job=job, predicted=predicted, actual=usual, versions={})
         history.add_run(PastRun.of(record, Path(f"/runs/whole-{number}"), NOW))
@@ -743,6 +744,13 @@ def test_runs_that_cannot_be_compared_are_marked() -> None:
     [first, second, _] = json.loads(runs_json([past_run(1), past_run(2, num_resumes=1), past_run(3)]))["runs"]
     assert (first["error"], first["inside"]) == (pytest.approx(0.3), False)
     assert (second["error"], second["inside"]) == (None, None)
+
+
+def test_a_run_that_stood_still_in_between_is_not_compared_with_its_prediction() -> None:
+    from planner.history import PAUSED
+
+    assert past_run(1).error == pytest.approx(0.3)
+    assert past_run(1, actual_seconds=9000.0, not_counted=PAUSED).error is None
 
 
 def test_plan_history_lists_a_thousand_runs_newest_first(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from presets import jsonio
+from trainer import checkpoint
 from trainer.batching import BatchPlan
 from trainer.job import EvaluationSpec
 
@@ -193,8 +195,6 @@ def test_half_a_checkpoint_under_a_whole_ones_name_is_written_anew(make_run: Any
     newest = run / "checkpoints" / "step-000004"
     (newest / "state.json").unlink()  # as a removal that was cut off leaves it
     seen = []
-    from trainer import checkpoint
-
     real = checkpoint.rotate
 
     def rotate(folder: Path, keep: int, best: int | None) -> None:
@@ -207,26 +207,65 @@ def test_half_a_checkpoint_under_a_whole_ones_name_is_written_anew(make_run: Any
     assert seen[0]
 
 
-def test_an_old_checkpoint_is_renamed_before_it_is_removed(make_run: Any, tmp_path: Path) -> None:
-    from trainer import checkpoint
+def make_checkpoint(folder: Path, number: int) -> Path:
+    """What looks like a whole checkpoint from outside."""
+    path = folder / f"step-{number:06d}"
+    path.mkdir(parents=True)
+    sizes = dict.fromkeys(checkpoint.TENSORS, 3)
+    for name in sizes:
+        (path / name).write_bytes(b"abc")
+    state = checkpoint._State(
+        format=checkpoint.FORMAT,
+        progress=checkpoint.Progress(windows_done=number),
+        scaler={},
+        optimizer_steps={},
+        python_random=(),
+        sizes=sizes,
+    )
+    (path / "state.json").write_text(jsonio.to_json(state))
+    return path
 
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in checkpoint.find_checkpoints(folder)]
+
+
+def test_an_old_checkpoint_is_renamed_before_it_is_removed(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    for number in range(1, 4):
-        (folder / f"step-{number:06d}").mkdir(parents=True)
-        (folder / f"step-{number:06d}" / "state.json").write_text("{}")
+    for number in range(1, 6):
+        make_checkpoint(folder, number)
     removed: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint.shutil, "rmtree", lambda path, **_: removed.append(path.name))
-        checkpoint.rotate(folder, 1, best=2)
-    assert [path.name for path in checkpoint.find_checkpoints(folder)] == ["step-000002", "step-000003"]
+        checkpoint.rotate(folder, 2, best=2)
+    assert names(folder) == ["step-000002", "step-000004", "step-000005"]
+    assert removed
     assert all(name.startswith(".") for name in removed)
 
 
-def test_the_newest_checkpoint_stays_even_where_none_is_to_be_kept(tmp_path: Path) -> None:
-    from trainer import checkpoint
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_two_checkpoints_stay_even_where_fewer_are_to_be_kept(tmp_path: Path, keep: int) -> None:
+    for number in (3, 4, 5):
+        make_checkpoint(tmp_path, number)
+    checkpoint.rotate(tmp_path, keep, best=None)
+    assert names(tmp_path) == ["step-000004", "step-000005"]
 
-    for number in (4, 5):
-        (tmp_path / f"step-{number:06d}").mkdir()
-        (tmp_path / f"step-{number:06d}" / "state.json").write_text("{}")
-    checkpoint.rotate(tmp_path, 0, best=None)
-    assert [path.name for path in checkpoint.find_checkpoints(tmp_path)] == ["step-000005"]
+
+def test_a_checkpoint_that_was_cut_off_does_not_count_among_those_that_are_kept(tmp_path: Path) -> None:
+    for number in (1, 2, 3, 4):
+        make_checkpoint(tmp_path, number)
+    (tmp_path / "step-000003" / "optimizer.safetensors").write_bytes(b"ab")
+    (tmp_path / "step-000004" / "state.json").write_text("{")
+    checkpoint.rotate(tmp_path, 2, best=None)
+    assert names(tmp_path) == ["step-000001", "step-000002", "step-000003", "step-000004"]
+    make_checkpoint(tmp_path, 5)
+    checkpoint.rotate(tmp_path, 2, best=None)
+    assert names(tmp_path) == ["step-000002", "step-000003", "step-000004", "step-000005"]
+
+
+def test_checkpoints_are_told_by_number_and_other_names_are_none(tmp_path: Path) -> None:
+    for number in (999_999, 1_000_000, 2):
+        make_checkpoint(tmp_path, number)
+    for other in ("step-1", "step-00000x", "step-000003.old", "damaged-step-000004"):
+        (tmp_path / other).mkdir()
+    assert names(tmp_path) == ["step-000002", "step-999999", "step-1000000"]

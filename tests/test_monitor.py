@@ -72,6 +72,32 @@ def test_without_seconds_in_the_plan_its_work_still_weighs_the_steps(tmp_path: P
     assert {line["planned_seconds"] for line in lines} == {None}
 
 
+def test_a_step_in_which_the_process_stood_still_is_left_out_of_the_pace(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, "progressive", PLANNED, is_time=True, done=0)
+    assert monitor.paused(1, 40.0 * 19) == 0.0, "slow, by the plan"
+    assert monitor.paused(1, 40.0 * 21) == pytest.approx(40.0 * 20)
+    run_to(monitor, 0, 10, pace=2.0)
+    assert monitor.paused(11, 2.0 * 2.0 * 7) == 0.0, "seven times as long as it should, and less than 30 s more"
+    assert monitor.paused(11, 2.0 * 2.0 + 30.0) == 0.0, "30 s more, but not 20 times as long"
+    hours = 3 * 3600.0
+    assert monitor.paused(11, hours) == pytest.approx(hours - 4.0)
+    values = {"loss": 1.0, "tokens_per_second": 100.0, "memory_bytes": None}
+    monitor.step(11, hours, {**values}, paused=hours - 4.0)
+    assert monitor.seconds_left(11) == pytest.approx(78.0 * 2.0)
+    assert monitor.drift(11) == pytest.approx(1.0)
+    monitor.close()
+    last = json.loads((tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert (last["seconds"], last["paused_seconds"]) == (hours, hours - 4.0)
+
+
+def test_without_a_pace_and_without_seconds_in_the_plan_no_step_is_called_a_pause(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, "baseline", PLANNED, is_time=False, done=0)
+    assert monitor.paused(1, 1e6) == 0.0
+    run_to(monitor, 0, 1, pace=1.0)
+    assert monitor.paused(2, 1e6) > 0.0
+    monitor.close()
+
+
 def test_the_windows_planned_seconds_add_up_to_what_was_promised() -> None:
     from fakes import make_data, make_job
 

@@ -25,7 +25,8 @@ def main() -> int:
     try:
         from trainer.loop import Stopped, train
 
-        train(arguments.job.resolve().parent, resume=arguments.resume, owns_process=True)
+        # The folder may lie behind a link of its user's; job.json may not be one, or the run would write elsewhere.
+        train(arguments.job.parent.resolve(), resume=arguments.resume, owns_process=True)
     except Stopped as stopped:
         return 128 + stopped.signal_number
     except KeyboardInterrupt:  # before the run listens to signals, while it imports and loads

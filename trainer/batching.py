@@ -8,7 +8,10 @@ partial window has too few rows), so that each process does the same number.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import zipfile
+import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -105,21 +108,59 @@ class BatchPlan:
         """Sum over each window's documents of a number per example, (num_windows,)."""
         return _sums(per_document[self.order], self.window_documents)
 
+    def digest(self) -> str:
+        """What tells this plan from any other: SHA-256 over its arrays, in hexadecimal."""
+        sha = hashlib.sha256()
+        for field in fields(self):
+            values = np.ascontiguousarray(getattr(self, field.name), dtype=np.int64)
+            sha.update(f"{field.name} {values.shape}\n".encode())
+            sha.update(values.data)
+        return sha.hexdigest()
+
     def save(self, path: Path) -> None:
+        """Write it whole or not at all, also in a power cut."""
         arrays = {field.name: getattr(self, field.name) for field in fields(self)}
-        with open(path, "wb") as file:
+        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with open(aside, "wb") as file:
             np.savez_compressed(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
 
     @classmethod
     def load(cls, path: Path) -> BatchPlan:
         """Raises: RunError where the file is missing or damaged."""
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            # Opened here: of a damaged file numpy would leave the one that it opened open.
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays = {field.name: archive[field.name] for field in fields(cls)}
             arrays["num_devices"] = int(arrays["num_devices"])
-            return cls(**arrays)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as reason:
-            raise RunError(f"{path}: the batch plan cannot be read ({reason}).") from None
+            plan = cls(**arrays)
+            problem = plan._problem()
+        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as reason:
+            problem = str(reason)
+        if problem:
+            raise RunError(
+                f"{path}: the batch plan cannot be read ({problem}). Remove the file: a resume makes it anew from the "
+                "same data."
+            )
+        return plan
+
+    def _problem(self) -> str | None:
+        """What is wrong with the arrays of a file: offsets must rise from 0 to the end of what they point into."""
+        levels = (self.order, self.row_offsets, self.micro_offsets, self.window_offsets)
+        every = (*levels, self.window_phase, self.window_epoch, self.evaluation)
+        if any(array.ndim != 1 or not np.issubdtype(array.dtype, np.integer) for array in every):
+            return "an array is no list of whole numbers"
+        lengths = (len(self.order), *(len(level) - 1 for level in levels[1:-1]))
+        for offsets, length in zip(levels[1:], lengths, strict=True):
+            if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != length or bool((np.diff(offsets) < 0).any()):
+                return "its offsets do not fit together"
+        if {len(self.window_phase), len(self.window_epoch)} != {self.num_steps} or self.num_devices < 1:
+            return "its windows do not fit together"
+        if any(len(array) and int(array.min()) < 0 for array in (self.order, self.evaluation)):
+            return "it names an example below 0"
+        return None
 
 
 def make_batch_plan(

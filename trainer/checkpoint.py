@@ -2,27 +2,34 @@
 
 A checkpoint lies on a window boundary. It holds what trains (the adapter, or all weights in full fine-tuning), the
 optimizer's moments, the loss scaler, the random states and the position in the batch plan: all that the next window
-depends on.
+depends on. SHA256SUMS tells a whole one from one that a power cut or a disk has spoiled; those are set aside.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from presets import jsonio
 from presets.errors import RunError
+from trainer.disk import LEAST_KEPT, sync, sync_tree, told_in_one_line
+from trainer.sums import NAME as SUMS
+from trainer.sums import changed_since, write_sums
 
 if TYPE_CHECKING:
     import torch
 
     from trainer.step import Stepper
 
-FORMAT = 1
+FORMAT = 2  # 1: without sizes and checksums
+TENSORS = ("model.safetensors", "optimizer.safetensors", "random.safetensors")
+SUMMED = (*TENSORS, "state.json")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +49,11 @@ class Progress:
     last_eval_loss: float | None = None
     best_eval_loss: float | None = None
     best_step: int | None = None
+    plan_digest: str | None = None  # of the batch plan that `windows_done` counts in
+
+
+class _Damaged(RunError):
+    """It cannot be read; another one may."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +65,7 @@ class _State:
     scaler: dict[str, float]
     optimizer_steps: dict[str, float]
     python_random: tuple[int, ...]
+    sizes: dict[str, int] = field(default_factory=dict)  # bytes of each file of tensors
 
 
 def save_checkpoint(folder: Path, stepper: Stepper, progress: Progress, random_states: dict[str, torch.Tensor]) -> Path:
@@ -64,34 +77,38 @@ def save_checkpoint(folder: Path, stepper: Stepper, progress: Progress, random_s
     from safetensors.torch import save_file
 
     target = folder / f"step-{progress.windows_done:06d}"
-    if (target / "state.json").is_file():
+    if looks_whole(target):
         return target
-    shutil.rmtree(target, ignore_errors=True)  # half removed
     aside = folder / f".{target.name}.{os.getpid()}.tmp"
     tensors, steps = _optimizer_tensors(stepper)
-    state = _State(
-        format=FORMAT,
-        progress=progress,
-        scaler={key: float(value) for key, value in stepper.scaler.state_dict().items()} if stepper.scaler else {},
-        optimizer_steps=steps,
-        python_random=tuple(random.getstate()[1]),
-    )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)  # of a killed process with this number: in a container it is the same
-        aside.mkdir()
-        save_file(trainable_tensors(stepper.model), aside / "model.safetensors")
-        save_file(tensors, aside / "optimizer.safetensors")
-        save_file(random_states, aside / "random.safetensors")
-        (aside / "state.json").write_text(jsonio.to_json(state), encoding="utf-8")
-        for file in aside.iterdir():
-            _sync(file)
-        _sync(aside)
-        os.replace(aside, target)
-        _sync(folder)
-    except OSError as reason:
+        with told_in_one_line(target, folder.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)  # half removed
+            shutil.rmtree(
+                aside, ignore_errors=True
+            )  # of a killed process of this number: in a container it is the same
+            aside.mkdir()
+            for name, content in zip(TENSORS, (trainable_tensors(stepper.model), tensors, random_states), strict=True):
+                save_file(content, aside / name)
+            state = _State(
+                format=FORMAT,
+                progress=progress,
+                scaler={key: float(value) for key, value in stepper.scaler.state_dict().items()}
+                if stepper.scaler
+                else {},
+                optimizer_steps=steps,
+                python_random=tuple(random.getstate()[1]),
+                sizes={name: (aside / name).stat().st_size for name in TENSORS},
+            )
+            (aside / "state.json").write_text(jsonio.to_json(state), encoding="utf-8")
+            write_sums(aside, SUMMED)
+            sync_tree(aside)
+            os.replace(aside, target)
+            sync(folder)
+    except RunError:
         shutil.rmtree(aside, ignore_errors=True)
-        raise RunError(f"{target}: the checkpoint cannot be written ({reason.strerror or reason}).") from None
+        raise
     return target
 
 
@@ -99,26 +116,27 @@ def load_checkpoint(path: Path, stepper: Stepper, rank: int) -> Progress:
     """Put a checkpoint's weights, moments, scaler and random state back; returns where it stands.
 
     Raises:
-        RunError: it is damaged, of another format, or of another model.
+        RunError: it is damaged, of another format, or of another model. Nothing was put back then.
     """
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        state = jsonio.from_json(
-            _State, (path / "state.json").read_text(encoding="utf-8"), what=f"{path}/state.json", error=RunError
-        )
-        if state.format != FORMAT:
-            raise RunError(f"{path}: checkpoint format {state.format}, this version reads {FORMAT}.")
-        weights = load_file(path / "model.safetensors")
-        moments = load_file(path / "optimizer.safetensors")
-        randoms = load_file(path / "random.safetensors")
+        state = _read_state(path)
+        if state.format not in (1, FORMAT):
+            raise RunError(f"{path}: checkpoint format {state.format}, this version reads 1 to {FORMAT}.")
+        changed = changed_since(path, SUMMED) if state.format > 1 or (path / SUMS).exists() else None
+        if changed is not None:
+            raise _Damaged(f"{path}: the checkpoint is damaged ({changed} is not as it was written).")
+        weights, moments, randoms = (load_file(path / name) for name in TENSORS)
     except (OSError, SafetensorError, UnicodeDecodeError) as reason:
-        raise RunError(f"{path}: the checkpoint is damaged ({reason}).") from None
+        raise _Damaged(f"{path}: the checkpoint is damaged ({reason}).") from None
+    if state.progress.windows_done != number_of(path):
+        raise _Damaged(f"{path}: the checkpoint is damaged (it is of step {state.progress.windows_done}).")
     named = dict(trainable_parameters(stepper.model))
     if named.keys() != weights.keys() or any(named[name].shape != weights[name].shape for name in named):
-        raise RunError(f"{path}: the checkpoint's weights are not this model's.")
+        raise RunError(f"{path}: the checkpoint's weights are not this model's. Was the model folder changed?")
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(weights[name])
@@ -133,41 +151,69 @@ def load_checkpoint(path: Path, stepper: Stepper, rank: int) -> Progress:
     return state.progress
 
 
+def _read_state(path: Path) -> _State:
+    """Raises: _Damaged where it is no state; OSError and UnicodeDecodeError where it cannot be read."""
+    file = path / "state.json"
+    return jsonio.from_json(_State, file.read_text(encoding="utf-8"), what=f"{file}: damaged", error=_Damaged)
+
+
+def number_of(path: Path) -> int | None:
+    """The step in a checkpoint's name; None where the name is no checkpoint's."""
+    found = re.fullmatch(r"step-(\d{6,12})", path.name)
+    return int(found.group(1)) if found else None
+
+
 def find_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, the oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+    """Checkpoints by their names, the oldest first; a damaged one is among them."""
+    numbered = [(number_of(path), path) for path in folder.glob("step-*") if path.is_dir()]
+    return [path for number, path in sorted((number, path) for number, path in numbered if number is not None)]
+
+
+def looks_whole(path: Path) -> bool:
+    """Whether a checkpoint's files are there and as long as they were written; their content is not read."""
+    try:
+        # Not by `_read_state`: that takes ten times as long, and this is asked of every checkpoint at each new one.
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return state["format"] == 1 or {name: (path / name).stat().st_size for name in TENSORS} == state["sizes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def load_newest(folder: Path, stepper: Stepper, rank: int, main: bool) -> tuple[Progress, Path | None, list[str]]:
     """The newest checkpoint that is whole. Damaged ones are set aside (renamed) and named in the notes.
 
     Raises:
-        RunError: there are checkpoints and none of them can be read.
+        RunError: there are checkpoints and none of them can be read, or the newest is not of this model.
     """
     notes: list[str] = []
     checkpoints = find_checkpoints(folder)
     for path in reversed(checkpoints):
         try:
             return load_checkpoint(path, stepper, rank), path, notes
-        except RunError as reason:
-            notes.append(f"{reason} It is set aside.")
+        except _Damaged as reason:
+            set_aside = path.with_name(f"damaged-{path.name}")
+            notes.append(f"{reason} It is set aside as {set_aside.name}.")
             if main:
-                set_aside = path.with_name(f"damaged-{path.name}")
                 shutil.rmtree(set_aside, ignore_errors=True)  # of an earlier time
                 os.replace(path, set_aside)
     if checkpoints:
-        raise RunError(" ".join(notes) + " No whole checkpoint is left: start the run anew.")
+        raise RunError(
+            " ".join(notes) + " No whole checkpoint is left: 'plan --resume' once more starts from the beginning."
+        )
     return Progress(), None, notes
 
 
 def rotate(folder: Path, keep: int, best: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one."""
+    """Remove what is older than the newest `keep` whole checkpoints, two at least, but for the best one.
+
+    Called when the newest one is on the disk. One that is damaged does not count, and a newer one than those that
+    are kept stays for a resume to name.
+    """
     checkpoints = find_checkpoints(folder)
-    spared = set(checkpoints[-max(1, keep) :])
-    for path in checkpoints:
-        if path not in spared and path.name != f"step-{best or 0:06d}":
+    whole = [path for path in checkpoints if looks_whole(path)]
+    spared = whole[-max(LEAST_KEPT, keep) :]
+    for path in checkpoints[: checkpoints.index(spared[0])] if spared else ():
+        if number_of(path) != best:
             _remove(path)
     for leftover in folder.glob(".step-*.tmp"):  # of a process that was killed while writing or removing
         shutil.rmtree(leftover, ignore_errors=True)
@@ -242,13 +288,3 @@ def _restore_optimizer(stepper: Stepper, tensors: dict[str, torch.Tensor], steps
         # AdamW keeps its step count on the CPU, except in the fused kernel.
         state["step"] = torch.tensor(steps[name], dtype=torch.float32, device=device if fused else "cpu")
         stepper.optimizer.state[parameter] = state
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open a folder
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

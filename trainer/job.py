@@ -76,6 +76,10 @@ class Job:
     tracker: str | None = None
 
     def __post_init__(self) -> None:
+        if not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0"):
+            raise SettingsError(
+                f"name is {self.name!r}; it names a folder, so it must be a plain name without / or \\."
+            )
         if self.micro_batch_size < 1:
             raise SettingsError(f"micro_batch_size is {self.micro_batch_size}; it must be at least 1.")
         if self.num_devices < 1:

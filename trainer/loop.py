@@ -23,8 +23,10 @@ from trainer.batching import BatchPlan
 from trainer.collate import MicroBatch
 from trainer.compiled import compile_layers
 from trainer.data import load_tokenizer, prepare_data
+from trainer.disk import bytes_to_write, require_room, told_in_one_line
 from trainer.evaluate import EvaluationResult
 from trainer.feed import feed
+from trainer.folder import is_main_process, refuse_links, sole_writer
 from trainer.job import Job
 from trainer.model import LoadedModel, is_out_of_memory, load_model
 from trainer.monitor import Monitor
@@ -38,7 +40,7 @@ from trainer.planning import (
     split,
     with_evaluation_on_top,
 )
-from trainer.process import seconds_since_process_start, settle_garbage
+from trainer.process import seconds_since_process_start, settle_garbage, suspended_seconds
 from trainer.record import RunRecord, read_predicted
 from trainer.run import Clock, Run
 from trainer.scoring import example_losses
@@ -67,20 +69,28 @@ def train(folder: Path, *, resume: bool = False, owns_process: bool = False) -> 
     Raises:
         Stopped: SIGINT or SIGTERM came; a checkpoint was written.
         PlanError: anything a user can mend. The record then says "failed" and the last good checkpoint is kept.
+            Another process trains in the folder, or there is a link in it: nothing was changed.
     """
-    run = _prepare(folder, resume)
+    refuse_links(folder)
+    with sole_writer(folder) if is_main_process() else contextlib.nullcontext():
+        return _train_in(folder, resume=resume, owns_process=owns_process)
+
+
+def _train_in(folder: Path, *, resume: bool, owns_process: bool) -> RunRecord | None:
+    with told_in_one_line(folder, folder):
+        run = _prepare(folder, resume)
     if owns_process:
         settle_garbage()
     try:
-        with _signals(run):
+        with _signals(run), told_in_one_line(folder, folder):
             return _train(run)
     except Stopped:
-        write_record(run, "stopped", None, error=None)
+        _record_end(run, "stopped", error=None)
         _leave_together(run)
         raise
     except PlanError as reason:
         run.say(f"Stopped: {reason}")
-        write_record(run, "failed", None, error=str(reason))
+        _record_end(run, "failed", error=str(reason))
         if isinstance(reason, (NonFiniteLossError, OutOfMemoryError)):
             _leave_together(run)
         raise
@@ -88,6 +98,14 @@ def train(folder: Path, *, resume: bool = False, owns_process: bool = False) -> 
         if run.monitor is not None:
             run.monitor.close()
         run.accelerator.end_training()
+
+
+def _record_end(run: Run, status: str, *, error: str | None) -> None:
+    """The record of an end that was not the planned one; where it cannot be written, the end itself still is told."""
+    try:
+        write_record(run, status, None, error=error)
+    except OSError as reason:
+        run.say(f"note: {run.folder / 'record.json'} cannot be written ({reason.strerror or reason})")
 
 
 def _leave_together(run: Run) -> None:
@@ -105,7 +123,7 @@ def _prepare(folder: Path, resume: bool) -> Run:
     import torch
     from accelerate import Accelerator
 
-    clock = Clock()
+    clock, slept = Clock(), suspended_seconds()
     clock.parts["start"] = seconds_since_process_start()
     job = Job.read(folder / "job.json")
     if job.num_threads:
@@ -160,6 +178,8 @@ def _prepare(folder: Path, resume: bool) -> Run:
         )
         if job.num_devices > 1:
             steps.share_parameters(stepper.parameters)
+    if accelerator.is_main_process:
+        require_room(folder, bytes_to_write(loaded.num_trainable_parameters, job.keep_checkpoints))
     if job.compile:
         with clock.part("compile"):
             compile_refused = compile_layers(stepper, job, data)
@@ -178,7 +198,8 @@ def _prepare(folder: Path, resume: bool) -> Run:
         stepper=stepper,
         tokenizer=tokenizer,
         clock=clock,
-        progress=ckpt.Progress(),
+        progress=ckpt.Progress(plan_digest=plan.digest()),
+        slept_before=slept,
         predicted=read_predicted(folder),
         notes=[*data.report.notes, *notes],
     )
@@ -208,18 +229,34 @@ def _plan(
     path = folder / "batch_plan.npz"
     if path.exists():
         plan = BatchPlan.load(path)
-        if len(plan.order) and int(plan.order.max()) >= len(data):
+        named = np.concatenate([plan.order, plan.evaluation])
+        if len(named) and int(named.max()) >= len(data):
             raise RunError(f"{path}: the plan names examples that the data no longer has. Was the dataset changed?")
+        _require_plan_of(job, plan, path)
         return plan, ()
     planned = plan_job(job, data, losses)
     if is_main:
-        aside = path.with_suffix(".tmp")
-        planned.plan.save(aside)
-        os.replace(aside, path)
+        planned.plan.save(path)
     notes = planned.notes
     if losses is not None:
         notes += (f"sampling by the model's own loss: {int(np.isfinite(losses).sum()):,} examples were scored",)
     return planned.plan, notes
+
+
+def _require_plan_of(job: Job, plan: BatchPlan, path: Path) -> None:
+    """Raises: RunError where a batch plan was made for other devices or other batches than the job's."""
+    rows = int(np.diff(plan.micro_offsets).max(initial=0))
+    documents = int(np.diff(plan.window_documents).max(initial=0))
+    for found, wanted, of in (
+        (plan.num_devices, job.num_devices, "devices"),
+        (max(rows, job.micro_batch_size), job.micro_batch_size, "rows in a micro-batch"),
+        (max(documents, *job.global_batch_sizes), max(job.global_batch_sizes), "examples in a step"),
+    ):
+        if found != wanted:
+            raise RunError(
+                f"{path}: the plan is of another job: {found} {of}, where job.json has {wanted}. Put the run's own "
+                "plan back, or remove the file: a resume makes it anew from the same data."
+            )
 
 
 def _losses_for_sampling(job: Job, data: TokenizedDataset, model: Any, accelerator: Any) -> FloatArray:
@@ -243,7 +280,7 @@ def _losses_for_sampling(job: Job, data: TokenizedDataset, model: Any, accelerat
 def _clear_leftovers(folder: Path) -> None:
     """Remove what a process that was killed while writing left beside the run's files."""
     for leftover in (*folder.glob(".*.tmp"), folder / "batch_plan.tmp", folder / "metrics.tmp"):
-        if leftover.is_dir():
+        if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
@@ -253,7 +290,13 @@ def _restore(run: Run) -> None:
     progress, path, notes = ckpt.load_newest(
         run.folder / "checkpoints", run.stepper, run.accelerator.process_index, run.is_main
     )
-    run.progress = progress
+    expected = run.progress.plan_digest
+    if progress.windows_done > run.plan.num_steps or progress.plan_digest not in (None, expected):
+        raise RunError(
+            f"{path}: the checkpoint is of another batch plan than {run.folder / 'batch_plan.npz'}. Was the data, the "
+            "job or the plan changed? Put back what the run was started with."
+        )
+    run.progress = replace(progress, plan_digest=expected)
     run.notes += notes
     run.num_resumes = 1
     run.wall_before = progress.wall_seconds
@@ -323,6 +366,8 @@ def _window(run: Run, random_state: dict[str, Any]) -> None:
     grad_norm = float(result.grad_norm)
     _require_finite_gradient(run, grad_norm)
     seconds = time.perf_counter() - begun
+    paused = run.monitor.paused(window + 1, seconds) if run.monitor is not None else 0.0
+    run.paused_seconds += paused
     tokens = int(run.data.lengths[run.plan.documents_of_window(window)].sum())
     loss = float(values.sum())
     rate = float(run.rates[min(progress.applied_steps, len(run.rates) - 1)])
@@ -332,7 +377,7 @@ def _window(run: Run, random_state: dict[str, Any]) -> None:
         applied_steps=progress.applied_steps + int(result.applied),
         skipped_steps=progress.skipped_steps + int(not result.applied),
         tokens=progress.tokens + tokens,
-        train_seconds=progress.train_seconds + seconds,
+        train_seconds=progress.train_seconds + seconds - paused,
         loss_sum=progress.loss_sum + loss,
         loss_tokens=progress.loss_tokens + targets,
     )
@@ -348,7 +393,10 @@ def _window(run: Run, random_state: dict[str, Any]) -> None:
                 "tokens_per_second": tokens / seconds,
                 "memory_bytes": _memory_now(run.stepper.device),
             },
+            paused=paused,
         )
+    if paused:
+        run.tell(f"step {window + 1}: stood still for {paused:,.0f} s; they are left out of the pace")
 
 
 def _micro_steps(run: Run, random_state: dict[str, Any]) -> Any:
@@ -528,6 +576,8 @@ def _checkpoint(run: Run, random_state: dict[str, Any]) -> None:
         states = _gather_random(run, random_state)
         if run.is_main:
             folder = run.folder / "checkpoints"
+            if run.monitor is not None:
+                run.monitor.sync()
             ckpt.save_checkpoint(folder, run.stepper, run.progress, states)
             ckpt.rotate(folder, run.job.keep_checkpoints, run.progress.best_step)
         if run.job.num_devices > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -12,11 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
+from presets import jsonio
 from trainer.bar import GIB, TrainingBar
 from trainer.tokens import FloatArray
 from trainer.trackers import Trackers
 
 PLAIN_LINE_SECONDS = 15.0
+# A step that takes this many times what it should and this much longer was not slow: the process, or the machine, stood
+# still (a laptop's lid, a stopped job, a moved virtual machine).
+PAUSE_FACTOR = 20.0
+PAUSE_SECONDS = 30.0
 
 
 class Monitor:
@@ -67,11 +73,34 @@ class Monitor:
         worked = float(self.planned[done] - self.planned[self.started_at])
         return self.elapsed / worked - 1 if self.is_time and worked > 0 else None
 
-    def step(self, done: int, seconds: float, values: dict[str, float | int | bool | None]) -> None:
-        """One finished window: `done` windows are behind us, `seconds` is what this one took."""
-        self.elapsed += seconds
+    def paused(self, done: int, seconds: float) -> float:
+        """Seconds of a window in which nothing went on; 0 for one that was merely slow. `done` counts it already.
+
+        What it should have taken follows from the pace so far, or from the plan where it is the first.
+        """
+        work = float(self.planned[done] - self.planned[done - 1])
+        worked = float(self.planned[done - 1] - self.planned[self.started_at])
+        if worked > 0:
+            expected = work * self.elapsed / worked
+        elif self.is_time:
+            expected = work
+        else:
+            return 0.0
+        return seconds - expected if seconds > max(PAUSE_FACTOR * expected, expected + PAUSE_SECONDS) else 0.0
+
+    def step(
+        self, done: int, seconds: float, values: dict[str, float | int | bool | None], *, paused: float = 0.0
+    ) -> None:
+        """One finished window: `done` windows are behind us, `seconds` is what this one took.
+
+        Args:
+            paused: the part of `seconds` in which nothing went on; it says nothing of the pace.
+        """
+        self.elapsed += seconds - paused
         planned = float(self.planned[done] - self.planned[done - 1]) if self.is_time else None
         line = {"step": done, **values, "seconds": round(seconds, 6), "planned_seconds": planned}
+        if paused:
+            line["paused_seconds"] = round(paused, 6)
         line |= {"seconds_left": self.seconds_left(done), "drift": self.drift(done)}  # for who watches from elsewhere
         # NaN and infinity are not JSON; they only occur on the step that stops a run.
         clean = {
@@ -112,15 +141,24 @@ class Monitor:
             parts.append(f"{drift:+.0%} on plan")
         return parts
 
+    def sync(self) -> None:
+        """Wait until the lines so far are on the disk: a checkpoint must not know of steps that they do not."""
+        self.metrics.flush()
+        os.fsync(self.metrics.fileno())
+
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
         if self.trackers is not None:
             self.trackers.finish()
-        self.metrics.close()
+        # What is left in its buffer is the line that could not be written, and that was told of: on a full disk closing
+        # would raise once more, in place of the message that says what to do.
+        with contextlib.suppress(OSError):
+            self.metrics.close()
         for handler in list(self.log.handlers):
-            handler.close()
+            with contextlib.suppress(OSError):  # as above
+                handler.close()
             self.log.removeHandler(handler)
 
 
@@ -135,11 +173,18 @@ def _short(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+class _LogFile(logging.FileHandler):
+    """The log repeats what the terminal was told. Where it alone cannot be written, the run goes on without a word."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing: what a run cannot do without is told of by those that write it."""
+
+
 def _file_logger(path: Path) -> logging.Logger:
     logger = logging.getLogger(f"trainer.run.{path}")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger.addHandler(handler)
     return logger
@@ -156,6 +201,4 @@ def _forget_after(path: Path, done: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(aside, path)
+    jsonio.write_atomically(path, "".join(line + "\n" for line in kept))

@@ -13,8 +13,9 @@ from typing import Any
 from presets import jsonio
 from presets.errors import RunError
 from trainer.card import write_card
+from trainer.disk import sync, sync_tree, told_in_one_line
 from trainer.evaluate import EvaluationResult, answerable, evaluate, evaluation_batches, sample_answers
-from trainer.process import peak_memory_bytes, seconds_since_process_start
+from trainer.process import peak_memory_bytes, seconds_since_process_start, suspended_seconds
 from trainer.record import Actual, Breakdown, RunRecord
 from trainer.run import Run
 
@@ -67,7 +68,11 @@ def write_samples(run: Run, when: str) -> None:
         )
     jsonio.write_atomically(path, jsonio.to_json(answers))
     if when == "after":
-        _write_side_by_side(run.folder)
+        try:
+            _write_side_by_side(run.folder)
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as reason:
+            # No reason to lose the result: only a table of what stands in the two files.
+            run.say(f"note: no samples.md: samples-before.json cannot be read ({type(reason).__name__})")
 
 
 def _write_side_by_side(folder: Path) -> None:
@@ -98,20 +103,20 @@ def save_result(run: Run) -> None:
     aside, target = run.folder / f".{name}.tmp", run.folder / name
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        if run.job.preset.adapter == "lora":
-            model.save_pretrained(aside, save_embedding_layers=False)
-        else:
-            model.save_pretrained(aside)
-        run.tokenizer.save_pretrained(aside)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(aside, target)
-    except OSError as reason:
+        with told_in_one_line(target, run.folder):
+            if run.job.preset.adapter == "lora":
+                model.save_pretrained(aside, save_embedding_layers=False)
+            else:
+                model.save_pretrained(aside)
+            run.tokenizer.save_pretrained(aside)
+            sync_tree(aside)  # before the record says that it is finished: after that no resume would write it again
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(aside, target)
+            sync(run.folder)
+    except RunError:
         shutil.rmtree(aside, ignore_errors=True)
-        raise RunError(
-            f"{target}: the result cannot be written ({reason.strerror or reason}). The last checkpoint is kept: "
-            "make room and run 'plan --resume'."
-        ) from None
+        raise
 
 
 def write_record(run: Run, status: str, after: EvaluationResult | None, *, error: str | None) -> RunRecord | None:
@@ -125,6 +130,7 @@ def write_record(run: Run, status: str, after: EvaluationResult | None, *, error
         actual=Actual(
             seconds=run.wall_before + seconds_since_process_start(),
             train_seconds=progress.train_seconds,
+            paused_seconds=_standing_still(run),
             peak_memory_bytes=peak_memory_bytes(run.stepper.device),
             num_steps=progress.windows_done,
             num_examples=int(run.plan.window_documents[progress.windows_done]),
@@ -144,14 +150,23 @@ def write_record(run: Run, status: str, after: EvaluationResult | None, *, error
         notes=tuple(run.notes),
         error=error,
     )
-    record.write(run.folder / "record.json")
     result = run.folder / ("adapter" if run.job.preset.adapter == "lora" else "model")
     if status == "finished" and result.is_dir():
         try:
             write_card(result, record)
         except OSError as reason:  # the result is whole without it
+            for leftover in result.glob(".*.tmp"):
+                leftover.unlink()
             run.say(f"note: {result / 'README.md'} cannot be written ({reason.strerror or reason})")
+    record.write(run.folder / "record.json")  # last: with it the run is finished, and nothing is made anew
     return record
+
+
+def _standing_still(run: Run) -> float | None:
+    """Seconds in which the process or the machine stood still; None where there were none worth telling."""
+    slept = suspended_seconds() - run.slept_before
+    total = run.paused_seconds + (slept if slept >= 1.0 else 0.0)
+    return total or None
 
 
 def _versions() -> dict[str, str]:

@@ -53,6 +53,14 @@ def seconds_since_process_start() -> float:
         return max(0.0, time.time() - psutil.Process().create_time())
 
 
+def suspended_seconds() -> float:
+    """Seconds that the machine has slept since it was started; 0 where the system does not say."""
+    try:
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC))
+    except AttributeError:
+        return 0.0
+
+
 def peak_resident_bytes() -> int:
     """Most physical memory that this process has held.
 

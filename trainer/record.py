@@ -91,7 +91,8 @@ class Actual:
     """What happened. Unknown is None."""
 
     seconds: float | None = None
-    train_seconds: float | None = None
+    train_seconds: float | None = None  # without `paused_seconds`
+    paused_seconds: float | None = None  # of `seconds`: the process, or the machine, stood still
     peak_memory_bytes: int | None = None
     num_steps: int | None = None
     num_examples: int | None = None
@@ -133,8 +134,18 @@ class RunRecord:
 
 
 def read_predicted(run: Path) -> Predicted:
-    """The estimate of a run folder; all unknown where there is none."""
+    """The estimate of a run folder; all unknown where there is none.
+
+    Raises:
+        RunError: it is damaged.
+    """
     path = run / "estimate.json"
     if not path.exists():
         return Predicted()
-    return jsonio.from_json(Predicted, path.read_text(encoding="utf-8"), what=str(path), error=RunError)
+    try:
+        return jsonio.from_json(Predicted, path.read_text(encoding="utf-8"), what=str(path), error=RunError)
+    except (OSError, UnicodeDecodeError, RunError) as reason:
+        said = str(reason).removeprefix(f"{path}: ").rstrip(".")
+        raise RunError(
+            f"{path}: the estimate cannot be read ({said}). Remove the file: the run then goes on without it."
+        ) from None

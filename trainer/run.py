@@ -53,6 +53,8 @@ class Run:
     monitor: Monitor | None = None
     num_resumes: int = 0
     wall_before: float = 0.0
+    paused_seconds: float = 0.0  # in which this process, or the machine, stood still
+    slept_before: float = 0.0  # seconds of the machine's sleep before this process
     stop_signal: int = 0
     ask_every: int = 1  # micro-steps between two exchanges of news, with several processes
 
