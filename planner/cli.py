@@ -14,7 +14,8 @@ import click
 from planner.commands_choice import advise, doctor, presets
 from planner.commands_runs import chat, check, history, merge, report, watch
 from planner.options import BriefHelp, measure_settings, same_options, with_options
-from planner.terminal import ascii_only, open_history, say, width
+from planner.terminal import ascii_only, open_history, out, out_json, say, width
+from presets import jsonio
 from presets.errors import PlanError, RunError, SettingsError, did_you_mean
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _published(options: Options, settings: Settings, given: dict[str, Any]) -> N
         raise SettingsError(f"{reason}") from None
     if _printed_as(found, given):
         return
-    click.echo(published_text(found, width=width(), ascii_only=ascii_only()))
+    out(published_text(found, width=width(), ascii_only=ascii_only()))
 
 
 def _printed_as(report: PlanReport, given: dict[str, Any]) -> bool:
@@ -125,7 +126,8 @@ def _printed_as(report: PlanReport, given: dict[str, Any]) -> bool:
         return False
     from planner.formats import as_text
 
-    click.echo(as_text(report, kind, now=datetime.now().astimezone()), nl=False)
+    text = as_text(report, kind, now=datetime.now().astimezone())
+    out_json(text) if kind == "json" else out(text, nl=False)
     return True
 
 
@@ -139,14 +141,14 @@ def _table(options: Options, settings: Settings, given: dict[str, Any]) -> None:
     if _printed_as(comparison.report, given):
         return
     now = datetime.now().astimezone()
-    click.echo(measured_text(comparison.report, now=now, width=width(), ascii_only=ascii_only()))
+    out(measured_text(comparison.report, now=now, width=width(), ascii_only=ascii_only()))
     if given["explain"]:
         from planner.explain import explain_text
 
-        click.echo("\n" + explain_text(comparison, width=width(), ascii_only=ascii_only()))
+        out("\n" + explain_text(comparison, width=width(), ascii_only=ascii_only()))
     command = run_command(comparison, same_options(given))
     if command:
-        click.echo(f"\nStart it:\n  {command}")
+        out(f"\nStart it:\n  {command}")
 
 
 def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
@@ -190,7 +192,7 @@ def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
     found = comparison.estimates[candidate.name]
     now = datetime.now().astimezone()
     if not given["as_json"]:
-        click.echo(measured_text(comparison.report, now=now, width=width(), ascii_only=ascii_only()))
+        out(measured_text(comparison.report, now=now, width=width(), ascii_only=ascii_only()))
     if found.fits is False:
         raise RunError(f"'{given['run']}' does not fit on this device: {found.error or 'out of memory'}.")
     job = with_checkpoint_interval(candidate.planned.job, found.num_steps, found.seconds_per_step)
@@ -233,9 +235,9 @@ def _dry_run(options: Options, settings: Settings, given: dict[str, Any], output
     say(f"{plan.num_steps:,} optimizer steps over {plan.num_examples:,} examples; nothing was measured or written")
     say("what --run would start, once it has made the run folder:")
     if given["as_json"]:
-        click.echo(job.to_json())
+        out_json(job.to_json())
         return
-    click.echo(shlex.join(command(folder, job, accelerate_config=given["accelerate_config"], dry=True)))
+    out(shlex.join(command(folder, job, accelerate_config=given["accelerate_config"], dry=True)))
 
 
 def _known_twin(candidate: Candidate, facts: DeviceFacts, *, quantized: bool) -> Candidate:
@@ -286,7 +288,7 @@ def _ended(folder: Path, code: int, *, as_json: bool = False) -> int:
     if record is not None:
         _remember(record, folder)
     if record is not None and record.status == "finished":
-        click.echo((folder / "record.json").read_text(encoding="utf-8") if as_json else outcome_text(record, folder))
+        out_json(jsonio.to_json(record)) if as_json else out(outcome_text(record, folder))
     elif code not in (0, 1, 130, 143):
         say(
             f"Error: the trainer ended with code {code}. Its log: {folder / 'train.log'}. "
@@ -339,6 +341,17 @@ for _command in (history, check, merge, chat, watch, report, presets, advise, do
     cli.add_command(_command)
 
 
+def _show(reason: click.ClickException) -> None:
+    """As click shows it, but free of control sequences: a file's name is repeated in it."""
+    context = getattr(reason, "ctx", None)
+    if context is not None:
+        say(context.get_usage())
+        say(f"Try '{context.command_path} {context.help_option_names[0]}' for help.\n".rstrip())
+        say("")
+    for line in reason.format_message().splitlines():
+        say(f"Error: {line}")
+
+
 def main() -> None:
     """Entry point `plan`: the one place where errors become exit codes."""
     from trainer.process import quiet_waiting
@@ -352,7 +365,7 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 130
     except click.ClickException as reason:
-        reason.show()
+        _show(reason)
         code = reason.exit_code
     except PlanError as reason:
         if debug:

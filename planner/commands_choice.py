@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from planner.options import BriefHelp, measure_settings, same_options, with_options
-from planner.terminal import open_history, out, say
+from planner.terminal import open_history, out, out_json, say
 
 if TYPE_CHECKING:
     from planner.advise import Advice
@@ -41,8 +41,8 @@ def presets_list() -> None:
 
 
 def _list() -> None:
-    from planner.report import printable
     from presets.errors import PresetError
+    from presets.text import printable
     from presets.user import all_names, find_preset
 
     for name in all_names():
@@ -62,7 +62,7 @@ def presets_show(name: str) -> None:
     Example:
       plan presets show aggressive
     """
-    from planner.report import printable
+    from presets.text import printable
     from presets.user import text_of
 
     out("\n".join(map(printable, text_of(name).splitlines())))
@@ -80,7 +80,7 @@ def presets_new(name: str, source: str) -> None:
     """
     from presets.user import new_preset
 
-    click.echo(f"{new_preset(name, source)}")
+    out(f"{new_preset(name, source)}")
     say(f"Edit it, then: plan --preset {name} --dataset messages.jsonl")
 
 
@@ -149,8 +149,10 @@ def advise(
         assert goal is not None
         found = for_goal(report.rows, goal)
     tail = same_options(given | {"tuned": False})
-    make = _advice_json if given["as_json"] else _advice_text
-    out(make(found, tail, begin, until))
+    if given["as_json"]:
+        out_json(_advice_json(found, tail, begin, until))
+    else:
+        out(_advice_text(found, tail, begin, until))
     ctx.exit(0 if found.row is not None else 1)
 
 
@@ -172,7 +174,8 @@ def _ask() -> str:
 
 def _advice_text(found: Advice, tail: str, begin: datetime, until: datetime | None) -> str:
     from planner.advise import latest_minute
-    from planner.report import clock, duration, duration_range, printable
+    from planner.report import clock, duration, duration_range
+    from presets.text import printable
 
     lines = [] if until is None else [f"By {clock(until, begin)}, started {clock(begin, begin)}:\n"]
     row = found.row
@@ -228,12 +231,12 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     import json
 
     from planner.doctor import examine, look
-    from planner.report import printable
     from presets import jsonio
+    from presets.text import printable
 
     found = examine(look())
     if as_json:
-        click.echo(json.dumps({"schema": 1, "findings": [jsonio.to_plain(one) for one in found]}, indent=2))
+        out_json(json.dumps({"schema": 1, "findings": [jsonio.to_plain(one) for one in found]}, indent=2))
     else:
         marks = {"ok": "ok   ", "note": "note ", "wrong": "WRONG"}
         for one in found:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from planner.terminal import open_history, say
+from planner.terminal import open_history, out, out_json, say
 
 
 @click.command(short_help="Past runs: predicted beside actual.")
@@ -27,10 +27,10 @@ def history(limit: int, accuracy: bool, as_json: bool) -> None:
 
     if accuracy:
         found = past.accuracy(open_history(say).runs())
-        click.echo(past.accuracy_json(found) if as_json else past.accuracy_text(found))
+        out_json(past.accuracy_json(found)) if as_json else out(past.accuracy_text(found))
         return
     runs = open_history(say).runs(limit)
-    click.echo(past.runs_json(runs) if as_json else past.runs_text(runs, datetime.now().astimezone()))
+    out_json(past.runs_json(runs)) if as_json else out(past.runs_text(runs, datetime.now().astimezone()))
 
 
 @click.command(short_help="Watch a run from another terminal.")
@@ -64,7 +64,7 @@ def report(run: Path, output: Path | None) -> None:
     """
     from planner.run_report import write_report
 
-    click.echo(f"report: {write_report(run, output)}")
+    out(f"report: {write_report(run, output)}")
 
 
 RUN = click.argument("run", type=click.Path(path_type=Path))
@@ -85,7 +85,7 @@ def check(run: Path) -> None:
     job = open_run(run)
     from trainer.finished import check as check_run
 
-    click.echo(check_text(check_run(run), job))
+    out(check_text(check_run(run), job))
 
 
 @click.command(short_help="Base model and adapter as one model.")
@@ -103,7 +103,7 @@ def merge(run: Path, output: Path | None) -> None:
     open_run(run)
     from trainer.finished import merge as merge_run
 
-    click.echo(f"merged model: {merge_run(run, output or run / 'merged')}")
+    out(f"merged model: {merge_run(run, output or run / 'merged')}")
 
 
 @click.command(short_help="Talk to the result of a run.")
@@ -121,7 +121,6 @@ def chat(run: Path, max_new_tokens: int, temperature: float, system: str | None)
       plan chat runs/recommended-20260101-120000
     """
     from planner.launch import open_run
-    from planner.report import printable
 
     open_run(run)
     from trainer.finished import open_finished, reply
@@ -139,6 +138,6 @@ def chat(run: Path, max_new_tokens: int, temperature: float, system: str | None)
         for piece in reply(finished, messages, max_new_tokens=max_new_tokens, temperature=temperature):
             pieces.append(piece)
             # A model may write anything; only text and line ends reach the terminal.
-            click.echo("\n".join(printable(part) for part in piece.split("\n")), nl=False)
+            out(piece, nl=False)
         click.echo()
         messages.append(("assistant", "".join(pieces).strip() or "..."))

@@ -11,8 +11,9 @@ from datetime import datetime
 from typing import Any
 
 from planner.history import PastRun
-from planner.report import NOT_APPLICABLE, UNKNOWN, clock, duration, duration_range, printable
+from planner.report import NOT_APPLICABLE, UNKNOWN, clock, duration, duration_range
 from presets import jsonio
+from presets.text import printable
 
 SCHEMA = 1
 NO_RUNS = "no finished runs yet"

@@ -15,16 +15,34 @@ if TYPE_CHECKING:
 
 def say(text: str) -> None:
     """Progress and warnings, on stderr, free of control sequences."""
-    from planner.report import printable
+    from presets.text import printable
 
-    click.echo(printable(text), err=True)
+    click.echo(_encodable(printable(text), sys.stderr.encoding), err=True)
 
 
-def out(text: str) -> None:
-    """Text on stdout, in characters that its encoding has."""
-    if ascii_only():
-        text = text.replace("–", "-").replace("→", "->").encode("ascii", "backslashreplace").decode("ascii")
-    click.echo(text)
+def out(text: str, *, nl: bool = True) -> None:
+    """Text on stdout: free of control sequences but for ends of lines, in characters that its encoding has.
+
+    The one way out of every command. Whatever a data file, a preset or a model has put into the text, here it ends.
+    """
+    from presets.text import printable_lines
+
+    click.echo(_encodable(printable_lines(text), sys.stdout.encoding), nl=nl)
+
+
+def out_json(text: str) -> None:
+    """JSON on stdout: what a terminal would obey, or its encoding lacks, is written as JSON escapes."""
+    from presets.jsonio import harmless
+
+    click.echo(harmless(text.rstrip("\n"), ascii_only=ascii_only()))
+
+
+def _encodable(text: str, encoding: str | None) -> str:
+    try:
+        text.encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return text.replace("–", "-").replace("→", "->").encode("ascii", "backslashreplace").decode("ascii")
+    return text
 
 
 def width() -> int | None:

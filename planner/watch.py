@@ -9,9 +9,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from planner.report import UNKNOWN, clock, duration, figure, gib, printable
+from planner.report import UNKNOWN, clock, duration, figure, gib
 from planner.run_view import RunView, look_at, sparkline
 from planner.terminal import ascii_only, out
+from presets.text import printable
 
 EVERY_SECONDS = 1.0
 ENDED = ("finished", "stopped", "failed")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from presets.text import printable
 from trainer.tokens import FloatArray
 from trainer.trackers import Trackers
 
@@ -27,7 +28,7 @@ class Monitor:
     ):
         self.planned = np.concatenate([[0.0], np.cumsum(planned)])
         self.is_time = is_time  # planned is in seconds, so drift can be said
-        self.run, self.name, self.trackers = run, name, trackers
+        self.run, self.name, self.trackers = run, printable(name), trackers
         self.total = len(planned)
         self.started_at = done
         self.elapsed = 0.0  # seconds of this process's loop
@@ -46,10 +47,10 @@ class Monitor:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self.bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[told]}"),
+            TextColumn("{task.fields[told]}", markup=False),
             console=Console(stderr=True),
         )
         self.task = self.bar.add_task(self.name, total=self.total, completed=done, told="")
@@ -57,6 +58,7 @@ class Monitor:
 
     def say(self, text: str) -> None:
         """One line for the user and the log."""
+        text = printable(text)  # notes repeat what stands in data files
         self.log.info(text)
         if self.bar is not None:
             self.bar.console.print(text, markup=False, highlight=False)
