@@ -14,7 +14,7 @@ import click
 from planner.commands_choice import advise, doctor, presets
 from planner.commands_runs import chat, check, history, merge, report, watch
 from planner.options import BriefHelp, measure_settings, same_options, with_options
-from planner.terminal import ascii_only, open_history, out, out_json, say, width
+from planner.terminal import ascii_only, open_history, out, out_json, say, settings_of, width
 from presets import jsonio
 from presets.errors import PlanError, RunError, SettingsError, did_you_mean
 
@@ -78,12 +78,10 @@ def cli(ctx: click.Context, /, **given: Any) -> None:
     if given["resume"]:
         ctx.exit(_resume(given["resume"], given["accelerate_config"]))
     from planner.resolve import Options, option_fields
-    from presets.env import read_settings
 
-    settings = read_settings(Path.cwd(), os.environ)
-    for warning in settings.warnings:
-        say(warning)
     options = Options(**{name: given[name] for name in option_fields() if name in given})
+    named = (*((given["run"],) if given["run"] else ()), *given["preset_names"])
+    settings = settings_of(options, named, running=bool(given["run"]))
     if given["step_time"] is not None:
         _published(options, settings, given)
     elif given["run"]:
@@ -324,12 +322,9 @@ def tune_command(names: tuple[str, ...], **given: Any) -> None:
     if refused:
         raise click.UsageError(f"--{refused[0].replace('_', '-')} does not go with 'plan tune'.")
     from planner.resolve import Options, option_fields
-    from presets.env import read_settings
 
-    settings = read_settings(Path.cwd(), os.environ)
-    for warning in settings.warnings:
-        say(warning)
     options = Options(**{name: given[name] for name in option_fields() if name in given})
+    settings = settings_of(options, (*names, *given["preset_names"]))
     given["preset_names"] = (*names, *given["preset_names"])
     if given["preset_names"] and "baseline" not in given["preset_names"]:
         given["preset_names"] = ("baseline", *given["preset_names"])

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from planner.options import BriefHelp, measure_settings, same_options, with_options
-from planner.terminal import open_history, out, out_json, say
+from planner.terminal import open_history, out, out_json, say, settings_of
 
 if TYPE_CHECKING:
     from planner.advise import Advice
@@ -110,7 +108,6 @@ def advise(
     from planner.advise import for_deadline, for_goal, parse_moment, parse_within
     from planner.compare import compare
     from planner.resolve import Options, option_fields
-    from presets.env import read_settings
 
     refused = [flag for flag in ("run", "resume", "output", "step_time", "dry_run", "force") if given[flag]]
     if refused:
@@ -129,10 +126,8 @@ def advise(
         until = begin + timedelta(seconds=parse_within(within))
     elif goal is None:
         goal = _ask()
-    settings = read_settings(Path.cwd(), os.environ)
-    for warning in settings.warnings:
-        say(warning)
     options = Options(**{name: given[name] for name in option_fields() if name in given})
+    settings = settings_of(options, given["preset_names"])
     comparison = compare(
         options,
         settings,

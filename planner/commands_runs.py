@@ -8,11 +8,15 @@ from pathlib import Path
 
 import click
 
+from planner.options import Number
 from planner.terminal import open_history, out, out_json, say
+from presets.rules import MOST_TOKENS
 
 
 @click.command(short_help="Past runs: predicted beside actual.")
-@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, metavar="N", help="The newest N.")
+@click.option(
+    "--limit", type=click.IntRange(1, 1_000_000), default=20, show_default=True, metavar="N", help="The newest N."
+)
 @click.option("--accuracy", is_flag=True, help="How far all predictions were off, and how often the range held.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def history(limit: int, accuracy: bool, as_json: bool) -> None:
@@ -108,9 +112,9 @@ def merge(run: Path, output: Path | None) -> None:
 
 @click.command(short_help="Talk to the result of a run.")
 @RUN
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N")
+@click.option("--max-new-tokens", type=click.IntRange(1, MOST_TOKENS), default=256, show_default=True, metavar="N")
 @click.option(
-    "--temperature", type=click.FloatRange(min=0, max=10), default=0.0, show_default=True, help="0: the likeliest word."
+    "--temperature", type=Number(min=0, max=10), default=0.0, show_default=True, help="0: the likeliest word."
 )
 @click.option("--system", metavar="TEXT", help="A system message to start with.")
 def chat(run: Path, max_new_tokens: int, temperature: float, system: str | None) -> None:

@@ -244,6 +244,9 @@ class History:
                 return otherwise
             except sqlite3.DatabaseError as reason:
                 self._set_aside(identity, f"it is damaged ({reason})")
+            except UnicodeEncodeError:  # SQLite holds UTF-8 only, and a folder's name need be none
+                self._note(f"{self.path} cannot hold a name that is not UTF-8: it is left out")
+                return otherwise
             except OSError as reason:
                 self._note(f"{self.path} cannot be used ({reason.strerror or reason}): nothing is read from it or kept")
                 return otherwise

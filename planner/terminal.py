@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
     from planner.history import History
+    from planner.resolve import Options
+    from presets.env import Settings
 
 
 def say(text: str) -> None:
@@ -57,6 +61,36 @@ def ascii_only() -> bool:
     except (UnicodeEncodeError, LookupError):
         return True
     return False
+
+
+def settings_of(options: Options, names: Sequence[str], *, running: bool = False) -> Settings:
+    """The settings of the working folder and the environment; their warnings are said.
+
+    Raises:
+        PlanError: they break their rules; what else is wrong with presets, data and model is told in the same breath.
+    """
+    from planner.resolve import presets_to_compare, resolve_data, resolve_model
+    from presets.env import Settings, read_settings
+    from presets.errors import PlanError, together
+    from trainer.model import inspect_model
+
+    def read() -> Settings:
+        return read_settings(Path.cwd(), os.environ)
+
+    try:
+        settings = read()
+    except PlanError:
+        none = Settings()
+        together(
+            read,
+            lambda: presets_to_compare(none, tuple(name for name in names if name != "yours")),
+            lambda: resolve_data(options, none, running=running),
+            lambda: inspect_model(resolve_model(options, none)[0]),
+        )
+        raise
+    for warning in settings.warnings:
+        say(warning)
+    return settings
 
 
 def open_history(say: Callable[[str], None]) -> History:

@@ -33,8 +33,8 @@ def to_plain(value: Any) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """A dataclass as indented JSON text."""
-    return json.dumps(to_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """A dataclass as indented JSON text, without control characters; a name that is no UTF-8 comes back as it was."""
+    return harmless(json.dumps(to_plain(value), indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def harmless(text: str, *, ascii_only: bool = False) -> str:
@@ -127,7 +127,7 @@ def _build(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
             return {}
         return {key: _build(arguments[1], item, f"{path}.{key}", problems) for key, item in value.items()}
     fits, converted = fit_type(hint, value)
-    if not fits:
+    if not fits or (isinstance(converted, float) and not math.isfinite(converted)):  # 1e999 is infinity to Python
         problems.append(f"{path or 'value'} is {shown(value)}; it must be {describe_type(hint)}")
     return converted
 
