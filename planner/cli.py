@@ -14,7 +14,7 @@ import click
 from planner.commands_choice import advise, doctor, presets
 from planner.commands_runs import chat, check, history, merge, report, watch
 from planner.options import BriefHelp, measure_settings, same_options, with_options
-from planner.terminal import ascii_only, open_history, out, out_json, say, settings_of, width
+from planner.terminal import ascii_only, open_history, open_trusted, out, out_json, say, settings_of, width
 from presets import jsonio
 from presets.errors import PlanError, RunError, SettingsError, did_you_mean
 
@@ -76,7 +76,7 @@ def cli(ctx: click.Context, /, **given: Any) -> None:
     if given["run"] and given["output_format"] not in ("table", "json"):
         raise click.UsageError("--format is for the table; a run prints its result as text, or with --json.")
     if given["resume"]:
-        ctx.exit(_resume(given["resume"], given["accelerate_config"]))
+        ctx.exit(_resume(given["resume"], given["accelerate_config"], trusted=given["trust_remote_code"]))
     from planner.resolve import Options, option_fields
 
     options = Options(**{name: given[name] for name in option_fields() if name in given})
@@ -253,10 +253,10 @@ def _known_twin(candidate: Candidate, facts: DeviceFacts, *, quantized: bool) ->
     return found or candidate
 
 
-def _resume(folder: Path, accelerate_config: Path | None) -> int:
-    from planner.launch import command, open_run, read_record, start
+def _resume(folder: Path, accelerate_config: Path | None, *, trusted: bool) -> int:
+    from planner.launch import command, read_record, start
 
-    job = open_run(folder)
+    job = open_trusted(folder, trusted=trusted)
     record = read_record(folder)
     if record is not None and record.status == "finished":
         _remember(record, folder)  # where this program was ended before the trainer was

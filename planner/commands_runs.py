@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from planner.options import Number
-from planner.terminal import open_history, out, out_json, say
+from planner.terminal import open_history, open_trusted, out, out_json, say
 from presets.rules import MOST_TOKENS
 
 
@@ -72,21 +72,22 @@ def report(run: Path, output: Path | None) -> None:
 
 
 RUN = click.argument("run", type=click.Path(path_type=Path))
+TRUST = click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 
 
 @click.command(short_help="Quality before and after a run.")
 @RUN
-def check(run: Path) -> None:
+@TRUST
+def check(run: Path, trust_remote_code: bool) -> None:
     """Check the quality of a finished RUN: held-out loss and sample answers, before and after.
 
     \b
     Example:
       plan check runs/recommended-20260101-120000
     """
-    from planner.launch import open_run
     from planner.outcome import check_text
 
-    job = open_run(run)
+    job = open_trusted(run, trusted=trust_remote_code)
     from trainer.finished import check as check_run
 
     out(check_text(check_run(run), job))
@@ -94,17 +95,16 @@ def check(run: Path) -> None:
 
 @click.command(short_help="Base model and adapter as one model.")
 @RUN
+@TRUST
 @click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", help="The merged model [RUN/merged].")
-def merge(run: Path, output: Path | None) -> None:
+def merge(run: Path, trust_remote_code: bool, output: Path | None) -> None:
     """Write the base model and the adapter of a finished RUN as one model (safetensors).
 
     \b
     Example:
       plan merge runs/recommended-20260101-120000 --output my-model
     """
-    from planner.launch import open_run
-
-    open_run(run)
+    open_trusted(run, trusted=trust_remote_code)
     from trainer.finished import merge as merge_run
 
     out(f"merged model: {merge_run(run, output or run / 'merged')}")
@@ -112,21 +112,20 @@ def merge(run: Path, output: Path | None) -> None:
 
 @click.command(short_help="Talk to the result of a run.")
 @RUN
+@TRUST
 @click.option("--max-new-tokens", type=click.IntRange(1, MOST_TOKENS), default=256, show_default=True, metavar="N")
 @click.option(
     "--temperature", type=Number(min=0, max=10), default=0.0, show_default=True, help="0: the likeliest word."
 )
 @click.option("--system", metavar="TEXT", help="A system message to start with.")
-def chat(run: Path, max_new_tokens: int, temperature: float, system: str | None) -> None:
+def chat(run: Path, trust_remote_code: bool, max_new_tokens: int, temperature: float, system: str | None) -> None:
     """Talk to the result of a finished RUN in the terminal. An empty line or Ctrl-D ends it.
 
     \b
     Example:
       plan chat runs/recommended-20260101-120000
     """
-    from planner.launch import open_run
-
-    open_run(run)
+    open_trusted(run, trusted=trust_remote_code)
     from trainer.finished import open_finished, reply
 
     finished = open_finished(run)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from planner.history import History
     from planner.resolve import Options
     from presets.env import Settings
+    from trainer.job import Job
 
 
 def say(text: str) -> None:
@@ -91,6 +92,26 @@ def settings_of(options: Options, names: Sequence[str], *, running: bool = False
     for warning in settings.warnings:
         say(warning)
     return settings
+
+
+def open_trusted(folder: Path, *, trusted: bool) -> Job:
+    """The job of a run folder. That it was once run with code of its model is no leave to run it again: it may come
+    from somebody else.
+
+    Raises:
+        RunError: it is not a run folder.
+        SettingsError: it would run code of the model, and nobody has said so now.
+    """
+    from planner.launch import open_run
+    from presets.errors import SettingsError
+
+    job = open_run(folder)
+    if job.trust_remote_code and not trusted:
+        raise SettingsError(
+            f"'{folder}' was made with --trust-remote-code: '{job.model}' comes with code of its own, which would run "
+            "here. Pass --trust-remote-code again if you trust it."
+        )
+    return job
 
 
 def open_history(say: Callable[[str], None]) -> History:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from presets import jsonio
 from presets.errors import DataError, ModelError
 from trainer.job import DataSpec
 from trainer.sources import is_hub_name
@@ -110,7 +111,7 @@ def _vocabulary_size(model: str) -> int:
     if not Path(model).is_dir():
         path = _config_from_hub(model)
     try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
+        config: Any = jsonio.loads(path.read_text(encoding="utf-8"), strict=False)
     except FileNotFoundError:
         raise ModelError(f"{model}: the folder holds no config.json. Pass a model folder or a hub name.") from None
     except (OSError, ValueError) as reason:

@@ -28,6 +28,7 @@ from trainer.assumed import assumed_data
 from trainer.chat import ChatEncoder
 from trainer.growing import TokenFiles
 from trainer.job import DataSpec
+from trainer.model import UNTRUSTED
 from trainer.records import Examples, read_examples
 from trainer.sources import RawRecord, is_hub_name, open_source
 from trainer.tokens import DataReport, TokenizedDataset
@@ -105,6 +106,8 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as reason:  # transformers and tokenizers raise anything, a bare Exception included
+        if "trust_remote_code" in str(reason):
+            raise ModelError(UNTRUSTED.format(model=f"{model}: its tokenizer")) from None
         text = " ".join(str(reason).split())
         raise ModelError(f"{model}: its tokenizer cannot be loaded ({text[:200]}). {remedy}") from None
 

@@ -137,4 +137,7 @@ def read_predicted(run: Path) -> Predicted:
     path = run / "estimate.json"
     if not path.exists():
         return Predicted()
-    return jsonio.from_json(Predicted, path.read_text(encoding="utf-8"), what=str(path), error=RunError)
+    try:
+        return jsonio.from_json(Predicted, path.read_text(encoding="utf-8"), what=str(path), error=RunError)
+    except (OSError, UnicodeDecodeError) as reason:
+        raise RunError(f"{path}: cannot be read ({reason}).") from None
