@@ -136,9 +136,9 @@ def _cells(run: PastRun, now: datetime) -> tuple[str, ...]:
 def _when(text: str, now: datetime) -> str:
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
+        return clock(moment if moment.tzinfo else moment.astimezone(), now)
+    except (ValueError, OverflowError):  # no moment, or one that no calendar has in this zone
         return printable(text)
-    return clock(moment if moment.tzinfo else moment.astimezone(), now)
 
 
 def _model(name: str) -> str:

@@ -8,7 +8,6 @@ partial window has too few rows), so that each process does the same number.
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -117,9 +116,25 @@ class BatchPlan:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = {field.name: archive[field.name] for field in fields(cls)}
             arrays["num_devices"] = int(arrays["num_devices"])
-            return cls(**arrays)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as reason:
-            raise RunError(f"{path}: the batch plan cannot be read ({reason}).") from None
+            plan = cls(**arrays)
+            plan._check()
+        except Exception as reason:  # a damaged archive raises anything, from zlib.error to NotImplementedError
+            text = " ".join(str(reason).split())[:200] or type(reason).__name__
+            raise RunError(f"{path}: the batch plan cannot be read ({text}). Start the run anew.") from None
+        return plan
+
+    def _check(self) -> None:
+        """Raises ValueError where the lists do not fit into each other, as in a damaged file."""
+        size = len(self.order)
+        for offsets in (self.row_offsets, self.micro_offsets, self.window_offsets, self.order, self.evaluation):
+            if offsets.ndim != 1 or offsets.dtype.kind != "i" or (len(offsets) and int(offsets.min()) < 0):
+                raise ValueError("an array of it is of another kind")
+        for offsets in (self.row_offsets, self.micro_offsets, self.window_offsets):
+            if not len(offsets) or offsets[0] != 0 or offsets[-1] != size or bool((np.diff(offsets) < 0).any()):
+                raise ValueError("its arrays do not fit together")
+            size = len(offsets) - 1
+        if self.window_phase.shape != (size,) or self.window_epoch.shape != (size,) or self.num_devices < 1:
+            raise ValueError("its arrays do not fit together")
 
 
 def make_batch_plan(
