@@ -1,5 +1,6 @@
 # make demo   the table for 63,000 messages on the bundled model, then one run on the bundled messages
 # make test   every test            make check   style, format and types
+# make fuzz   100,000 inputs for every parser and the batch planner, others each time; FUZZ_EXAMPLES=N for another number
 # make venv   only set up           make clean   remove what the above made, but not runs/
 # Another Python: make PYTHON=/path/to/python3.12 demo
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo test check clean
+.PHONY: help venv demo test check fuzz clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -31,6 +32,11 @@ demo: venv
 
 test: venv
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
+
+FUZZ_EXAMPLES ?= 100000
+
+fuzz: venv
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q tests/fuzz
 
 check: venv
 	$(BIN)/ruff check .

@@ -14,7 +14,18 @@ import click
 from planner.commands_choice import advise, doctor, presets
 from planner.commands_runs import chat, check, history, merge, report, watch
 from planner.options import BriefHelp, measure_settings, same_options, with_options
-from planner.terminal import ascii_only, measuring_bar, open_history, say, width
+from planner.terminal import (
+    ascii_only,
+    measuring_bar,
+    open_history,
+    open_trusted,
+    out,
+    out_json,
+    say,
+    settings_of,
+    width,
+)
+from presets import jsonio
 from presets.errors import PlanError, RunError, SettingsError, did_you_mean
 
 if TYPE_CHECKING:
@@ -80,14 +91,13 @@ def cli(ctx: click.Context, /, **given: Any) -> None:
         raise click.UsageError("--preset is for the table; --run takes the one configuration that it names.")
     if given["resume"]:
         _refuse_options_beside_resume(ctx)
-        ctx.exit(_resume(given["resume"], given["accelerate_config"], as_json=given["as_json"]))
+        trusted, as_json = given["trust_remote_code"], given["as_json"]
+        ctx.exit(_resume(given["resume"], given["accelerate_config"], trusted=trusted, as_json=as_json))
     from planner.resolve import Options, option_fields
-    from presets.env import read_settings
 
-    settings = read_settings(Path.cwd(), os.environ)
-    for warning in settings.warnings:
-        say(warning)
     options = Options(**{name: given[name] for name in option_fields() if name in given})
+    named = (*((given["run"],) if given["run"] else ()), *given["preset_names"])
+    settings = settings_of(options, named, running=bool(given["run"]))
     if given["step_time"] is not None:
         _published(options, settings, given)
     elif given["run"]:
@@ -109,7 +119,7 @@ def _typed(ctx: click.Context, *without: str) -> str | None:
 
 def _refuse_options_beside_resume(ctx: click.Context) -> None:
     """A run goes on as its job.json says; another learning rate would be dropped without a word."""
-    flag = _typed(ctx, "resume", "accelerate_config", "as_json", "debug")
+    flag = _typed(ctx, "resume", "accelerate_config", "trust_remote_code", "as_json", "debug")
     if flag:
         raise click.UsageError(
             f"{flag} does not go with --resume: a run goes on as it was started. For other settings start another run."
@@ -136,7 +146,7 @@ def _published(options: Options, settings: Settings, given: dict[str, Any]) -> N
         raise SettingsError(f"{reason}") from None
     if _printed_as(found, given):
         return
-    click.echo(published_text(found, width=width(), ascii_only=ascii_only()))
+    out(published_text(found, width=width(), ascii_only=ascii_only()))
 
 
 def _printed_as(report: PlanReport, given: dict[str, Any]) -> bool:
@@ -146,7 +156,8 @@ def _printed_as(report: PlanReport, given: dict[str, Any]) -> bool:
         return False
     from planner.formats import as_text
 
-    click.echo(as_text(report, kind, now=datetime.now().astimezone()), nl=False)
+    text = as_text(report, kind, now=datetime.now().astimezone())
+    out_json(text) if kind == "json" else out(text, nl=False)
     return True
 
 
@@ -162,14 +173,14 @@ def _table(options: Options, settings: Settings, given: dict[str, Any]) -> None:
     if _printed_as(comparison.report, given):
         return
     now = datetime.now().astimezone()
-    click.echo(measured_text(comparison.report, now=now, width=width(), ascii_only=ascii_only()))
+    out(measured_text(comparison.report, now=now, width=width(), ascii_only=ascii_only()))
     if given["explain"]:
         from planner.explain import explain_text
 
-        click.echo("\n" + explain_text(comparison, width=width(), ascii_only=ascii_only()))
+        out("\n" + explain_text(comparison, width=width(), ascii_only=ascii_only()))
     command = run_command(comparison, same_options(given))
     if command:
-        click.echo(f"\nStart it:\n  {command}")
+        out(f"\nStart it:\n  {command}")
 
 
 def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
@@ -222,7 +233,7 @@ def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
     found = comparison.estimates[candidate.name]
     now = datetime.now().astimezone()
     if not given["as_json"]:
-        click.echo(measured_text(comparison.report, now=now, width=width(), ascii_only=ascii_only()))
+        out(measured_text(comparison.report, now=now, width=width(), ascii_only=ascii_only()))
     if found.fits is False:
         raise RunError(f"'{given['run']}' does not fit on this device: {found.error or 'out of memory'}.")
     job = with_checkpoint_interval(candidate.planned.job, found.num_steps, found.seconds_per_step)
@@ -266,9 +277,9 @@ def _dry_run(options: Options, settings: Settings, given: dict[str, Any], output
     say(f"{plan.num_steps:,} optimizer steps over {plan.num_examples:,} examples; nothing was measured or written")
     say("what --run would start, once it has made the run folder:")
     if given["as_json"]:
-        click.echo(job.to_json())
+        out_json(job.to_json())
         return
-    click.echo(shlex.join(command(folder, job, accelerate_config=given["accelerate_config"], dry=True)))
+    out(shlex.join(command(folder, job, accelerate_config=given["accelerate_config"], dry=True)))
 
 
 def _known_twin(candidate: Candidate, facts: DeviceFacts, *, quantized: bool) -> Candidate:
@@ -286,10 +297,10 @@ def _known_twin(candidate: Candidate, facts: DeviceFacts, *, quantized: bool) ->
     return found or candidate
 
 
-def _resume(folder: Path, accelerate_config: Path | None, *, as_json: bool) -> int:
-    from planner.launch import command, open_run, open_to_write, read_record, start
+def _resume(folder: Path, accelerate_config: Path | None, *, trusted: bool, as_json: bool) -> int:
+    from planner.launch import command, open_to_write, read_record, start
 
-    open_run(folder)
+    open_trusted(folder, trusted=trusted)
     try:
         record = read_record(folder)
     except RunError as reason:  # the run needs none to go on; it writes its own
@@ -325,7 +336,7 @@ def _ended(folder: Path, code: int, *, as_json: bool = False) -> int:
     if record is not None:
         _remember(record, folder)
     if record is not None and record.status == "finished":
-        click.echo((folder / "record.json").read_text(encoding="utf-8") if as_json else outcome_text(record, folder))
+        out_json(jsonio.to_json(record)) if as_json else out(outcome_text(record, folder))
     elif code not in (0, 1, 130, 143):
         say(
             f"Error: the trainer ended with code {code}. Its log: {folder / 'train.log'}. "
@@ -361,12 +372,9 @@ def tune_command(names: tuple[str, ...], **given: Any) -> None:
     if refused:
         raise click.UsageError(f"--{refused[0].replace('_', '-')} does not go with 'plan tune'.")
     from planner.resolve import Options, option_fields
-    from presets.env import read_settings
 
-    settings = read_settings(Path.cwd(), os.environ)
-    for warning in settings.warnings:
-        say(warning)
     options = Options(**{name: given[name] for name in option_fields() if name in given})
+    settings = settings_of(options, (*names, *given["preset_names"]))
     given["preset_names"] = (*names, *given["preset_names"])
     if given["preset_names"] and "baseline" not in given["preset_names"]:
         given["preset_names"] = ("baseline", *given["preset_names"])
@@ -376,6 +384,17 @@ def tune_command(names: tuple[str, ...], **given: Any) -> None:
 
 for _command in (history, check, merge, chat, watch, report, presets, advise, doctor):
     cli.add_command(_command)
+
+
+def _show(reason: click.ClickException) -> None:
+    """As click shows it, but free of control sequences: a file's name is repeated in it."""
+    context = getattr(reason, "ctx", None)
+    if context is not None:
+        say(context.get_usage())
+        say(f"Try '{context.command_path} {context.help_option_names[0]}' for help.\n".rstrip())
+        say("")
+    for line in reason.format_message().splitlines():
+        say(f"Error: {line}")
 
 
 def main() -> None:
@@ -391,7 +410,7 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 130
     except click.ClickException as reason:
-        reason.show()
+        _show(reason)
         code = reason.exit_code
     except PlanError as reason:
         if debug:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from planner.options import BriefHelp, measure_settings, same_options, with_options
-from planner.terminal import measuring_bar, open_history, out, say
+from planner.terminal import measuring_bar, open_history, out, out_json, say, settings_of
 
 if TYPE_CHECKING:
     from planner.advise import Advice
@@ -41,8 +39,8 @@ def presets_list() -> None:
 
 
 def _list() -> None:
-    from planner.report import printable
     from presets.errors import PresetError
+    from presets.text import printable
     from presets.user import all_names, find_preset
 
     for name in all_names():
@@ -62,7 +60,7 @@ def presets_show(name: str) -> None:
     Example:
       plan presets show aggressive
     """
-    from planner.report import printable
+    from presets.text import printable
     from presets.user import text_of
 
     out("\n".join(map(printable, text_of(name).splitlines())))
@@ -80,7 +78,7 @@ def presets_new(name: str, source: str) -> None:
     """
     from presets.user import new_preset
 
-    click.echo(f"{new_preset(name, source)}")
+    out(f"{new_preset(name, source)}")
     say(f"Edit it, then: plan --preset {name} --dataset messages.jsonl")
 
 
@@ -110,7 +108,6 @@ def advise(
     from planner.advise import for_deadline, for_goal, parse_moment, parse_within
     from planner.compare import compare
     from planner.resolve import Options, option_fields
-    from presets.env import read_settings
 
     refused = [flag for flag in ("run", "resume", "output", "step_time", "dry_run", "force") if given[flag]]
     if refused:
@@ -129,10 +126,8 @@ def advise(
         until = begin + timedelta(seconds=parse_within(within))
     elif goal is None:
         goal = _ask()
-    settings = read_settings(Path.cwd(), os.environ)
-    for warning in settings.warnings:
-        say(warning)
     options = Options(**{name: given[name] for name in option_fields() if name in given})
+    settings = settings_of(options, given["preset_names"])
     comparison = compare(
         options,
         settings,
@@ -150,8 +145,10 @@ def advise(
         assert goal is not None
         found = for_goal(report.rows, goal)
     tail = same_options(given | {"tuned": False})
-    make = _advice_json if given["as_json"] else _advice_text
-    out(make(found, tail, begin, until))
+    if given["as_json"]:
+        out_json(_advice_json(found, tail, begin, until))
+    else:
+        out(_advice_text(found, tail, begin, until))
     ctx.exit(0 if found.row is not None else 1)
 
 
@@ -173,7 +170,8 @@ def _ask() -> str:
 
 def _advice_text(found: Advice, tail: str, begin: datetime, until: datetime | None) -> str:
     from planner.advise import latest_minute
-    from planner.report import clock, duration, duration_range, printable
+    from planner.report import clock, duration, duration_range
+    from presets.text import printable
 
     lines = [] if until is None else [f"By {clock(until, begin)}, started {clock(begin, begin)}:\n"]
     row = found.row
@@ -229,12 +227,12 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     import json
 
     from planner.doctor import examine, look
-    from planner.report import printable
     from presets import jsonio
+    from presets.text import printable
 
     found = examine(look())
     if as_json:
-        click.echo(json.dumps({"schema": 1, "findings": [jsonio.to_plain(one) for one in found]}, indent=2))
+        out_json(json.dumps({"schema": 1, "findings": [jsonio.to_plain(one) for one in found]}, indent=2))
     else:
         marks = {"ok": "ok   ", "note": "note ", "wrong": "WRONG"}
         for one in found:

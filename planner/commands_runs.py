@@ -8,11 +8,15 @@ from pathlib import Path
 
 import click
 
-from planner.terminal import open_history, say
+from planner.options import Number
+from planner.terminal import open_history, open_trusted, out, out_json, say
+from presets.rules import MOST_TOKENS
 
 
 @click.command(short_help="Past runs: predicted beside actual.")
-@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, metavar="N", help="The newest N.")
+@click.option(
+    "--limit", type=click.IntRange(1, 1_000_000), default=20, show_default=True, metavar="N", help="The newest N."
+)
 @click.option("--accuracy", is_flag=True, help="How far all predictions were off, and how often the range held.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def history(limit: int, accuracy: bool, as_json: bool) -> None:
@@ -27,10 +31,10 @@ def history(limit: int, accuracy: bool, as_json: bool) -> None:
 
     if accuracy:
         found = past.accuracy(open_history(say).runs())
-        click.echo(past.accuracy_json(found) if as_json else past.accuracy_text(found))
+        out_json(past.accuracy_json(found)) if as_json else out(past.accuracy_text(found))
         return
     runs = open_history(say).runs(limit)
-    click.echo(past.runs_json(runs) if as_json else past.runs_text(runs, datetime.now().astimezone()))
+    out_json(past.runs_json(runs)) if as_json else out(past.runs_text(runs, datetime.now().astimezone()))
 
 
 @click.command(short_help="Watch a run from another terminal.")
@@ -64,66 +68,64 @@ def report(run: Path, output: Path | None) -> None:
     """
     from planner.run_report import write_report
 
-    click.echo(f"report: {write_report(run, output)}")
+    out(f"report: {write_report(run, output)}")
 
 
 RUN = click.argument("run", type=click.Path(path_type=Path))
+TRUST = click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 
 
 @click.command(short_help="Quality before and after a run.")
 @RUN
-def check(run: Path) -> None:
+@TRUST
+def check(run: Path, trust_remote_code: bool) -> None:
     """Check the quality of a finished RUN: held-out loss and sample answers, before and after.
 
     \b
     Example:
       plan check runs/recommended-20260101-120000
     """
-    from planner.launch import open_run
     from planner.outcome import check_text
 
-    job = open_run(run)
+    job = open_trusted(run, trusted=trust_remote_code)
     from trainer.finished import check as check_run
 
-    click.echo(check_text(check_run(run), job))
+    out(check_text(check_run(run), job))
 
 
 @click.command(short_help="Base model and adapter as one model.")
 @RUN
+@TRUST
 @click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", help="The merged model [RUN/merged].")
-def merge(run: Path, output: Path | None) -> None:
+def merge(run: Path, trust_remote_code: bool, output: Path | None) -> None:
     """Write the base model and the adapter of a finished RUN as one model (safetensors).
 
     \b
     Example:
       plan merge runs/recommended-20260101-120000 --output my-model
     """
-    from planner.launch import open_run
-
-    open_run(run)
+    open_trusted(run, trusted=trust_remote_code)
     from trainer.finished import merge as merge_run
 
-    click.echo(f"merged model: {merge_run(run, output or run / 'merged')}")
+    out(f"merged model: {merge_run(run, output or run / 'merged')}")
 
 
 @click.command(short_help="Talk to the result of a run.")
 @RUN
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N")
+@TRUST
+@click.option("--max-new-tokens", type=click.IntRange(1, MOST_TOKENS), default=256, show_default=True, metavar="N")
 @click.option(
-    "--temperature", type=click.FloatRange(min=0, max=10), default=0.0, show_default=True, help="0: the likeliest word."
+    "--temperature", type=Number(min=0, max=10), default=0.0, show_default=True, help="0: the likeliest word."
 )
 @click.option("--system", metavar="TEXT", help="A system message to start with.")
-def chat(run: Path, max_new_tokens: int, temperature: float, system: str | None) -> None:
+def chat(run: Path, trust_remote_code: bool, max_new_tokens: int, temperature: float, system: str | None) -> None:
     """Talk to the result of a finished RUN in the terminal. An empty line or Ctrl-D ends it.
 
     \b
     Example:
       plan chat runs/recommended-20260101-120000
     """
-    from planner.launch import open_run
-    from planner.report import printable
-
-    open_run(run)
+    open_trusted(run, trusted=trust_remote_code)
     from trainer.finished import open_finished, reply
 
     finished = open_finished(run)
@@ -139,6 +141,6 @@ def chat(run: Path, max_new_tokens: int, temperature: float, system: str | None)
         for piece in reply(finished, messages, max_new_tokens=max_new_tokens, temperature=temperature):
             pieces.append(piece)
             # A model may write anything; only text and line ends reach the terminal.
-            click.echo("\n".join(printable(part) for part in piece.split("\n")), nl=False)
+            out(piece, nl=False)
         click.echo()
         messages.append(("assistant", "".join(pieces).strip() or "..."))

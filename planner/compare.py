@@ -50,7 +50,7 @@ from planner.resolve import Options, presets_to_compare, resolve_data, resolve_m
 from planner.reuse import Keys, Reused, Sharpness, keep, reuse
 from planner.tune import Twin
 from presets.env import Settings
-from presets.errors import DataError, ModelError, SettingsError
+from presets.errors import DataError, ModelError, SettingsError, together
 from presets.schema import DEFAULT_PRESET, Preset, Published, load_preset, preset_names
 from presets.user import is_path
 from trainer.job import DataSpec
@@ -167,8 +167,13 @@ def prepare(
     Raises:
         PlanError: as `compare`; with `running` also where the safety rules advise against it and `force` is not given.
     """
-    presets = presets_to_compare(settings, names, say)
     model, where = resolve_model(options, settings)
+    together(
+        lambda: presets_to_compare(settings, names),
+        lambda: resolve_data(options, settings, running=running),
+        lambda: inspect_model(model),
+    )
+    presets = presets_to_compare(settings, names, say)
     spec = resolve_data(options, settings, running=running)
     files = inspect_model(model)
     if running and not files.has_weights:

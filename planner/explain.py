@@ -7,7 +7,8 @@ import textwrap
 from tabulate import tabulate
 
 from planner.compare import Comparison
-from planner.report import UNKNOWN, duration, printable
+from planner.report import UNKNOWN, duration
+from presets.text import printable
 
 PARTS = (
     ("forward_backward", "forward+backward"),

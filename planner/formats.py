@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from planner.report import PlanReport, column_cells, remarks
+from presets.text import printable, printable_lines
 
 FORMATS = ("table", "markdown", "csv", "json", "html")
 
@@ -89,7 +90,7 @@ def html_table(report: PlanReport, *, now: datetime) -> str:
 
     def line(kind: str, cells: Iterable[str]) -> str:
         made = (
-            f"<{kind}{' class=right' if right else ''}>{html.escape(cell)}</{kind}>"
+            f"<{kind}{' class=right' if right else ''}>{escaped(cell)}</{kind}>"
             for cell, (_, right) in zip(cells, titles, strict=True)
         )
         return "<tr>" + "".join(made) + "</tr>"
@@ -100,12 +101,17 @@ def html_table(report: PlanReport, *, now: datetime) -> str:
 
 def definitions(facts: Sequence[tuple[str, str | None]]) -> str:
     """Names and values; what is unknown is left out."""
-    made = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts if value is not None)
+    made = (f"<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>" for name, value in facts if value is not None)
     return f"<dl>{''.join(made)}</dl>"
 
 
+def escaped(text: str) -> str:
+    """Text that HTML shows as it is: no tag, and nothing that turns the line round for who reads the page."""
+    return html.escape(printable_lines(text))
+
+
 def bullets(texts: Iterable[str]) -> str:
-    return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in texts) + "</ul>"
+    return "<ul>" + "".join(f"<li>{escaped(text)}</li>" for text in texts) + "</ul>"
 
 
 def document(title: str, body: Iterable[str]) -> str:
@@ -116,7 +122,7 @@ def document(title: str, body: Iterable[str]) -> str:
         # Nothing may be fetched or run, whatever a name in the data looks like.
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
+        f"<title>{escaped(title)}</title><style>{STYLE}</style></head>\n<body>\n"
         + "\n".join(body)
         + "\n</body></html>\n"
     )
@@ -132,9 +138,11 @@ def _marked(text: str) -> str:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
-        return f"'{value}"  # a spreadsheet would take it for a formula
-    return "" if value is None else value
+    if not isinstance(value, str):
+        return "" if value is None else value
+    text = printable(value)
+    # A spreadsheet would take it for a formula and run it: the apostrophe makes it text, and is all that is changed.
+    return f"'{text}" if text.lstrip()[:1] in ("=", "+", "-", "@") else text
 
 
 def as_text(report: PlanReport, kind: str, *, now: datetime) -> str:

@@ -8,6 +8,7 @@ is kept. Notes gather in `History.notes`, and are passed to `say` as they come.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sqlite3
 import time
 from collections.abc import Callable, Iterable
@@ -107,7 +108,8 @@ class PastRun:
         """Actual / predicted seconds of the whole run, less 1; None where they cannot be compared."""
         if not self.is_uninterrupted or not self.seconds or self.seconds < 0 or self.actual_seconds is None:
             return None
-        return self.actual_seconds / self.seconds - 1
+        error = self.actual_seconds / self.seconds - 1
+        return error if math.isfinite(error) else None
 
     @property
     def is_inside(self) -> bool | None:
@@ -247,6 +249,11 @@ class History:
                 return otherwise
             except sqlite3.DatabaseError as reason:
                 self._set_aside(identity, f"it is damaged ({reason})")
+            except UnicodeDecodeError as reason:
+                self._set_aside(identity, f"it is damaged ({reason})")
+            except UnicodeEncodeError:  # SQLite holds UTF-8 only, and a folder's name need be none
+                self._note(f"{self.path} cannot hold a name that is not UTF-8: it is left out")
+                return otherwise
             except OSError as reason:
                 self._note(f"{self.path} cannot be used ({reason.strerror or reason}): nothing is read from it or kept")
                 return otherwise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from presets.errors import SettingsError
+from presets.rules import MOST_EPOCHS, MOST_EXAMPLES, MOST_SEED, MOST_SEQUENCES, MOST_TOKENS
 
 if TYPE_CHECKING:
     from planner.candidates import MeasureSettings
@@ -29,9 +31,19 @@ class _Epochs(click.ParamType):  # type: ignore[type-arg]  # generic only in new
             number = -1.0
         if 0 < number < 1:
             return number
-        if 1 <= number <= 1_000_000 and number == int(number):
+        if 1 <= number <= MOST_EPOCHS and number == int(number):
             return int(number)
         self.fail(f"'{value}' is neither a whole number of at least 1 nor a share of one below 1.", param, ctx)
+
+
+class Number(click.FloatRange):
+    """A number in a range: click itself lets "nan" through, which no comparison refuses."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = float(super().convert(value, param, ctx))
+        if not math.isfinite(found):
+            self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
+        return found
 
 
 def _choice(*words: str) -> click.Choice[str]:
@@ -48,32 +60,32 @@ OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("What", ("--force",), {"is_flag": True, "help": "Run what the safety rules advise against."}),
     ("What", ("--dry-run",), {"is_flag": True, "help": "With --run: print what would be started; measure nothing, make no run folder."}),
     ("What", ("--preset", "preset_names"), {"metavar": "PRESET", "multiple": True, "help": "Compare only these (repeat it)."}),
-    ("Measure", ("--budget",), {"type": click.FloatRange(min=0, min_open=True, max=86400), "default": 60.0, "show_default": True, "envvar": "PLAN_BUDGET", "show_envvar": True, "metavar": "SECONDS", "help": "Seconds spent timing; process starts come on top."}),
+    ("Measure", ("--budget",), {"type": Number(min=0, min_open=True, max=86400), "default": 60.0, "show_default": True, "envvar": "PLAN_BUDGET", "show_envvar": True, "metavar": "SECONDS", "help": "Seconds spent timing; process starts come on top."}),
     ("Measure", ("--precision-target",), {"metavar": "PERCENT", "default": "2%", "show_default": True, "help": "Stop timing when the range is as narrow as ± this."}),
     ("Measure", ("--tuned",), {"is_flag": True, "help": "Show (or run) the tuned twins too; searched for where not known."}),
     ("Measure", ("--quantized",), {"is_flag": True, "help": "Let a search try 8-bit and 4-bit bases, which train something else."}),
     ("Measure", ("--explain",), {"is_flag": True, "help": "Say where the time goes, and what each change gained."}),
-    ("Measure", ("--step-time",), {"type": click.FloatRange(min=0, min_open=True), "metavar": "SECONDS", "help": "Measure nothing: fill the published formula with this step time."}),
+    ("Measure", ("--step-time",), {"type": Number(min=0, min_open=True, max=1e9), "metavar": "SECONDS", "help": "Measure nothing: fill the published formula with this step time."}),
     ("Measure", ("--fresh",), {"is_flag": True, "help": "Measure again, though an earlier measurement would do."}),
     ("Measure", ("--json", "as_json"), {"is_flag": True, "help": "Print one JSON object and nothing else."}),
     ("Measure", ("--format", "output_format"), {"type": _choice("table", "markdown", "csv", "json", "html"), "default": "table", "show_default": True, "help": "Form of the table; html is a page of its own."}),
     ("Data", ("--columns",), {"metavar": "ROLE=NAME,...", "help": "Name the columns: prompt=q,completion=a,engagement=likes."}),
-    ("Data", ("--tokens-per-example",), {"type": click.IntRange(min=2), "metavar": "N", "help": "With a count: every example has N tokens."}),
+    ("Data", ("--tokens-per-example",), {"type": click.IntRange(2, MOST_TOKENS), "metavar": "N", "help": "With a count: every example has N tokens."}),
     ("Data", ("--train-on",), {"type": _choice("assistant", "all"), "default": "assistant", "show_default": True, "help": "Which tokens count for the loss."}),
-    ("Data", ("--limit",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Use only the first N records."}),
+    ("Data", ("--limit",), {"type": click.IntRange(1, MOST_EXAMPLES), "metavar": "N", "help": "Use only the first N records."}),
     ("Data", ("--skip-bad-lines",), {"is_flag": True, "help": "Leave out records that cannot be read, and count them."}),
-    ("Data", ("--eval-fraction",), {"type": click.FloatRange(min=0, max=1, max_open=True), "metavar": "F", "help": "Held-out share [0.02, at least 8, at most 1,000 examples]."}),
+    ("Data", ("--eval-fraction",), {"type": Number(min=0, max=1, max_open=True), "metavar": "F", "help": "Held-out share [0.02, at least 8, at most 1,000 examples]."}),
     ("Data", ("--samples",), {"type": click.IntRange(min=0, max=100), "metavar": "N", "help": "Answers written before and after, side by side [4]."}),
-    ("Override", ("--micro-batch-size",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Sequences per forward pass; the global batch stays."}),
-    ("Override", ("--gradient-accumulation-steps",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Changes the global batch."}),
+    ("Override", ("--micro-batch-size",), {"type": click.IntRange(1, MOST_SEQUENCES), "metavar": "N", "help": "Sequences per forward pass; the global batch stays."}),
+    ("Override", ("--gradient-accumulation-steps",), {"type": click.IntRange(1, MOST_SEQUENCES), "metavar": "N", "help": "Changes the global batch."}),
     ("Override", ("--precision",), {"type": _choice("fp32", "tf32", "fp16", "bf16"), "help": "Compute precision."}),
     ("Override", ("--base-precision",), {"type": _choice("auto", "fp32", "fp16", "bf16", "8bit", "4bit"), "help": "How frozen weights are stored."}),
     ("Override", ("--adapter",), {"type": _choice("lora", "full"), "help": "Train LoRA adapters or all weights."}),
-    ("Override", ("--learning-rate",), {"type": float, "metavar": "LR", "help": "Peak learning rate."}),
+    ("Override", ("--learning-rate",), {"type": Number(min=0, min_open=True, max=1, max_open=True), "metavar": "LR", "help": "Peak learning rate."}),
     ("Override", ("--epochs",), {"type": _Epochs(), "metavar": "N", "help": "Passes over the data."}),
-    ("Override", ("--max-length",), {"type": click.IntRange(min=2), "metavar": "TOKENS", "help": "Longer examples keep their head."}),
-    ("Override", ("--sample-size",), {"type": click.IntRange(min=1), "metavar": "N", "help": "Use the top N examples."}),
-    ("Override", ("--sample-ratio",), {"type": click.FloatRange(min=0, min_open=True, max=1), "metavar": "R", "help": "Use this share of the examples."}),
+    ("Override", ("--max-length",), {"type": click.IntRange(2, MOST_TOKENS), "metavar": "TOKENS", "help": "Longer examples keep their head."}),
+    ("Override", ("--sample-size",), {"type": click.IntRange(1, MOST_EXAMPLES), "metavar": "N", "help": "Use the top N examples."}),
+    ("Override", ("--sample-ratio",), {"type": Number(min=0, min_open=True, max=1), "metavar": "R", "help": "Use this share of the examples."}),
     ("Override", ("--sampling-strategy",), {"type": _choice("random", "top", "prioritized"), "help": "How the sample is chosen."}),
     ("Override", ("--sample-score",), {"type": _choice("engagement", "recency", "loss"), "help": "What 'top' ranks by."}),
     ("Override", ("--attention",), {"type": _choice("sdpa", "eager"), "help": "Attention implementation."}),
@@ -81,7 +93,7 @@ OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("Override", ("--packing",), {"is_flag": True, "help": "Several examples in a row, kept apart; the same examples in each step."}),
     ("Override", ("--group-by-length",), {"is_flag": True, "help": "Windows of examples alike in length: less padding, but other batches."}),
     ("Override", ("--compile",), {"is_flag": True, "help": "torch.compile the layers; the time it takes is counted."}),
-    ("Override", ("--seed",), {"type": click.IntRange(min=0, max=2**32 - 1), "metavar": "N", "help": "Order, sampling and initial weights [42]."}),
+    ("Override", ("--seed",), {"type": click.IntRange(0, MOST_SEED), "metavar": "N", "help": "Order, sampling and initial weights [42]."}),
     ("Device", ("--device",), {"type": _choice("cuda", "mps", "cpu"), "help": "Where to run [the GPU, if there is one]."}),
     ("Device", ("--devices", "num_devices"), {"type": click.IntRange(min=1, max=1024), "metavar": "N", "help": "Number of GPUs (processes on a CPU)."}),
     ("Device", ("--threads", "num_threads"), {"type": click.IntRange(min=1, max=1024), "metavar": "N", "help": "CPU threads."}),
@@ -100,7 +112,28 @@ ESSENTIAL = (
 
 
 class BriefHelp(click.Command):
-    """A command whose help fits on a screen."""
+    """A command whose help fits on a screen, and which tells all options that are wrong at once."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.BadParameter as first:
+            told = self._all_bad(ctx, given)
+            if len(told) < 2:
+                raise
+            raise click.UsageError("\n".join(told), ctx) from first
+
+    def _all_bad(self, ctx: click.Context, args: list[str]) -> list[str]:
+        opts, _, order = self.make_parser(ctx).parse_args(args)
+        told = []
+        for param in click.core.iter_params_for_processing(order, self.get_params(ctx)):
+            try:
+                if not param.is_eager:
+                    param.handle_parse_result(ctx, opts, [])
+            except click.BadParameter as reason:
+                told.append(reason.format_message())
+        return told
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if ctx.meta.get("plan.help_all"):

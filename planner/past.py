@@ -11,8 +11,9 @@ from datetime import datetime
 from typing import Any
 
 from planner.history import PastRun
-from planner.report import NOT_APPLICABLE, UNKNOWN, clock, duration, duration_range, printable
+from planner.report import NOT_APPLICABLE, UNKNOWN, clock, duration, duration_range
 from presets import jsonio
+from presets.text import printable
 
 SCHEMA = 1
 NO_RUNS = "no finished runs yet"
@@ -135,9 +136,9 @@ def _cells(run: PastRun, now: datetime) -> tuple[str, ...]:
 def _when(text: str, now: datetime) -> str:
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
+        return clock(moment if moment.tzinfo else moment.astimezone(), now)
+    except (ValueError, OverflowError):  # no moment, or one that no calendar has in this zone
         return printable(text)
-    return clock(moment if moment.tzinfo else moment.astimezone(), now)
 
 
 def _model(name: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from planner.published import PublishedRow, published_notes, published_rows
 from presets import jsonio
 from presets.schema import Preset
+from presets.text import printable
 
 Basis = Literal["measured", "cached", "published"]
 
@@ -332,11 +333,6 @@ def figure(value: float | None) -> str:
         if abs(value) < limit:
             return f"{value:.{digits}g}" if limit < 1 else f"{value:.{digits}f}"
     return f"{value:,.0f}"
-
-
-def printable(text: str) -> str:
-    """Text from outside without control characters: a name in a data file must not move the cursor or turn the line."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 # Tables.

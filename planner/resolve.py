@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from planner.hardware import DeviceFacts, resolve_base_precision, resolve_precis
 from presets.demo import demo_folder
 from presets.env import Settings, yours_preset
 from presets.errors import PresetError, SettingsError, did_you_mean
+from presets.rules import MOST_EXAMPLES
 from presets.schema import (
     Adapter,
     Attention,
@@ -22,6 +24,7 @@ from presets.schema import (
     SampleScore,
     SamplingStrategy,
 )
+from presets.text import shown
 from presets.user import all_names, find_preset, is_path
 from trainer.job import DataSpec, EvaluationSpec, Job, TrainOn
 
@@ -151,8 +154,7 @@ def resolve_data(options: Options, settings: Settings, *, running: bool) -> Data
             else str(Path(named).expanduser().resolve())
         )
         return DataSpec(source=source, **common)
-    if count < 1:
-        raise SettingsError(f"--dataset is {count}; a count must be at least 1.")
+    _check_count(count)
     if running:
         raise SettingsError(
             f"--dataset {named} is a count: enough for planning, but a run needs messages. "
@@ -202,6 +204,7 @@ def resolve_job(preset: Preset, options: Options, settings: Settings, facts: Dev
     applied, notes = _with_options(preset, options)  # an option's value that no preset may have is an error at once
     try:
         precision, note = resolve_precision(applied.precision, facts)
+        _check_quantization(applied)
         job = Job(
             name=preset.name,
             preset=applied,
@@ -224,6 +227,19 @@ def resolve_job(preset: Preset, options: Options, settings: Settings, facts: Dev
     except SettingsError as reason:
         return Resolved(preset=applied, job=None, error=str(reason))
     return Resolved(preset=applied, job=job, notes=(*notes, *((note,) if note else ())))
+
+
+def _check_quantization(preset: Preset) -> None:
+    """Before a process is started for it.
+
+    Raises:
+        SettingsError: a base in 8 or 4 bits is asked for without the package that makes it.
+    """
+    if preset.base_precision in ("8bit", "4bit") and importlib.util.find_spec("bitsandbytes") is None:
+        raise SettingsError(
+            f"base_precision is '{preset.base_precision}', which needs bitsandbytes. "
+            "Install it (pip install bitsandbytes) or choose base_precision fp16."
+        )
 
 
 def _model_path(model: str) -> str:
@@ -307,6 +323,12 @@ def resolve_count(options: Options, settings: Settings) -> int:
             f"--step-time measures and reads nothing, so --dataset must be a count, not '{named}': "
             "plan --dataset 63000 --step-time 30."
         )
-    if count < 1:
-        raise SettingsError(f"--dataset is {count}; a count must be at least 1.")
+    _check_count(count)
     return count
+
+
+def _check_count(count: int) -> None:
+    if count < 1:
+        raise SettingsError(f"--dataset is {shown(count)}; a count must be at least 1.")
+    if count > MOST_EXAMPLES:
+        raise SettingsError(f"--dataset is {shown(count)}; a count must be at most {MOST_EXAMPLES:,}.")

@@ -157,7 +157,7 @@ def model_shape(model: str, trust_remote_code: bool = False) -> dict[str, Any] |
             return None
         folder = found
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = jsonio.loads((folder / "config.json").read_text(encoding="utf-8"), strict=False)
         code = [path.read_bytes() for path in sorted(folder.glob("*.py"))] if trust_remote_code else []
         has_weights = inspect_model(str(folder)).has_weights
     except (OSError, ValueError, PlanError):

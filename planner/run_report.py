@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from planner.formats import bullets, definitions, document
+from planner.formats import bullets, definitions, document, escaped
 from planner.report import UNKNOWN, duration, duration_range, gib
 from planner.run_view import RunView, look_at
 from presets import jsonio
@@ -41,13 +41,13 @@ def run_page(view: RunView, *, now: datetime) -> str:
     """The page: what was promised and what happened, curves, where the time went, settings, versions."""
     record = view.record
     body = [
-        f"<h1>{_escaped(view.job.name)}</h1>",
-        f'<p class="dim">{_escaped(view.folder.name)}: {view.state}, seen {now:%Y-%m-%d %H:%M}</p>',
+        f"<h1>{escaped(view.job.name)}</h1>",
+        f'<p class="dim">{escaped(view.folder.name)}: {view.state}, seen {now:%Y-%m-%d %H:%M}</p>',
         "<h2>Predicted and actual</h2>",
         _outcome_table(view),
     ]
     if importlib.util.find_spec("matplotlib") is None:
-        body.append(f"<p>{_escaped(NO_CHARTS)}</p>")
+        body.append(f"<p>{escaped(NO_CHARTS)}</p>")
     else:
         body += [f"<h2>{title}</h2><figure>{chart}</figure>" for title, chart in _charts(view)]
     if record is not None and record.actual.breakdown is not None:
@@ -127,15 +127,9 @@ def _settings(view: RunView) -> list[tuple[str, str | None]]:
 
 
 def _table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    head = "".join(f"<th>{_escaped(title)}</th>" for title in titles)
-    body = "".join("<tr>" + "".join(f"<td>{_escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    head = "".join(f"<th>{escaped(title)}</th>" for title in titles)
+    body = "".join("<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _escaped(text: str) -> str:
-    import html
-
-    return html.escape(text)
 
 
 # --- charts -----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -10,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from planner.launch import open_run, read_record
+from presets import jsonio
+from presets.rules import MOST_STEPS
 from trainer.batching import BatchPlan
 from trainer.job import Job
 from trainer.record import Predicted, RunRecord, read_predicted
 
+LARGEST_SHOWN = 1e18  # more is no seconds, bytes or loss
 SILENT_SECONDS = 60.0  # beyond this, and ten usual steps, a run without an end is called silent
 STARTING_SECONDS = 60.0  # taken for a usual step before the first: a large model loads for minutes
 
@@ -78,8 +80,20 @@ def _by_step(path: Path) -> dict[int, dict[str, Any]]:
         return {}
     for line in text.splitlines():
         try:
-            one = json.loads(line)
-            found[int(one["step"])] = one
-        except (ValueError, KeyError, TypeError, OverflowError):
+            one = jsonio.loads(line)
+            found[_whole(one["step"])] = {name: _number(value) for name, value in one.items()}
+        except (ValueError, KeyError, TypeError, OverflowError, AttributeError):
             continue
     return dict(sorted(found.items()))
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MOST_STEPS:
+        raise ValueError
+    return int(value)
+
+
+def _number(value: Any) -> Any:
+    """A value of a line where it is a number that can be shown; None for what else may stand there."""
+    is_number = isinstance(value, (int, float)) and abs(value) < LARGEST_SHOWN
+    return value if is_number else None

@@ -9,12 +9,14 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from planner.report import UNKNOWN, clock, duration, figure, gib, printable
+from planner.report import UNKNOWN, clock, duration, figure, gib
 from planner.run_view import RunView, look_at
 from planner.terminal import ascii_only, out
+from presets.text import printable
 from trainer.sparkline import sparkline
 
 EVERY_SECONDS = 1.0
+_LONGEST = 100 * 365 * 86_400.0  # seconds; beyond, no calendar says when it is done
 ENDED = ("finished", "stopped", "failed")
 
 
@@ -81,8 +83,8 @@ def _time_lines(view: RunView, last: dict[str, Any], now: datetime) -> list[str]
     lines = []
     left, drift = last.get("seconds_left"), last.get("drift")
     if view.state in ("running", "starting") and isinstance(left, (int, float)):
-        at = clock(now + timedelta(seconds=float(left)), now)
-        lines.append(f"time      {duration(float(left))} left, done {at}")
+        done_at = f", done {clock(now + timedelta(seconds=float(left)), now)}" if abs(left) < _LONGEST else ""
+        lines.append(f"time      {duration(float(left))} left{done_at}")
     record = view.record
     if record is not None and record.status == "finished" and record.actual.seconds is not None:
         lines.append(f"time      {duration(record.actual.seconds)}, predicted {duration(view.predicted.seconds)}")

@@ -80,7 +80,7 @@ def read_settings(folder: Path, environ: Mapping[str, str]) -> Settings:
     Raises:
         SettingsError: `.env` cannot be read, or values break their rules; all problems at once.
     """
-    found, warnings = _read_dotenv(folder / DOTENV)
+    found, written, warnings = _read_dotenv(folder / DOTENV)
     origin: dict[str, str] = {}
     values: dict[str, Any] = {}
     problems: list[str] = []
@@ -95,6 +95,8 @@ def read_settings(folder: Path, environ: Mapping[str, str]) -> Settings:
         try:
             values[name] = read(text)
         except _Refused as rule:
+            if source == DOTENV:
+                text = written.get(key) or text  # ${NAME} as it stands there: what it stands for may be a secret
             problems.append(f"{key} is {_shown(text)} in {source}; it must be {rule}. Correct it or take it out.")
     if "sample_size" in values and "sample_ratio" in values:
         problems.append(
@@ -140,14 +142,14 @@ def _fields() -> list[str]:
     return [item.name for item in dataclasses.fields(Settings) if item.name not in ("origin", "warnings")]
 
 
-def _read_dotenv(path: Path) -> tuple[dict[str, str | None], list[str]]:
-    """The keys of a `.env` file, and warnings about lines and keys in it; nothing where there is no such file.
+def _read_dotenv(path: Path) -> tuple[dict[str, str | None], dict[str, str | None], list[str]]:
+    """The keys of a `.env` file, the same with ${NAME} not filled in, and warnings; nothing where there is no file.
 
     Raises:
         SettingsError: it is there and cannot be read, or is not UTF-8.
     """
     if not path.is_file():  # some projects have a folder of that name, with a virtual environment in it
-        return {}, []
+        return {}, {}, []
     try:
         text = path.read_bytes().decode("utf-8-sig")  # Windows' Notepad starts a file with a byte-order mark
     except OSError as reason:
@@ -159,8 +161,10 @@ def _read_dotenv(path: Path) -> tuple[dict[str, str | None], list[str]]:
     # ${NAME} in a value is filled in by python-dotenv, from the file and the process's own environment.
     with _dotenv_warnings() as unreadable:
         found = dotenv_values(stream=io.StringIO(text))
+    with _dotenv_warnings():
+        written = dotenv_values(stream=io.StringIO(text), interpolate=False)
     warnings = [f"{DOTENV}, line {line}: not NAME=value; the line is left out." for line in unreadable]
-    return dict(found), warnings + [warning for key in found if (warning := _slip_of_the_pen(key))]
+    return dict(found), dict(written), warnings + [warning for key in found if (warning := _slip_of_the_pen(key))]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ PlanError                 anything a user can mend; the message says what, value
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class PlanError(Exception):
@@ -51,6 +51,22 @@ class NonFiniteLossError(RunError):
 
 class OutOfMemoryError(RunError):
     """The device ran out of memory at micro-batch 1."""
+
+
+def together(*checks: Callable[[], object]) -> None:
+    """Make every check, and raise what they raised as one error, a line each.
+
+    Raises:
+        PlanError: of the first one's kind.
+    """
+    raised: list[PlanError] = []
+    for check in checks:
+        try:
+            check()
+        except PlanError as reason:
+            raised.append(reason)
+    if raised:
+        raise type(raised[0])("\n".join(dict.fromkeys(map(str, raised))))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from presets.errors import PlanError
 from presets.schema import describe_type, fit_type
+from presets.text import listed, shown
 
 T = TypeVar("T")
 
@@ -32,8 +33,47 @@ def to_plain(value: Any) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """A dataclass as indented JSON text."""
-    return json.dumps(to_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """A dataclass as indented JSON text, without control characters; a name that is no UTF-8 comes back as it was."""
+    return harmless(json.dumps(to_plain(value), indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
+
+
+def harmless(text: str, *, ascii_only: bool = False) -> str:
+    """JSON text with what moves a cursor or turns a line round as JSON escapes; it says the same.
+
+    Outside of strings JSON has nothing but plain ASCII, so that whatever is escaped here stood in one.
+    """
+    if text.replace("\n", "").isprintable() and not (ascii_only and not text.isascii()):
+        return text
+
+    def safe(char: str) -> bool:
+        return char == "\n" or (char.isprintable() and (char.isascii() or not ascii_only))
+
+    return "".join(char if safe(char) else json.dumps(char)[1:-1] for char in text)
+
+
+def loads(text: str | bytes, *, strict: bool = True) -> Any:
+    """JSON as Python has it.
+
+    Args:
+        strict: refuse NaN and infinity, which JSON does not have and pandas writes all the same.
+
+    Raises:
+        ValueError: it is no JSON, of whatever kind: nested too deeply, a number too long, not UTF-8.
+    """
+    try:
+        return json.loads(text, parse_constant=_no_constant if strict else None)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError as reason:
+        if "integer string conversion" in str(reason):  # Python's advice is to a programmer
+            raise ValueError("a number of thousands of digits") from None
+        raise
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name}, which JSON does not have")
 
 
 def from_json(cls: type[T], text: str, *, what: str = "JSON", error: type[PlanError] = PlanError) -> T:
@@ -43,8 +83,8 @@ def from_json(cls: type[T], text: str, *, what: str = "JSON", error: type[PlanEr
         error: not JSON, unknown or missing keys, wrong types; the message starts with `what`.
     """
     try:
-        plain = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as reason:
+        plain = loads(text)
+    except ValueError as reason:
         raise error(f"{what}: not JSON ({reason}).") from None
     return from_plain(cls, plain, what=what, error=error)
 
@@ -87,8 +127,8 @@ def _build(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
             return {}
         return {key: _build(arguments[1], item, f"{path}.{key}", problems) for key, item in value.items()}
     fits, converted = fit_type(hint, value)
-    if not fits:
-        problems.append(f"{path or 'value'} is {value!r}; it must be {describe_type(hint)}")
+    if not fits or (isinstance(converted, float) and not math.isfinite(converted)):  # 1e999 is infinity to Python
+        problems.append(f"{path or 'value'} is {shown(value)}; it must be {describe_type(hint)}")
     return converted
 
 
@@ -97,7 +137,9 @@ def _build_dataclass(cls: type, value: Any, path: str, problems: list[str]) -> A
         problems.append(f"{path or 'the file'} must be an object")
         return None
     hints, fields = _hints_and_fields(cls)
-    problems += [f"unknown key '{_join(path, key)}'" for key in value if key not in fields]
+    unknown = [_join(path, key) for key in value if key not in fields]
+    if unknown:
+        problems.append(f"unknown key {listed(map(shown, unknown))}")
     before = len(problems)
     arguments: dict[str, Any] = {}
     for key, field in fields.items():

@@ -12,7 +12,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from presets import rules
 from presets.errors import PresetError, did_you_mean
+from presets.text import shown
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 BasePrecision = Literal["auto", "fp32", "fp16", "bf16", "8bit", "4bit"]
@@ -20,6 +22,8 @@ Adapter = Literal["lora", "full"]
 Attention = Literal["sdpa", "eager"]
 SamplingStrategy = Literal["random", "top", "prioritized"]
 SampleScore = Literal["engagement", "recency", "loss"]
+
+_MOST_RANK = 65_536
 
 PRESET_ORDER = (
     "baseline", "recommended", "aggressive", "today", "iterate", "two-stage", "progressive", "prioritized",
@@ -42,10 +46,8 @@ class Sampling:
 
     def problems(self) -> list[str]:
         found = []
-        if self.size is not None and self.size < 1:
-            found.append(f"sample_size is {self.size}; it must be at least 1")
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            found.append(f"sample_ratio is {self.ratio}; it must be above 0 and at most 1")
+        found += rules.whole("sample_size", self.size, 1, rules.MOST_EXAMPLES)
+        found += rules.number("sample_ratio", self.ratio, 0, 1, above=True)
         if self.size is not None and self.ratio is not None:
             found.append("sample_size and sample_ratio are both set; give one of them")
         return found
@@ -89,6 +91,15 @@ class Published:
     vram: str | None = None
     risk: str | None = None
     note: str | None = None
+
+    def __post_init__(self) -> None:
+        problems = [
+            problem
+            for name in ("hours_low", "hours_high")
+            for problem in rules.number(f"published_{name}", getattr(self, name), 0, 1e6)
+        ]
+        if problems:
+            raise PresetError("; ".join(problems))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,29 +152,31 @@ class Preset:
     def problems(self) -> list[str]:
         """Every broken rule, as text; empty when the preset is sound."""
         found = []
-        positive = ("gradient_accumulation_steps", "micro_batch_size")
-        for field in positive:
-            if getattr(self, field) < 1:
-                found.append(f"{field} is {getattr(self, field)}; it must be at least 1")
-        is_whole = math.isfinite(self.num_epochs) and self.num_epochs >= 1 and self.num_epochs == int(self.num_epochs)
+        for field in ("gradient_accumulation_steps", "micro_batch_size"):
+            found += rules.whole(field, getattr(self, field), 1, rules.MOST_SEQUENCES)
+        epochs = self.num_epochs
+        is_whole = 1 <= epochs <= rules.MOST_EPOCHS and epochs == int(epochs)
         if not is_whole and not 0 < self.num_epochs < 1:
             found.append(
-                f"num_epochs is {self.num_epochs}; it must be a whole number of at least 1, or a share of one below 1"
+                f"num_epochs is {shown(epochs)}; it must be a whole number of at least 1 and at most "
+                f"{rules.MOST_EPOCHS:,}, or a share of one below 1"
             )
         if self.max_length < 2:
-            found.append(f"max_length is {self.max_length}; a sequence needs at least 2 tokens")
+            found.append(f"max_length is {shown(self.max_length)}; a sequence needs at least 2 tokens")
+        found += rules.whole("max_length", max(2, self.max_length), 2, rules.MOST_TOKENS)
         found += _learning_rate_problems("learning_rate", self.learning_rate)
-        if self.adapter == "lora" and self.lora_rank < 1:
-            found.append(f"lora_rank is {self.lora_rank} with adapter 'lora'; it must be at least 1")
-        if self.adapter == "lora" and not self.lora_alpha > 0:
-            found.append(f"lora_alpha is {self.lora_alpha}; it must be above 0")
+        if self.adapter == "lora" and self.lora_rank == 0:
+            found.append("lora_rank is 0 with adapter 'lora'; it must be at least 1")
+        else:
+            found += rules.whole("lora_rank", self.lora_rank, 1 if self.adapter == "lora" else 0, _MOST_RANK)
+        found += rules.number("lora_alpha", self.lora_alpha, 0, 1e6, above=self.adapter == "lora")
+        found += rules.text("lora_targets", self.lora_targets)
         for field in ("lora_dropout", "warmup_ratio"):
             if not 0 <= getattr(self, field) < 1:
                 found.append(f"{field} is {getattr(self, field)}; it must be at least 0 and below 1")
         for field in ("weight_decay", "max_grad_norm"):
-            value = getattr(self, field)
-            if not (math.isfinite(value) and value >= 0):
-                found.append(f"{field} is {value}; it must be a finite number, 0 or more")
+            found += rules.number(field, getattr(self, field), 0, 1e12)
+        found += rules.text("name", self.name, most=255)
         if self.adapter == "full" and self.base_precision in ("8bit", "4bit"):
             found.append(
                 f"base_precision is '{self.base_precision}' with adapter 'full'; quantized weights cannot be trained, "
@@ -179,16 +192,14 @@ class Preset:
             found.append("some phases have num_epochs and some do not; either all are stages or none is")
         for number, phase in enumerate(self.phases, start=1):
             where = f"phase {number}: "
-            if phase.gradient_accumulation_steps < 1:
-                found.append(
-                    where + f"gradient_accumulation_steps is {phase.gradient_accumulation_steps}; it must be at least 1"
-                )
+            steps = phase.gradient_accumulation_steps
+            found += [
+                where + text for text in rules.whole("gradient_accumulation_steps", steps, 1, rules.MOST_SEQUENCES)
+            ]
             found += [where + text for text in _learning_rate_problems("learning_rate", phase.learning_rate)]
             found += [where + text for text in phase.sampling.problems()]
-            if phase.num_epochs is not None and phase.num_epochs < 1:
-                found.append(where + f"num_epochs is {phase.num_epochs}; it must be at least 1")
-            if phase.num_steps is not None and phase.num_steps < 1:
-                found.append(where + f"num_steps is {phase.num_steps}; it must be at least 1")
+            found += [where + text for text in rules.whole("num_epochs", phase.num_epochs, 1, rules.MOST_EPOCHS)]
+            found += [where + text for text in rules.whole("num_steps", phase.num_steps, 1, rules.MOST_STEPS)]
             if phase.is_stage and phase.num_steps is not None:
                 found.append(where + "num_steps and num_epochs are both set; give one of them")
             if not phase.is_stage and not phase.sampling.takes_all:
@@ -201,7 +212,7 @@ class Preset:
 def _learning_rate_problems(field: str, value: float) -> list[str]:
     if math.isfinite(value) and 0 < value < 1:
         return []
-    return [f"{field} is {value}; it must be a number above 0 and below 1"]
+    return [f"{field} is {shown(value)}; it must be a number above 0 and below 1"]
 
 
 def preset_names(folder: Path | None = None) -> list[str]:
@@ -234,6 +245,10 @@ def parse_preset(name: str, text: str) -> Preset:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise PresetError(f"preset '{name}': not TOML ({error}).") from None
+    except RecursionError:
+        raise PresetError(f"preset '{name}': not TOML that can be read (nested too deeply).") from None
+    except ValueError as error:  # e.g. a number of thousands of digits, or a date that no calendar has
+        raise PresetError(f"preset '{name}': not TOML that can be read ({str(error).split(';')[0]}).") from None
     problems: list[str] = []
     published = {key.removeprefix("published_"): table.pop(key) for key in list(table) if key.startswith("published_")}
     phases = table.pop("phase", [])
@@ -247,12 +262,18 @@ def parse_preset(name: str, text: str) -> Preset:
     ]
     if problems:
         raise PresetError(f"preset '{name}': " + "; ".join(problems) + ".")
-    return Preset(
-        name=name,
-        phases=tuple(Phase(**phase) for phase in phase_fields),
-        published=Published(**published),
-        **fields,
-    )
+    try:
+        said = Published(**published)
+    except PresetError as reason:
+        problems.append(str(reason))
+        said = Published()
+    try:
+        preset = Preset(name=name, phases=tuple(Phase(**phase) for phase in phase_fields), published=said, **fields)
+    except PresetError as reason:
+        problems.append(str(reason).removeprefix(f"preset '{name}': ").rstrip("."))
+    if problems:
+        raise PresetError(f"preset '{name}': " + "; ".join(problems) + ".")
+    return preset
 
 
 def _folder(folder: Path | None) -> Any:  # Path or importlib's Traversable
@@ -268,13 +289,13 @@ def _check(
     good: dict[str, Any] = {}
     for key, value in table.items():
         if key not in fields:
-            problems.append(f"unknown key '{prefix}{key}'.{did_you_mean(key, fields)}".rstrip("."))
+            problems.append(f"unknown key '{prefix}{key[:60]}'.{did_you_mean(key, fields)}".rstrip("."))
             continue
         fits, converted = fit_type(hints[key], value)
         if fits:
             good[key] = converted
         else:
-            problems.append(f"{prefix}{key} is {value!r}; it must be {describe_type(hints[key])}")
+            problems.append(f"{prefix}{key} is {shown(value)}; it must be {describe_type(hints[key])}")
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and key not in table:
@@ -294,7 +315,8 @@ def fit_type(hint: Any, value: Any) -> tuple[bool, Any]:
                 return True, converted
         return False, value
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool), _as_float(value)
+        converted = _as_float(value)
+        return isinstance(converted, float), converted
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool), value
     if hint is type(None):
@@ -303,7 +325,10 @@ def fit_type(hint: Any, value: Any) -> tuple[bool, Any]:
 
 
 def _as_float(value: Any) -> Any:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    try:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    except OverflowError:  # a whole number beyond every float
+        return value
 
 
 def describe_type(hint: Any) -> str:

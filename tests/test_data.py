@@ -156,7 +156,9 @@ def test_whatever_changes_the_tokens_changes_the_entry(tmp_path: Path, model: Pa
 @pytest.mark.parametrize("damage", ["cut", "gone", "zeros", "report", "other length"])
 def test_a_damaged_entry_is_rebuilt(tmp_path: Path, model: Path, damage: str) -> None:
     spec = write(tmp_path / "a.jsonl", chat("two?"), chat("three?"))
-    whole = prepare(spec, model)
+    opened = prepare(spec, model)
+    copied = {name: np.array(getattr(opened, name)) for name in ("token_ids", "supervised", "offsets")}
+    whole = TokenizedDataset(**copied, report=opened.report)  # the files under the opened one are damaged below
     (entry,) = (model.parent / "cache" / "tokens").iterdir()
     if damage == "cut":
         content = (entry / "token_ids.npy").read_bytes()

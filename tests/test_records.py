@@ -26,8 +26,18 @@ def write(path: Path, *records: Any, end: str = "\n") -> Path:
     return path
 
 
-def read(path: Path | str, **spec: Any) -> Examples:
-    return read_examples(DataSpec(source=str(path), **spec), open_source(str(path)))
+class Read:
+    """All the examples of a file, and what was said of them."""
+
+    def __init__(self, found: Examples) -> None:
+        self.examples = list(found)
+        self.num_bad_lines = found.num_bad_lines
+        self.notes = tuple(found.notes)
+        self.has = found.has
+
+
+def read(path: Path | str, **spec: Any) -> Read:
+    return Read(read_examples(DataSpec(source=str(path), **spec), open_source(str(path))))
 
 
 def error(path: Path | str, **spec: Any) -> str:

@@ -17,6 +17,7 @@ def main() -> int:
     # A fork after the tokenizer's threads started would only print a warning; nothing here needs them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from presets.errors import PlanError
+    from presets.text import printable, printable_lines
     from trainer.process import growing_segments, quiet_waiting
 
     quiet_waiting()
@@ -30,10 +31,10 @@ def main() -> int:
     except Stopped as stopped:
         return 128 + stopped.signal_number
     except KeyboardInterrupt:  # before the run listens to signals, while it imports and loads
-        print(f"stopped while it started; go on with: plan --resume {arguments.job.parent}", file=sys.stderr)
+        print(printable(f"stopped while it started; go on with: plan --resume {arguments.job.parent}"), file=sys.stderr)
         return 130
     except PlanError as reason:
-        print(f"Error: {reason}", file=sys.stderr)
+        print(printable_lines(f"Error: {reason}"), file=sys.stderr)
         return 1
     return 0
 

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from presets import jsonio
 from presets.errors import DataError, ModelError
 from trainer.job import DataSpec
 from trainer.sources import is_hub_name
 from trainer.tokens import DataReport, FloatArray, IntArray, TokenizedDataset
 
+MOST_ASSUMED = 200_000_000  # examples
 LARGEST_WRITTEN = 50_000_000  # tokens; beyond it every token is the same one, held once: no memory
 _FIRST_PLAIN_ID = 5  # below it tokenizers keep their special tokens
 _NEWEST = 1_767_225_600.0  # 2026-01-01 UTC: fixed, so that the same seed gives the same plan on every day
@@ -34,6 +36,10 @@ def assumed_data(spec: DataSpec, *, model: str, max_length: int, seed: int) -> T
     count = spec.num_examples
     if count is None or count < 1:
         raise DataError(f"the number of examples is {count}; it must be at least 1.")
+    if count > MOST_ASSUMED:
+        raise DataError(
+            f"the number of examples is {count:,}; planning keeps each in memory, {MOST_ASSUMED:,} at most."
+        )
     if spec.tokens_per_example is not None and spec.tokens_per_example < 2:
         raise DataError(f"--tokens-per-example is {spec.tokens_per_example}; it must be at least 2.")
     vocabulary = _vocabulary_size(model)
@@ -105,7 +111,7 @@ def _vocabulary_size(model: str) -> int:
     if not Path(model).is_dir():
         path = _config_from_hub(model)
     try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
+        config: Any = jsonio.loads(path.read_text(encoding="utf-8"), strict=False)
     except FileNotFoundError:
         raise ModelError(f"{model}: the folder holds no config.json. Pass a model folder or a hub name.") from None
     except (OSError, ValueError) as reason:

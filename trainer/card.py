@@ -93,5 +93,6 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 def _text(text: str) -> str:
     """One line that no table and no tag breaks out of."""
-    plain = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
-    return "".join(char for char in plain if char.isprintable())
+    plain = " ".join(text.split()).replace("\\", "&#92;").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+    # A bracket would begin a link or an image, which a page that shows the card might fetch.
+    return "".join(char for char in plain.replace("[", "&#91;") if char.isprintable())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,12 @@ import numpy.typing as npt
 
 from presets.errors import DataError
 from trainer.job import TrainOn
+from trainer.literal import Marks, Span, Speller, control_tokens, cut, ranges_of
 from trainer.records import Example, Message
-from trainer.templates import ChatTemplate, Span, TemplateRefusal
+from trainer.templates import ChatTemplate, TemplateRefusal
 
 _BATCH = 512  # examples per call of the tokenizer: bounds the memory for offsets
+_MARGIN = 64  # tokens beyond the maximum length: those at a cut are others than in the whole text
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +44,7 @@ class _Text:
     is_rendered: bool  # by a chat template, which has written the special tokens itself
     ends: bool  # a stop token belongs at the end, if none stands there yet
     refusal: str = ""
+    literal: tuple[Span, ...] = ()  # where the data spells out a special token, which must stay text
 
 
 class ChatEncoder:
@@ -58,6 +61,12 @@ class ChatEncoder:
         self._adds_bos = self._bos is not None and probe[:1] == [self._bos]
         self._chat: ChatTemplate | None = None
         self._first_not_found = ""
+        self._control = control_tokens(tokenizer)
+        self._marks = Marks(self._control)
+        self._speller: Speller | None = None
+        self._longest = 0
+        self.num_spelled_out = 0  # examples with a special token in their text
+        self._first_spelled_out = ""
 
     @property
     def chat(self) -> ChatTemplate:
@@ -74,6 +83,11 @@ class ChatEncoder:
             notes.append(
                 f"the answer was not found in {self.num_masks_not_found:,} rendered chat(s), which are left out, "
                 f"the first: {self._first_not_found}. If there are many, use --train-on all"
+            )
+        if self.num_spelled_out:
+            notes.append(
+                f"{self.num_spelled_out:,} example(s) have special tokens of the model in their text, the first: "
+                f"{self._first_spelled_out}; they are read as plain text, only the chat template sets special tokens"
             )
         if self._eos is None:
             notes.append("the tokenizer names no end token: nothing teaches the model where to stop")
@@ -92,9 +106,13 @@ class ChatEncoder:
 
     def encode_many(self, examples: Iterable[Example]) -> Iterator[Encoded]:
         """The same for many, in order and much faster; a refused conversation comes back with its reason."""
+        return (encoded for _, encoded in self.encode_each(examples))
+
+    def encode_each(self, examples: Iterable[Example]) -> Iterator[tuple[Example, Encoded]]:
+        """As `encode_many`, each with its example; both are let go of after a batch."""
         iterator = iter(examples)
         while batch := list(islice(iterator, _BATCH)):
-            yield from self._encode_batch([self._prepare(example) for example in batch])
+            yield from zip(batch, self._encode_batch([self._prepare(example) for example in batch]), strict=True)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation with the generation prompt at its end, ready to be continued by the model.
@@ -102,10 +120,14 @@ class ChatEncoder:
         Raises:
             DataError: the chat template refuses the conversation.
         """
-        adapted, _ = self.chat.adapt(tuple(messages))
+        marked = tuple((role, self._marks.put(content)) for role, content in messages)
+        adapted, _ = self.chat.adapt(marked)
         try:
-            rendered = self.chat.render(adapted, generation_prompt=True)
-        except TemplateRefusal as reason:
+            rendered, _, literal = self._marks.take(self.chat.render(adapted, generation_prompt=True), ())
+            if literal:
+                ids, _ = self._tokenise_in_pieces(_Text(rendered, (), is_rendered=True, ends=False, literal=literal))
+                return self._with_bos(ids)
+        except (TemplateRefusal, ValueError) as reason:
             raise DataError(_refusal(reason)) from None
         return self._with_bos([int(token) for token in self.tokenizer(rendered, add_special_tokens=False).input_ids])
 
@@ -113,15 +135,28 @@ class ChatEncoder:
 
     def _prepare(self, example: Example) -> _Text:
         if example.messages:
-            return self._prepare_chat(example)
-        if example.completion:
+            found = self._prepare_chat(example)
+        elif example.completion:
             text = example.prompt + example.completion
             start = 0 if self.train_on == "all" else len(example.prompt)
-            return _Text(text, ((start, len(text)),), is_rendered=False, ends=True)
-        return _Text(example.text, ((0, len(example.text)),), is_rendered=False, ends=True)
+            found = self._plain(text, ((start, len(text)),))
+        else:
+            found = self._plain(example.text, ((0, len(example.text)),))
+        if found.literal:
+            self.num_spelled_out += 1
+            start, end = found.literal[0]
+            self._first_spelled_out = self._first_spelled_out or f"'{found.text[start:end]}' in {example.location}"
+        return found
+
+    def _plain(self, text: str, spans: tuple[Span, ...]) -> _Text:
+        literal = ranges_of(self._marks.pattern, text)
+        if literal and text[slice(*literal[-1])] == self.tokenizer.eos_token and literal[-1][1] == len(text):
+            literal = literal[:-1]  # the end token at the very end is what would be written there anyway
+        return _Text(text, spans, is_rendered=False, ends=True, literal=literal)
 
     def _prepare_chat(self, example: Example) -> _Text:
-        messages, merged = self.chat.adapt(example.messages)
+        marked = tuple((role, self._marks.put(content)) for role, content in example.messages)
+        messages, merged = self.chat.adapt(marked)
         try:
             rendered = self.chat.render(messages)
         except TemplateRefusal as reason:
@@ -136,47 +171,83 @@ class ChatEncoder:
             self._first_not_found = self._first_not_found or example.location
             spans = []
         ends = answered and not self.chat.ends_with_special(rendered)
-        return _Text(rendered, tuple(spans), is_rendered=True, ends=ends)
+        try:
+            text, moved, literal = self._marks.take(rendered, spans)
+        except ValueError as reason:
+            return _Text("", (), is_rendered=True, ends=False, refusal=_refusal(reason))
+        return _Text(text, moved, is_rendered=True, ends=ends, literal=literal)
 
     # -- tokens ------------------------------------------------------------------------------------------------------
 
     def _encode_batch(self, texts: list[_Text]) -> Iterator[Encoded]:
         tokens: dict[int, tuple[list[int], npt.NDArray[np.bool_]]] = {}
         for is_rendered in (True, False):
-            chosen = [i for i, text in enumerate(texts) if text.is_rendered is is_rendered and not text.refusal]
+            chosen = [
+                i
+                for i, text in enumerate(texts)
+                if text.is_rendered is is_rendered and not text.refusal and not self._goes_in_pieces(text)
+            ]
             if chosen:
                 tokens.update(zip(chosen, self._tokenise([texts[i] for i in chosen], is_rendered), strict=True))
         for i, text in enumerate(texts):
-            if text.refusal:
-                yield Encoded(np.zeros(0, np.int32), np.zeros(0, np.bool_), refusal=text.refusal)
+            refusal = text.refusal
+            if not refusal and i not in tokens:
+                try:
+                    tokens[i] = self._tokenise_in_pieces(text)
+                except ValueError as reason:
+                    refusal = str(reason)
+            if refusal:
+                yield Encoded(np.zeros(0, np.int32), np.zeros(0, np.bool_), refusal=refusal)
             else:
                 yield self._finish(text, *tokens[i])
 
+    def _goes_in_pieces(self, text: _Text) -> bool:
+        return bool(text.literal) or not self.tokenizer.is_fast
+
     def _tokenise(self, texts: list[_Text], is_rendered: bool) -> Iterator[tuple[list[int], npt.NDArray[np.bool_]]]:
-        if not self.tokenizer.is_fast:
-            for text in texts:
-                yield self._tokenise_in_pieces(text)
-            return
-        encoded = self.tokenizer(
-            [text.text for text in texts],
+        heads = [self._head(text.text) for text in texts]
+        encoded = self._call(heads, is_rendered)
+        for number, (text, head, ids) in enumerate(zip(texts, heads, encoded["input_ids"], strict=True)):
+            offsets = encoded["offset_mapping"][number]
+            if len(head) < len(text.text) and len(ids) <= self.max_length:  # a tokenizer that leaves much out
+                whole = self._call([text.text], is_rendered)
+                ids, offsets = whole["input_ids"][0], whole["offset_mapping"][0]
+            yield list(ids), _in_spans(offsets, text.spans)
+
+    def _call(self, texts: list[str], is_rendered: bool) -> Any:
+        return self.tokenizer(
+            texts,
             add_special_tokens=not is_rendered,
             return_offsets_mapping=True,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,  # longer than the model takes: it is cut below
         )
-        for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            yield list(ids), _in_spans(offsets, text.spans)
+
+    def _head(self, text: str) -> str:
+        """As much of a text as could become `max_length` tokens: of a line of 50 MB the rest is only a burden."""
+        if not self._longest:
+            self._longest = max(map(len, self.tokenizer.get_vocab()), default=1)
+        return text[: (self.max_length + _MARGIN) * self._longest]
 
     def _tokenise_in_pieces(self, text: _Text) -> tuple[list[int], npt.NDArray[np.bool_]]:
-        """For a tokenizer without offsets: each side of a span's edge on its own, so that no token straddles it."""
+        """Each side of an edge on its own: no token straddles the edge of a span, none is made of a spelled-out one.
+
+        For a tokenizer without offsets, and for texts with special tokens in them that must stay text.
+
+        Raises:
+            ValueError: a special token cannot be spelled out.
+        """
+        if self._speller is None:
+            self._speller = Speller(self.tokenizer, self._control)
         ids: list[int] = [] if text.is_rendered or not self._adds_bos else [self._bos or 0]
         supervised = [False] * len(ids)
-        edges = [0, *chain.from_iterable(text.spans), len(text.text)]
-        for number, (start, end) in enumerate(pairwise(edges)):
-            piece = self.tokenizer(text.text[start:end], add_special_tokens=False).input_ids if end > start else []
+        for start, end, learned, literal in cut(len(text.text), text.spans, text.literal):
+            piece = self._speller.piece(text.text[start:end], is_first=start == 0, literal=literal)
             ids += piece
-            supervised += [number % 2 == 1] * len(piece)
+            supervised += [learned] * len(piece)
+            if len(ids) > self.max_length:  # the rest is cut off anyway
+                break
         return ids, np.asarray(supervised, dtype=np.bool_)
 
     def _with_bos(self, ids: list[int]) -> list[int]:
@@ -216,7 +287,7 @@ def _in_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> npt.
     return mask
 
 
-def _refusal(reason: TemplateRefusal) -> str:
+def _refusal(reason: Exception) -> str:
     return f"the model's chat template refuses this conversation ({str(reason).rstrip('.')})"
 
 

@@ -21,16 +21,19 @@ from typing import Any
 
 import numpy as np
 
+from presets import jsonio
 from presets.errors import DataError, ModelError
 from presets.home import plan_home
 from trainer.assumed import assumed_data
-from trainer.chat import ChatEncoder, Encoded
+from trainer.chat import ChatEncoder
+from trainer.growing import TokenFiles
 from trainer.job import DataSpec
-from trainer.records import Example, Examples, parse_records, read_examples
+from trainer.model import UNTRUSTED
+from trainer.records import Examples, read_examples
 from trainer.sources import RawRecord, is_hub_name, open_source
-from trainer.tokens import DataReport, FloatArray, TokenizedDataset
+from trainer.tokens import DataReport, TokenizedDataset
 
-FORMAT_VERSION = 1  # raise it when the same data would be tokenised or masked otherwise than before
+FORMAT_VERSION = 2  # raise it when the same data would be tokenised or masked otherwise than before
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json",
@@ -71,16 +74,19 @@ def prepare_data(
     if stored is not None:
         # The same content may lie under another name than when it was stored.
         return replace(stored, report=replace(stored.report, source=spec.source))
-    encoder = ChatEncoder(
-        tokenizer or load_tokenizer(model, trust_remote_code=trust_remote_code), spec.train_on, max_length
-    )
     examples = _bundled_examples(spec) if source is None else read_examples(spec, source)
-    data = encode_examples(spec, examples, encoder)
-    problem = _store(data, entry)
-    if problem:
-        note = f"the tokenised data could not be kept for the next time ({problem})"
-        data = replace(data, report=replace(data.report, notes=(*data.report.notes, note)))
-    return data
+    for _ in examples:  # a bad line near the end is found in seconds, before minutes of tokenising
+        pass
+    encoder = _encoder(tokenizer or load_tokenizer(model, trust_remote_code=trust_remote_code), spec, model, max_length)
+    return _made(spec, examples, encoder, entry)
+
+
+def _encoder(tokenizer: Any, spec: DataSpec, model: str, max_length: int) -> ChatEncoder:
+    try:
+        return ChatEncoder(tokenizer, spec.train_on, max_length)
+    except Exception as reason:  # a tokenizer that loads need not work
+        text = " ".join(str(reason).split())
+        raise ModelError(f"{model}: its tokenizer does not work ({text[:200]}). Save it again.") from None
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
@@ -100,20 +106,21 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as reason:  # transformers and tokenizers raise anything, a bare Exception included
+        if "trust_remote_code" in str(reason):
+            raise ModelError(UNTRUSTED.format(model=f"{model}: its tokenizer")) from None
         text = " ".join(str(reason).split())
         raise ModelError(f"{model}: its tokenizer cannot be loaded ({text[:200]}). {remedy}") from None
 
 
-def encode_examples(spec: DataSpec, examples: Examples, encoder: ChatEncoder) -> TokenizedDataset:
-    """Examples as one data set; what has nothing to learn from is counted and left out.
+def encode_examples(spec: DataSpec, examples: Examples, encoder: ChatEncoder, files: TokenFiles) -> DataReport:
+    """Examples into files, one after the other; what has nothing to learn from is counted and left out.
 
     Raises:
         DataError: the chat template refuses a conversation (unless `spec.skip_bad_lines`), or no example is left.
     """
-    kept: list[tuple[Example, Encoded]] = []
     num_refused = num_unsupervised = num_truncated = num_beyond = 0
-    first_refused = ""
-    for example, encoded in zip(examples.examples, encoder.encode_many(examples.examples), strict=True):
+    first_refused = first_unsupervised = ""
+    for example, encoded in encoder.encode_each(examples):
         if encoded.refusal:
             text = f"{example.location}: {encoded.refusal}"
             if not spec.skip_bad_lines:
@@ -125,9 +132,17 @@ def encode_examples(spec: DataSpec, examples: Examples, encoder: ChatEncoder) ->
         if not encoded.supervised.any():
             num_unsupervised += 1
             num_beyond += encoded.truncated
+            first_unsupervised = first_unsupervised or example.location
             continue
-        kept.append((example, encoded))
-    if not kept:
+        files.add(
+            encoded.ids,
+            encoded.supervised,
+            engagement=example.engagement,
+            created_at=example.created_at,
+            fingerprint=hash((example.messages, example.prompt, example.completion, example.text)),
+            number=example.number,
+        )
+    if not len(files):
         raise DataError(_nothing_left(spec, examples, encoder, num_refused, num_beyond, first_refused))
     notes = [*examples.notes, *encoder.notes]
     if num_refused:
@@ -135,30 +150,31 @@ def encode_examples(spec: DataSpec, examples: Examples, encoder: ChatEncoder) ->
     if num_unsupervised:
         beyond = f", {num_beyond:,} of them because the answer begins beyond {encoder.max_length:,} tokens"
         cut = beyond if num_beyond else ""
-        notes.append(f"{num_unsupervised:,} example(s) left out: no token to learn from{cut}")
+        notes.append(
+            f"{num_unsupervised:,} example(s) left out: no token to learn from{cut}, the first: {first_unsupervised}"
+        )
     if num_truncated:
         notes.append(f"{num_truncated:,} example(s) longer than {encoder.max_length:,} tokens: only the head is used")
-    data = _assemble([encoded for _, encoded in kept], spec)
-    report = replace(
-        data.report,
-        num_records=len(examples.examples) + examples.num_bad_lines,
+    num_copies, copy, original = files.copies()
+    if num_copies and spec.source != "bundled":
+        notes.append(
+            f"{num_copies:,} of {len(files):,} examples are copies of others, the first: record {copy} of record "
+            f"{original}; a copy in the held-out part makes its loss look better. Take them out if they are not meant"
+        )
+    return DataReport(
+        source=spec.source,
+        num_records=examples.num_examples + examples.num_bad_lines,
         num_bad_lines=examples.num_bad_lines + num_refused,
         num_unsupervised=num_unsupervised,
         num_truncated=num_truncated,
         notes=tuple(notes),
-    )
-    return replace(
-        data,
-        report=report,
-        engagement=_scores(examples, "engagement", kept),
-        created_at=_scores(examples, "created_at", kept),
     )
 
 
 def _nothing_left(
     spec: DataSpec, examples: Examples, encoder: ChatEncoder, num_refused: int, num_beyond: int, first_refused: str
 ) -> str:
-    total = len(examples.examples)
+    total = examples.num_examples
     if num_refused == total:
         return f"{spec.source}: nothing to train on; every conversation was refused, the first: {first_refused}."
     if num_beyond:
@@ -177,22 +193,6 @@ def _nothing_left(
     )
 
 
-def _assemble(encoded: list[Encoded], spec: DataSpec) -> TokenizedDataset:
-    lengths = np.fromiter((len(one.ids) for one in encoded), dtype=np.int64, count=len(encoded))
-    return TokenizedDataset(
-        token_ids=np.concatenate([one.ids for one in encoded]),
-        supervised=np.concatenate([one.supervised for one in encoded]),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        report=DataReport(source=spec.source, num_records=len(encoded)),
-    )
-
-
-def _scores(examples: Examples, score: str, kept: list[tuple[Example, Encoded]]) -> FloatArray | None:
-    if not examples.has(score):
-        return None
-    return np.array([getattr(example, score) for example, _ in kept], dtype=np.float64)
-
-
 # -- the bundled messages --------------------------------------------------------------------------------------------
 
 
@@ -203,10 +203,13 @@ def _bundled_records() -> list[dict[str, Any]]:
 
 
 def _bundled_examples(spec: DataSpec) -> Examples:
-    records: Iterator[RawRecord] = (
-        RawRecord(f"bundled message {number}", record) for number, record in enumerate(_bundled_records(), start=1)
-    )
-    return parse_records(spec, records, name="bundled messages")
+    messages = _bundled_records()
+
+    def records() -> Iterator[RawRecord]:
+        for number, record in enumerate(messages, start=1):
+            yield RawRecord(f"bundled message {number}", record, number=number)
+
+    return Examples(spec, records, name="bundled messages")
 
 
 def _digest_of_bundled() -> str:
@@ -273,25 +276,52 @@ def _open_entry(entry: Path) -> TokenizedDataset | None:
     return data if bool((data.num_supervised > 0).all()) else None
 
 
-def _store(data: TokenizedDataset, entry: Path) -> str:
-    """Write the entry aside and move it into place, so that a reader finds all of it or nothing. The problem, or ""."""
-    aside: Path | None = None
+def _made(spec: DataSpec, examples: Examples, encoder: ChatEncoder, entry: Path) -> TokenizedDataset:
+    """Tokenise into files aside and move them into place, so that a reader finds all of it or nothing; open them.
+
+    Raises:
+        DataError: as `encode_examples`, or there is no room for it anywhere.
+    """
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=".new-", dir=entry.parent))
-        data.save(aside)
+    except OSError as reason:
+        return _made_elsewhere(spec, examples, encoder, str(reason.strerror or reason))
+    try:
+        _write(spec, examples, encoder, aside)
         if entry.exists():  # damaged, or another process was faster: either way this one is whole
             os.replace(entry, _unused_name(entry))
         os.replace(aside, entry)
     except OSError as reason:
-        if entry.is_dir() and _open_entry(entry) is not None:
-            return ""  # another process has stored the same meanwhile
-        return str(reason.strerror or reason)
+        # Another process may have stored the same meanwhile.
+        stored = _open_entry(entry)
+        return stored or _made_elsewhere(spec, examples, encoder, str(reason.strerror or reason))
     finally:
         for leftover in (aside, *entry.parent.glob(f".old-{entry.name}-*")):
-            if leftover is not None:
-                shutil.rmtree(leftover, ignore_errors=True)
-    return ""
+            shutil.rmtree(leftover, ignore_errors=True)
+    return TokenizedDataset.load(entry)
+
+
+def _made_elsewhere(spec: DataSpec, examples: Examples, encoder: ChatEncoder, problem: str) -> TokenizedDataset:
+    """The same by way of a temporary folder, into memory."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="plan-tokens-") as folder:
+            _write(spec, examples, encoder, Path(folder))
+            data = TokenizedDataset.load(Path(folder), into_memory=True)
+    except OSError as reason:
+        raise DataError(
+            f"{spec.source}: there is no room for the tokenised data ({problem}; {reason.strerror or reason}). "
+            "Make room, or name another folder in PLAN_HOME."
+        ) from None
+    note = f"the tokenised data could not be kept for the next time ({problem})"
+    return replace(data, report=replace(data.report, notes=(*data.report.notes, note)))
+
+
+def _write(spec: DataSpec, examples: Examples, encoder: ChatEncoder, folder: Path) -> None:
+    with TokenFiles(folder) as files:
+        report = encode_examples(spec, examples, encoder, files)
+        files.finish(with_scores={name: examples.has(name) for name in ("engagement", "created_at")})
+    (folder / "report.json").write_text(jsonio.to_json(report), encoding="utf-8")
 
 
 def _unused_name(entry: Path) -> Path:

@@ -54,17 +54,41 @@ def open_finished(run: Path) -> Finished:
     if job.num_threads:
         torch.set_num_threads(job.num_threads)
     if kind == "model":
-        model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32, use_safetensors=True)
-        return Finished(job, model.to(job.device).eval(), load_tokenizer(str(run / "model")))
+        model = AutoModelForCausalLM.from_pretrained(
+            run / "model", dtype=torch.float32, use_safetensors=True, trust_remote_code=job.trust_remote_code
+        )
+        return Finished(job, model.to(job.device).eval(), _tokenizer_of(run / "model", job))
+    weights = _adapter_weights(run)
     from trainer.model import load_model
 
     # The same base as in training, quantized where it was, with the trained adapter in place of the fresh one.
     loaded = load_model(job, need_weights=True)
     from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(loaded.model, weights)
+    return Finished(job, loaded.model.eval(), _tokenizer_of(run / "adapter", job))
+
+
+def _tokenizer_of(folder: Path, job: Job) -> Any:
+    return load_tokenizer(str(folder), trust_remote_code=job.trust_remote_code)
+
+
+def _adapter_weights(run: Path) -> dict[str, Any]:
+    """Only ever from safetensors: where peft finds none, it would unpickle an adapter_model.bin.
+
+    Raises:
+        RunError: there are none, or they are damaged.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    set_peft_model_state_dict(loaded.model, load_file(run / "adapter" / "adapter_model.safetensors"))
-    return Finished(job, loaded.model.eval(), load_tokenizer(str(run / "adapter")))
+    path = run / "adapter" / "adapter_model.safetensors"
+    if not path.is_file():
+        raise RunError(f"'{run}' has no adapter_model.safetensors in its adapter. Train it again, or restore the file.")
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as reason:
+        raise RunError(f"{path} cannot be read ({reason}). Train it again, or restore the file.") from None
 
 
 def check(run: Path) -> Check:
@@ -123,6 +147,7 @@ def merge(run: Path, output: Path) -> Path:
         raise RunError(f"'{run}' trained the whole model: it lies in {run / 'model'} and needs no merging.")
     if not (run / "adapter").is_dir():
         raise RunError(f"'{run}' has no adapter yet: it is not finished. Go on with it: plan --resume {run}")
+    _adapter_weights(run)
     from peft import PeftModel
 
     from trainer.model import load_base, quiet_libraries
@@ -140,7 +165,7 @@ def merge(run: Path, output: Path) -> Path:
     try:
         aside.mkdir(parents=True)
         merged.save_pretrained(aside)
-        load_tokenizer(str(run / "adapter")).save_pretrained(aside)
+        _tokenizer_of(run / "adapter", job).save_pretrained(aside)
         os.replace(aside, output)
     except OSError as reason:
         shutil.rmtree(aside, ignore_errors=True)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from presets import jsonio
+from presets import jsonio, rules
 from presets.errors import SettingsError
 from presets.schema import BasePrecision, Precision, Preset
+from presets.text import shown
 
 TrainOn = Literal["assistant", "all"]
 Device = Literal["cpu", "cuda", "mps"]
@@ -35,6 +36,16 @@ class DataSpec:
     def is_count(self) -> bool:
         return self.source == "count"
 
+    def problems(self) -> list[str]:
+        """Every broken rule, as text."""
+        found = rules.text("data.source", self.source)
+        found += rules.whole("data.num_examples", self.num_examples, 1, rules.MOST_EXAMPLES)
+        found += rules.whole("data.tokens_per_example", self.tokens_per_example, 2, rules.MOST_TOKENS)
+        found += rules.whole("data.limit", self.limit, 1, rules.MOST_EXAMPLES)
+        if self.is_count and self.num_examples is None:
+            found.append("data.source is 'count' without data.num_examples; give the count")
+        return found
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationSpec:
@@ -46,6 +57,19 @@ class EvaluationSpec:
     times_during_training: int = 3  # between the one before and the one after
     num_samples: int = 4  # answers written before and after, side by side
     max_new_tokens: int = 64
+
+    def problems(self) -> list[str]:
+        """Every broken rule, as text."""
+        found = []
+        if not 0 <= self.fraction < 1:
+            found.append(f"evaluation.fraction is {self.fraction}; it must be at least 0 and below 1")
+        for name in ("minimum", "maximum"):
+            found += rules.whole(f"evaluation.{name}", getattr(self, name), 0, rules.MOST_EXAMPLES)
+        if self.minimum > self.maximum and not found:
+            found.append(f"evaluation.minimum is {self.minimum} and evaluation.maximum {self.maximum}; exchange them")
+        found += rules.whole("evaluation.times_during_training", self.times_during_training, 0, 10_000)
+        found += rules.whole("evaluation.num_samples", self.num_samples, 0, 10_000)
+        return found + rules.whole("evaluation.max_new_tokens", self.max_new_tokens, 1, rules.MOST_TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,20 +100,28 @@ class Job:
     tracker: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0"):
-            raise SettingsError(
-                f"name is {self.name!r}; it names a folder, so it must be a plain name without / or \\."
-            )
-        if self.micro_batch_size < 1:
-            raise SettingsError(f"micro_batch_size is {self.micro_batch_size}; it must be at least 1.")
-        if self.num_devices < 1:
-            raise SettingsError(f"num_devices is {self.num_devices}; it must be at least 1.")
-        if self.packed_length is not None and self.packed_length < 2:
-            raise SettingsError(f"packed_length is {self.packed_length}; a row needs room for at least 2 tokens.")
-        if self.base_precision == "auto":
-            raise SettingsError("base_precision is 'auto' in a job; it must be resolved first.")
+        problems = self._problems()
+        if problems:
+            raise SettingsError("; ".join(problems) + ".")
         for size in self.global_batch_sizes:
             self._accumulation(size)
+
+    def _problems(self) -> list[str]:
+        found = rules.text("name", self.name, most=255)
+        if "/" in self.name or "\\" in self.name or self.name in (".", ".."):
+            found.append(f"name is {shown(self.name)}; it must be no path, since a folder is named after it")
+        found += rules.text("model", self.model)
+        found += rules.whole("micro_batch_size", self.micro_batch_size, 1, rules.MOST_SEQUENCES)
+        found += rules.whole("num_devices", self.num_devices, 1, 1024)
+        found += rules.whole("num_threads", self.num_threads, 1, 1024)
+        found += rules.whole("seed", self.seed, 0, rules.MOST_SEED)
+        found += rules.whole("packed_length", self.packed_length, 2, 64 * rules.MOST_TOKENS)  # a row holds 2 tokens
+        found += rules.whole("checkpoint_every", self.checkpoint_every, 1, rules.MOST_STEPS)
+        found += rules.whole("keep_checkpoints", self.keep_checkpoints, 1, 10_000)
+        found += rules.text("tracker", self.tracker, most=255)
+        if self.base_precision == "auto":
+            found.append("base_precision is 'auto' in a job; it must be resolved first")
+        return found + self.data.problems() + self.evaluation.problems()
 
     @property
     def global_batch_sizes(self) -> tuple[int, ...]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from presets import jsonio
 from presets.errors import ModelError
 from trainer.job import Job
+
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")  # files of weights that torch would unpickle
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +33,12 @@ class ModelFiles:
     has_tokenizer: bool
 
 
+UNTRUSTED = (
+    "{model} comes with code of its own, which would run here with your rights. "
+    "Read it, and pass --trust-remote-code if you trust it."
+)
+
+
 def inspect_model(name: str) -> ModelFiles:
     """What lies behind a model's name. No torch; a hub name is believed to have everything.
 
@@ -45,14 +53,18 @@ def inspect_model(name: str) -> ModelFiles:
     if not (folder / "config.json").is_file():
         raise ModelError(f"model '{name}': no config.json in it. Give the folder that holds config.json.")
     try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as reason:
-        raise ModelError(f"model '{name}': config.json cannot be read ({reason}).") from None
+        config = jsonio.loads((folder / "config.json").read_text(encoding="utf-8"), strict=False)
+    except (OSError, ValueError) as reason:
+        raise ModelError(f"model '{name}': config.json cannot be read ({reason}). Save the model again.") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"model '{name}': config.json is no object with settings. Save the model again.")
     has_weights = any(folder.glob("*.safetensors"))
-    if not has_weights and any(folder.glob("pytorch_model*.bin")):
+    pickled = sorted(path.name for ending in PICKLED for path in folder.glob(ending))
+    if not has_weights and pickled:
         raise ModelError(
-            f"model '{name}': its weights are pickled (.bin), which can run code when loaded. "
-            "Convert them to safetensors first."
+            f"model '{name}': its weights are pickled ({pickled[0]}), which can run code when loaded. Convert them to "
+            "safetensors, on a machine where that does no harm: with transformers, "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)."
         )
     has_tokenizer = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
     return ModelFiles(str(folder), is_local=True, has_weights=has_weights, has_tokenizer=has_tokenizer)
@@ -89,7 +101,7 @@ def load_model(job: Job, *, need_weights: bool) -> LoadedModel:
     except Exception as reason:
         if is_out_of_memory(reason):
             raise
-        raise ModelError(f"model '{job.model}': it cannot be loaded ({_one_line(reason)}).") from reason
+        raise _cannot_be_loaded(job.model, reason) from reason
     base.config.use_cache = False
     _keep_trainable_kernels(base)
     if job.preset.gradient_checkpointing:
@@ -121,7 +133,20 @@ def load_base(job: Job) -> Any:
     files = inspect_model(job.model)
     if not files.has_weights:
         raise ModelError(f"model '{job.model}': no weights (*.safetensors) to load.")
-    return _load_base(job, files)
+    try:
+        return _load_base(job, files)
+    except ModelError:
+        raise
+    except Exception as reason:
+        if is_out_of_memory(reason):
+            raise
+        raise _cannot_be_loaded(job.model, reason) from reason
+
+
+def _cannot_be_loaded(model: str, reason: BaseException) -> ModelError:
+    if "trust_remote_code" in str(reason):
+        return ModelError(UNTRUSTED.format(model=f"model '{model}'"))
+    return ModelError(f"model '{model}': it cannot be loaded ({_one_line(reason)}).")
 
 
 def quiet_libraries() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from presets import jsonio
+from presets.text import printable
 from trainer.bar import GIB, TrainingBar
 from trainer.tokens import FloatArray
 from trainer.trackers import Trackers
@@ -41,7 +42,7 @@ class Monitor:
     ) -> None:
         self.planned = np.concatenate([[0.0], np.cumsum(planned)])
         self.is_time = is_time  # planned is in seconds, so drift can be said
-        self.run, self.name, self.trackers = run, name, trackers
+        self.run, self.name, self.trackers = run, printable(name), trackers
         self.total = len(planned)
         self.started_at = done
         self.elapsed = 0.0  # seconds of this process's loop
@@ -50,10 +51,11 @@ class Monitor:
         _forget_after(run / "evaluations.jsonl", done)
         self.metrics = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  # closed by close()
         self.last_line = time.monotonic()
-        self.bar = TrainingBar(name, self.total, done, device=device) if sys.stderr.isatty() else None
+        self.bar = TrainingBar(self.name, self.total, done, device=device) if sys.stderr.isatty() else None
 
     def say(self, text: str) -> None:
         """One line for the user and the log."""
+        text = printable(text)  # notes repeat what stands in data files
         self.log.info(text)
         if self.bar is not None:
             self.bar.say(text)

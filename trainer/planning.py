@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from presets.errors import DataError
 from presets.schema import Preset, Sampling
 from trainer.batching import BatchPlan, Pass, Stretch, make_batch_plan
 from trainer.job import DataSpec, EvaluationSpec, Job
 from trainer.sampling import evaluation_size, select, split_evaluation
 from trainer.tokens import FloatArray, IntArray, TokenizedDataset
 
+MOST_DOCUMENTS = 200_000_000  # in a batch plan
 GROUPED_NOTE = "grouped by length: changes which examples share a batch; not quality-neutral"
 
 
@@ -90,6 +92,17 @@ def plan_job(job: Job, data: TokenizedDataset, loss: FloatArray | None = None) -
         if preset.num_epochs < 1:
             examples = _share(examples, preset.num_epochs, job.seed)
         passes = (Pass(examples=examples, num_epochs=max(1, int(preset.num_epochs)), stretches=stretches),)
+    total = sum(len(one.examples) * one.num_epochs for one in passes)
+    if total > MOST_DOCUMENTS:
+        raise DataError(
+            f"the batch plan would hold {total:,} examples, all epochs together; {MOST_DOCUMENTS:,} is the most that "
+            "is planned (about 6 GB of memory). Choose fewer --epochs or a sample."
+        )
+    if job.evaluation.fraction > 1 / 3 and not job.data.is_count:
+        notes.append(
+            f"held out are {len(evaluation):,} of {len(data):,} examples, fewer than the share of "
+            f"{job.evaluation.fraction:g} that was asked for: at most a third, and at most {job.evaluation.maximum:,}"
+        )
     plan = make_batch_plan(
         data.lengths,
         passes,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Any
 
+from presets import jsonio
 from presets.errors import DataError, did_you_mean
+from presets.text import listed, shown
 from trainer.job import DataSpec
 from trainer.sources import RawRecord, Source
 
@@ -33,6 +35,7 @@ _SHAREGPT_ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
     "function": "tool", "observation": "tool",
 }  # fmt: skip
+_MOST_COLUMNS = 10_000  # remembered; where every record has its own, they are no columns
 _KNOWN_SHAPES = "messages, prompt + completion, question + answer, instruction (+ input) + output, text"
 
 
@@ -41,6 +44,7 @@ class Example:
     """One training example: `messages`, or a plain `completion` after its `prompt`, or plain `text`."""
 
     location: str  # for error messages
+    number: int = 0  # of its line or record, from 1
     messages: tuple[Message, ...] = ()
     prompt: str = ""
     completion: str = ""
@@ -50,94 +54,120 @@ class Example:
     created_at: float = math.nan  # seconds since 1970, UTC
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Examples:
-    """All examples of a source, and what was noticed on the way."""
-
-    examples: tuple[Example, ...]
-    num_bad_lines: int = 0
-    notes: tuple[str, ...] = ()
-
-    def has(self, score: str) -> bool:
-        """Whether any example carries this score ("engagement" or "created_at")."""
-        return any(not math.isnan(getattr(example, score)) for example in self.examples)
-
-
 class BadRecord(Exception):
     """One record cannot be used; the text says why."""
 
 
-def read_examples(spec: DataSpec, source: Source) -> Examples:
-    """All examples of an opened source, in order, at most `spec.limit`.
+class Examples:
+    """The examples of an opened source, in order, at most `spec.limit`; read from the start each time.
 
-    Raises:
-        DataError: the first record that cannot be used (unless `spec.skip_bad_lines`), unknown columns, no record.
+    Nothing of them is kept, so that a file of any size takes no memory. What is counted is known after one whole pass.
+
+    Iterating raises DataError: the first record that cannot be used (unless `spec.skip_bad_lines`), unknown columns, no
+    record.
     """
-    return parse_records(spec, source.records(), name=source.name, notes=source.notes)
+
+    def __init__(
+        self, spec: DataSpec, records: Callable[[], Iterable[RawRecord]], *, name: str, notes: Sequence[str] = ()
+    ) -> None:
+        self.spec = spec
+        self.name = name
+        self._records = records
+        self._source_notes = notes
+        self._columns = _check_columns(spec.columns)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.num_examples = 0
+        self.num_bad_lines = 0
+        self._shape: tuple[str, ...] | None = None
+        self._is_plain_pair = False  # prompt and completion as text
+        self._seen: dict[str, None] = {}  # columns, in order of appearance
+        self._found = dict.fromkeys(SCORE_ALIASES, 0)
+        self._unreadable = dict.fromkeys(SCORE_ALIASES, 0)
+        self._first_problem = ""
+
+    def has(self, score: str) -> bool:
+        """Whether any example carries this score ("engagement" or "created_at")."""
+        return self._found[score] > 0
+
+    def __iter__(self) -> Iterator[Example]:
+        self._begin()
+        for raw in self._records():
+            if self.spec.limit is not None and self.num_examples >= self.spec.limit:
+                break
+            try:
+                example, failed = self._read(raw)
+            except BadRecord as problem:
+                text = f"{raw.location}: {problem}. {raw.remedy}"
+                if not self.spec.skip_bad_lines:
+                    raise DataError(text) from None
+                self._first_problem = self._first_problem or text
+                self.num_bad_lines += 1
+                continue
+            if not self.num_examples:
+                self._is_plain_pair = bool(example.completion)
+            self.num_examples += 1
+            for score in SCORE_ALIASES:
+                self._found[score] += not math.isnan(getattr(example, score))
+                self._unreadable[score] += score in failed
+            yield example
+        self._check_whole()
+
+    def _read(self, raw: RawRecord) -> tuple[Example, list[str]]:
+        if raw.problem:
+            raise BadRecord(raw.problem)
+        if not self._is_crowded:
+            self._seen.update(dict.fromkeys(raw.fields))
+        recognised = self._shape or _recognise(raw.fields, self._columns)
+        if recognised is None:
+            if self.spec.skip_bad_lines:
+                raise BadRecord("none of the known shapes")
+            raise _unrecognised(raw.location, self._seen, self._columns)
+        example, failed = _parse(raw, recognised, self._columns)
+        self._shape = recognised
+        return example, failed
+
+    def _check_whole(self) -> None:
+        if not self.num_examples:
+            nothing_known = self._shape is None and _recognise(self._seen, self._columns) is None
+            if self.num_bad_lines and self._seen and nothing_known:
+                raise _unrecognised(self.name, self._seen, self._columns)
+            reason = "there is no record in it. Give a file with records."
+            if self.num_bad_lines:
+                reason = f"all {self.num_bad_lines:,} records are bad, the first: {self._first_problem}"
+            raise DataError(f"{self.name}: nothing to train on; {reason}")
+        for score in SCORE_ALIASES:
+            is_unknown = score in self._columns and self._columns[score] not in self._seen
+            if is_unknown and not self._is_crowded:
+                raise _unknown_column(self.name, score, self._columns[score], self._seen)
+
+    @property
+    def _is_crowded(self) -> bool:
+        return len(self._seen) >= _MOST_COLUMNS
+
+    @property
+    def notes(self) -> list[str]:
+        """What was noticed in a whole pass, one line each."""
+        notes = list(self._source_notes)
+        if self._is_plain_pair:
+            notes.append("prompt and completion are joined as plain text, without the chat template")
+        if self.num_bad_lines:
+            first = re.split(r"\. (Fix|Save) ", self._first_problem)[0]
+            notes.append(f"{self.num_bad_lines:,} bad line(s) skipped, the first: {first}")
+        total = self.num_examples
+        for score, failed in self._unreadable.items():
+            if failed:
+                notes.append(f"{score} could not be read in {failed:,} of {total:,} records")
+            missing = total - self._found[score] - failed
+            if missing and missing + failed < total:
+                notes.append(f"{score} is missing in {missing:,} of {total:,} records")
+        return notes
 
 
-def parse_records(spec: DataSpec, records: Iterable[RawRecord], *, name: str, notes: Iterable[str] = ()) -> Examples:
-    """Examples from raw records, as `read_examples`."""
-    columns = _check_columns(spec.columns)
-    examples: list[Example] = []
-    shape: tuple[str, ...] | None = None
-    seen: dict[str, None] = {}  # every column, in order of appearance
-    unreadable = dict.fromkeys(SCORE_ALIASES, 0)
-    num_bad = 0
-    first_problem = ""
-    for raw in records:
-        if spec.limit is not None and len(examples) >= spec.limit:
-            break
-        try:
-            if raw.problem:
-                raise BadRecord(raw.problem)
-            seen.update(dict.fromkeys(raw.fields))
-            recognised = shape or _recognise(raw.fields, columns)
-            if recognised is None:
-                if spec.skip_bad_lines:
-                    raise BadRecord("none of the known shapes")
-                raise _unrecognised(f"{name} ({raw.location})", seen, columns)
-            example, failed = _parse(raw, recognised, columns)
-        except BadRecord as problem:
-            text = f"{raw.location}: {problem}. {raw.remedy}"
-            if not spec.skip_bad_lines:
-                raise DataError(text) from None
-            first_problem = first_problem or text
-            num_bad += 1
-            continue
-        shape = recognised
-        examples.append(example)
-        for score in failed:
-            unreadable[score] += 1
-    if not examples:
-        if num_bad and seen and shape is None and _recognise(seen, columns) is None:
-            raise _unrecognised(name, seen, columns)
-        all_bad = f"all {num_bad} records are bad, the first: {first_problem}"
-        reason = all_bad if num_bad else "there is no record in it."
-        raise DataError(f"{name}: nothing to train on; {reason}")
-    for score in SCORE_ALIASES:
-        if score in columns and columns[score] not in seen:
-            raise _unknown_column(name, score, columns[score], seen)
-    assert shape is not None
-    result = Examples(examples=tuple(examples), num_bad_lines=num_bad)
-    said = [*notes, *_notes(result, shape, unreadable, first_problem)]
-    return Examples(examples=result.examples, num_bad_lines=num_bad, notes=tuple(said))
-
-
-def _notes(result: Examples, shape: tuple[str, ...], unreadable: dict[str, int], first_problem: str) -> list[str]:
-    notes = []
-    if shape == ("prompt", "completion") and not result.examples[0].messages:
-        notes.append("prompt and completion are joined as plain text, without the chat template")
-    if result.num_bad_lines:
-        notes.append(f"{result.num_bad_lines} bad line(s) skipped, the first: {first_problem.split('. Fix')[0]}")
-    total = len(result.examples)
-    for score, failed in unreadable.items():
-        if failed:
-            notes.append(f"{score} could not be read in {failed:,} of {total:,} records")
-        missing = sum(math.isnan(getattr(example, score)) for example in result.examples) - failed
-        if missing and missing + failed < total:
-            notes.append(f"{score} is missing in {missing:,} of {total:,} records")
-    return notes
+def read_examples(spec: DataSpec, source: Source) -> Examples:
+    """The examples of an opened source. Raises DataError where `spec.columns` make no sense."""
+    return Examples(spec, source.records, name=source.name, notes=source.notes)
 
 
 # -- columns and shapes ----------------------------------------------------------------------------------------------
@@ -177,7 +207,7 @@ def _unrecognised(name: str, found: Iterable[str], columns: dict[str, str]) -> D
         if role not in SCORE_ALIASES and column not in found:
             return _unknown_column(name, role, column, found)
     return DataError(
-        f"{name}: the records are of no known shape; their columns are {', '.join(found) or 'none'}. "
+        f"{name}: the records are of no known shape; their columns are {listed(found) or 'none'}. "
         f"Known shapes: {_KNOWN_SHAPES}. Say which column is which, e.g. --columns prompt=...,completion=..."
     )
 
@@ -185,7 +215,7 @@ def _unrecognised(name: str, found: Iterable[str], columns: dict[str, str]) -> D
 def _unknown_column(name: str, role: str, column: str, found: Iterable[str]) -> DataError:
     found = list(found)
     return DataError(
-        f"{name}: no column '{column}' for {role}.{did_you_mean(column, found)} The columns are {', '.join(found)}."
+        f"{name}: no column '{column}' for {role}.{did_you_mean(column, found)} The columns are {listed(found)}."
     )
 
 
@@ -199,11 +229,11 @@ def _parse(raw: RawRecord, shape: tuple[str, ...], columns: dict[str, str]) -> t
     def value(role: str) -> Any:
         column = columns.get(role, role)
         if column not in record:
-            raise BadRecord(f"has no '{column}' (it has {', '.join(map(str, record)) or 'nothing'})")
+            raise BadRecord(f"has no '{column}' (it has {listed(record) or 'nothing'})")
         return record[column]
 
     scores, failed = _scores(record, columns)
-    place: dict[str, Any] = {"location": raw.location, **scores}
+    place: dict[str, Any] = {"location": raw.location, "number": raw.number, **scores}
     if shape == ("text",):
         return Example(text=_text(value("text"), columns.get("text", "text")), **place), failed
     if shape in (("messages",), ("conversations",)):
@@ -217,7 +247,9 @@ def _parse(raw: RawRecord, shape: tuple[str, ...], columns: dict[str, str]) -> t
             return Example(messages=joined, first_trained=len(before), **place), failed
         if not isinstance(prompt, str):
             raise BadRecord("prompt is not text")
-        return Example(prompt=prompt, completion=_text(completion, "completion"), **place), failed
+        return Example(
+            prompt=_whole_characters(prompt, "prompt"), completion=_text(completion, "completion"), **place
+        ), failed
     asked, answered = shape
     question = _text(value(asked), columns.get(asked, asked))
     if shape == ("instruction", "output"):
@@ -226,7 +258,7 @@ def _parse(raw: RawRecord, shape: tuple[str, ...], columns: dict[str, str]) -> t
         if extra is not None and not isinstance(extra, str):
             raise BadRecord(f"{column} is not text")
         if extra and extra.strip():
-            question = f"{question}\n\n{extra}"
+            question = f"{question}\n\n{_whole_characters(extra, column)}"
     answer = _text(value(answered), columns.get(answered, answered))
     return Example(messages=(("user", question), ("assistant", answer)), **place), failed
 
@@ -236,6 +268,16 @@ def _text(value: Any, what: str) -> str:
         raise BadRecord(f"{what} is not text" if value is not None else f"{what} is missing")
     if not value.strip():
         raise BadRecord(f"{what} is empty")
+    return _whole_characters(value, what)
+
+
+def _whole_characters(value: str, what: str) -> str:
+    """JSON can spell half a character (a lone surrogate such as \\ud83d), as cutting a text in two leaves it."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as reason:
+        half = f"\\u{ord(value[reason.start]):04x}"
+        raise BadRecord(f"{what} has half a character ({half}, at character {reason.start + 1})") from None
     return value
 
 
@@ -243,7 +285,7 @@ def _from_json_text(value: Any) -> Any:
     """A list of messages that a CSV holds as JSON text; anything else as it is."""
     if isinstance(value, str) and value.lstrip().startswith('[{"'):
         try:
-            return json.loads(value)
+            return jsonio.loads(value, strict=False)
         except ValueError:
             return value
     return value
@@ -264,7 +306,7 @@ def _message(item: Any, what: str) -> Message:
     named = item.get("role") if item.get("role") is not None else item.get("from")
     role = _SHAREGPT_ROLES.get(named, named) if isinstance(named, str) else named
     if role not in ROLES:
-        raise BadRecord(f"{what} has the role {named!r}; it must be one of {', '.join(ROLES)}")
+        raise BadRecord(f"{what} has the role {shown(named)}; it must be one of {', '.join(ROLES)}")
     content = item.get("content") if item.get("content") is not None else item.get("value")
     if isinstance(content, list):
         content = _joined_parts(content, what)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from presets import jsonio
 from presets.errors import DataError, did_you_mean
 
 FILE_KINDS = {
@@ -25,6 +26,7 @@ _DAMAGED_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
 
 _MEND_LINE = "Fix the line, or pass --skip-bad-lines."
 _MEND_RECORD = "Fix the record, or pass --skip-bad-lines."
+_SAVE_AS_UTF8 = "Save the file as UTF-8, or pass --skip-bad-lines."
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class RawRecord:
     fields: dict[str, Any]
     problem: str = ""  # "" where the record could be read
     remedy: str = _MEND_LINE
+    number: int = 0  # of the line or record, from 1
 
 
 @dataclass(slots=True)
@@ -53,10 +56,7 @@ class Source:
             DataError: the source as a whole cannot be read.
         """
         if self.table is not None:
-            return (
-                RawRecord(f"{self.name}, record {number}", dict(row), remedy=_MEND_RECORD)
-                for number, row in enumerate(self.table, start=1)
-            )
+            return _table_records(self.name, self.table)
         assert self.path is not None
         return _read_file(self.name, self.path)
 
@@ -167,6 +167,15 @@ def _with_table(source: Source, loaded: Any) -> Source:
     return source
 
 
+def _table_records(name: str, table: Any) -> Iterator[RawRecord]:
+    number = 0
+    try:
+        for number, row in enumerate(table, start=1):
+            yield RawRecord(f"{name}, record {number}", dict(row), remedy=_MEND_RECORD, number=number)
+    except (OSError, ValueError) as reason:  # pyarrow's own errors are among them
+        raise DataError(f"{name}: cannot be read after record {number} ({_one_line(reason)}). Save it again.") from None
+
+
 def _one_line(reason: BaseException) -> str:
     text = " ".join(f"{type(reason).__name__}: {reason}".split())
     return text if len(text) <= 200 else text[:197] + "..."
@@ -209,8 +218,8 @@ def _is_json_lines(file: IO[bytes]) -> bool:
     if not first.startswith(b"{") or not more:
         return False
     try:
-        json.loads(first)
-    except (ValueError, RecursionError):
+        jsonio.loads(first, strict=False)
+    except ValueError:
         return False
     return True
 
@@ -224,15 +233,15 @@ def _json_lines(name: str, file: IO[bytes]) -> Iterator[RawRecord]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line.decode("utf-8"))
+            record = jsonio.loads(line.decode("utf-8"), strict=False)
         except UnicodeDecodeError as reason:
-            yield RawRecord(location, {}, f"not UTF-8 (byte {reason.start + 1} of the line)")
+            yield RawRecord(location, {}, f"not UTF-8 (byte {reason.start + 1} of the line)", number=number)
         except json.JSONDecodeError as reason:
-            yield RawRecord(location, {}, f"not JSON ({reason.msg}, column {reason.colno})")
-        except (RecursionError, ValueError) as reason:
-            yield RawRecord(location, {}, f"not JSON ({reason})")
+            yield RawRecord(location, {}, f"not JSON ({reason.msg}, column {reason.colno})", number=number)
+        except ValueError as reason:
+            yield RawRecord(location, {}, f"not JSON that can be read ({reason})", number=number)
         else:
-            yield _as_record(location, record)
+            yield _as_record(location, record, number)
 
 
 def _json_document(name: str, file: IO[bytes]) -> Iterator[RawRecord]:
@@ -240,7 +249,7 @@ def _json_document(name: str, file: IO[bytes]) -> Iterator[RawRecord]:
     if not content.strip():
         return
     try:
-        document = json.loads(content.decode("utf-8"))
+        document = jsonio.loads(content.decode("utf-8"), strict=False)
     except UnicodeDecodeError as reason:
         line = content.count(b"\n", 0, reason.start) + 1
         raise DataError(f"{name}, line {line}: not UTF-8. Save the file as UTF-8.") from None
@@ -249,20 +258,20 @@ def _json_document(name: str, file: IO[bytes]) -> Iterator[RawRecord]:
             f"{name}, line {reason.lineno}: not JSON ({reason.msg}, column {reason.colno}). Fix the file, or write one "
             f"object per line into a .jsonl file."
         ) from None
-    except RecursionError:
-        raise DataError(f"{name}: not JSON that can be read (nested too deeply). Fix the file.") from None
+    except ValueError as reason:
+        raise DataError(f"{name}: not JSON that can be read ({reason}). Fix the file.") from None
     if isinstance(document, dict):
         document = document["data"] if isinstance(document.get("data"), list) else [document]
     if not isinstance(document, list):
         raise DataError(f'{name}: neither a list of records nor {{"data": [...]}}. Write one object per record.')
     for number, record in enumerate(document, start=1):
-        yield _as_record(f"{name}, record {number}", record, _MEND_RECORD)
+        yield _as_record(f"{name}, record {number}", record, number, _MEND_RECORD)
 
 
-def _as_record(location: str, record: Any, remedy: str = _MEND_LINE) -> RawRecord:
+def _as_record(location: str, record: Any, number: int, remedy: str = _MEND_LINE) -> RawRecord:
     if isinstance(record, dict):
-        return RawRecord(location, record, remedy=remedy)
-    return RawRecord(location, {}, f"not an object but {_kind_of(record)}", remedy)
+        return RawRecord(location, record, remedy=remedy, number=number)
+    return RawRecord(location, {}, f"not an object but {_kind_of(record)}", remedy, number)
 
 
 def _kind_of(value: Any) -> str:
@@ -272,32 +281,50 @@ def _kind_of(value: Any) -> str:
 
 def _table_lines(name: str, file: IO[bytes], *, delimiter: str) -> Iterator[RawRecord]:
     csv.field_size_limit(1 << 30)  # the default of 128 KiB is shorter than a long chat
-    reader = csv.reader(_decoded(name, file), delimiter=delimiter)
-    try:
-        header = next((row for row in reader if row), None)
-        if header is None:
-            return
+    # Bytes that are no UTF-8 come through as halves of characters, so that only their own row is bad.
+    lines = (line.decode("utf-8", "surrogateescape") for line in _without_mark(file))
+    reader = csv.reader(lines, delimiter=delimiter)
+    header: list[str] | None = None
+    while True:
         before = reader.line_num
-        for row in reader:
-            location, before = f"{name}, line {before + 1}", reader.line_num
-            if not row:
-                continue
-            if len(row) != len(header):
-                yield RawRecord(location, {}, f"has {len(row)} values where the header has {len(header)}")
-            else:
-                yield RawRecord(location, dict(zip(header, row, strict=True)))
-    except csv.Error as reason:
-        raise DataError(f"{name}, line {reader.line_num}: not CSV ({reason}). Fix the file.") from None
-
-
-def _decoded(name: str, file: IO[bytes]) -> Iterator[str]:
-    for number, line in enumerate(file, start=1):
+        location = f"{name}, line {before + 1}"
         try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as reason:
-            raise DataError(
-                f"{name}, line {number}: not UTF-8 (byte {reason.start + 1} of the line). Save the file as UTF-8."
-            ) from None
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as reason:
+            if header is None:
+                raise DataError(f"{location}: not CSV ({reason}). Fix the file.") from None
+            text = str(reason).split(" - ")[0]  # Python's advice on it is to a programmer
+            yield RawRecord(location, {}, f"not CSV ({text})", number=before + 1)
+            continue
+        if not row:
+            continue
+        is_text = all(map(_is_text, row))
+        if header is None:
+            if not is_text:
+                raise DataError(f"{location}: not UTF-8. Save the file as UTF-8.")
+            header = row
+        elif not is_text:
+            yield RawRecord(location, {}, "not UTF-8", _SAVE_AS_UTF8, before + 1)
+        elif len(row) != len(header):
+            problem = f"has {len(row)} values where the header has {len(header)}"
+            yield RawRecord(location, {}, problem, number=before + 1)
+        else:
+            yield RawRecord(location, dict(zip(header, row, strict=True)), number=before + 1)
+
+
+def _without_mark(file: IO[bytes]) -> Iterator[bytes]:
+    for number, line in enumerate(file):
+        yield line if number else line.removeprefix(b"\xef\xbb\xbf")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parquet(name: str, file: IO[bytes]) -> Iterator[RawRecord]:
@@ -310,6 +337,6 @@ def _parquet(name: str, file: IO[bytes]) -> Iterator[RawRecord]:
         for batch in table.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
-                yield RawRecord(f"{name}, record {number}", row, remedy=_MEND_RECORD)
-    except pyarrow.ArrowException as reason:
+                yield RawRecord(f"{name}, record {number}", row, remedy=_MEND_RECORD, number=number)
+    except (pyarrow.ArrowException, OSError, ValueError, UnicodeDecodeError) as reason:
         raise DataError(f"{name}: not a readable Parquet file ({_one_line(reason)}). Write it again.") from None

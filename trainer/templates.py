@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from presets.errors import ModelError
+from trainer.limits import Overrun, limited
+from trainer.literal import Span
 from trainer.records import Message
-
-Span = tuple[int, int]  # characters of the rendered text, end excluded
 
 # For a tokenizer without a chat template. ChatML only where its tokens exist: spelled out in pieces they teach nothing.
 CHATML_TEMPLATE = (
@@ -30,6 +30,12 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 _THOUGHT_END = "</think>"
+# What one conversation may take: far above any honest template, far below what hurts.
+RENDER_SECONDS = 10.0  # of processor time, and one more for each million characters
+RENDER_ROOM = 1 << 30  # bytes, and 64 more for each character: four a character, in a dozen copies
+
+
+_MEND = "Mend or replace it: it is in tokenizer_config.json or chat_template.jinja."
 
 
 class TemplateRefusal(Exception):
@@ -52,6 +58,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.notes: list[str] = []
+        place = getattr(tokenizer, "name_or_path", "")
+        self.name = f"{place}: the chat template" if place else "the tokenizer's chat template"
         self.template = self._choose()
         named = set(tokenizer.all_special_tokens)
         added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -64,8 +72,8 @@ class ChatTemplate:
         if self.tokenizer.chat_template:
             try:
                 return str(self.tokenizer.get_chat_template())
-            except ValueError as reason:  # several named ones, none of them the default
-                raise ModelError(f"the tokenizer's chat template cannot be chosen ({reason})") from None
+            except Exception as reason:  # several named ones, none of them the default; or no text at all
+                raise ModelError(f"{self.name} cannot be chosen ({_one_line(reason)}). {_MEND}") from None
         vocabulary = self.tokenizer.get_vocab()
         if "<|im_start|>" in vocabulary and "<|im_end|>" in vocabulary:
             self.notes.append("the tokenizer has no chat template: chats are written as ChatML, whose tokens it has")
@@ -80,21 +88,29 @@ class ChatTemplate:
 
         Raises:
             TemplateRefusal: the template raised an error, e.g. because user and assistant do not alternate.
-            ModelError: the template itself is not valid.
+            ModelError: the template itself is not valid, wants to reach Python, or never comes to an end.
         """
-        from jinja2 import TemplateError, TemplateSyntaxError
+        from jinja2 import TemplateSyntaxError
+        from jinja2.exceptions import SecurityError
 
+        size = sum(len(content) for _, content in messages)
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                [{"role": role, "content": content} for role, content in messages],
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-            )
+            with limited(seconds=RENDER_SECONDS + size / 1e6, room=RENDER_ROOM + 64 * size):
+                rendered = self.tokenizer.apply_chat_template(
+                    [{"role": role, "content": content} for role, content in messages],
+                    chat_template=self.template,
+                    tokenize=False,
+                    add_generation_prompt=generation_prompt,
+                )
         except TemplateSyntaxError as reason:
-            raise ModelError(f"the tokenizer's chat template is not valid ({reason}). Mend or replace it.") from None
-        except (TemplateError, ValueError, TypeError, LookupError) as reason:
-            raise TemplateRefusal(" ".join(str(reason).split()) or type(reason).__name__) from None
+            raise ModelError(f"{self.name} is not valid ({_one_line(reason)}). {_MEND}") from None
+        except SecurityError as reason:
+            raise ModelError(f"{self.name} does what no template needs ({_one_line(reason)}). {_MEND}") from None
+        except (Overrun, MemoryError) as reason:
+            spent = "10 seconds" if isinstance(reason, Overrun) else "1 GiB of memory"
+            raise ModelError(f"{self.name} takes more than {spent} for one conversation. {_MEND}") from None
+        except Exception as reason:  # a template is a program: it may divide by zero or call itself for ever
+            raise TemplateRefusal(_one_line(reason)) from None
         return str(rendered)
 
     def adapt(self, messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], int]:
@@ -237,6 +253,10 @@ _MARK = re.compile(r"Qz(\d+)([at])zQ")
 
 def _mark(index: int, thought: bool) -> str:
     return f"Qz{index}{'t' if thought else 'a'}zQ"
+
+
+def _one_line(reason: BaseException) -> str:
+    return (" ".join(str(reason).split()) or type(reason).__name__)[:300]
 
 
 def _twin_content(index: int, thought: bool) -> str:

@@ -14,6 +14,8 @@ from presets.errors import DataError
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
+_AT_ONCE = 1 << 22  # tokens
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataReport:
@@ -52,8 +54,18 @@ class TokenizedDataset:
         """Target tokens per example, (num_examples,)."""
         if self.supervised.strides == (0,):  # assumed data too large to hold: every token is one and the same byte
             return self.lengths * int(self.supervised[0])
-        running = np.concatenate([[0], np.cumsum(self.supervised, dtype=np.int64)])
-        return np.asarray(running[self.offsets[1:]] - running[self.offsets[:-1]])
+        found = np.zeros(len(self), dtype=np.int64)
+        # A running sum over all tokens at once would take eight times the memory of the mask itself.
+        ends = np.searchsorted(self.offsets, np.arange(_AT_ONCE, self.offsets[-1] + _AT_ONCE, _AT_ONCE), side="right")
+        start = 0
+        for end in np.minimum(np.maximum.accumulate(ends), len(self)).tolist():
+            if end > start:
+                here = self.offsets[start : end + 1]
+                running = np.cumsum(self.supervised[here[0] : here[-1]], dtype=np.int64)
+                running = np.concatenate([[0], running])
+                found[start:end] = np.diff(running[here - here[0]])
+                start = end
+        return found
 
     def save(self, folder: Path) -> None:
         """Write the arrays as .npy files and the report as JSON into an existing folder."""
@@ -64,15 +76,15 @@ class TokenizedDataset:
         (folder / "report.json").write_text(jsonio.to_json(self.report), encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> TokenizedDataset:
-        """Open what `save` wrote, memory-mapped.
+    def load(cls, folder: Path, *, into_memory: bool = False) -> TokenizedDataset:
+        """Open what `save` wrote: memory-mapped, or read whole.
 
         Raises:
             DataError: files are missing or damaged.
         """
         try:
             arrays = {
-                name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+                name: np.load(folder / f"{name}.npy", mmap_mode=None if into_memory else "r", allow_pickle=False)
                 for name in ("token_ids", "supervised", "offsets", "engagement", "created_at")
                 if (folder / f"{name}.npy").exists()
             }
