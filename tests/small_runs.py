@@ -45,7 +45,7 @@ def write_chats(path: Path) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def small_job(model: Path, chats: Path, base: str = "recommended", **changes: Any) -> Any:
+def small_job(tiny: Path, chats: Path, base: str = "recommended", **changes: Any) -> Any:
     """A job over a tiny model; fields of the preset and of the job by name."""
     from presets.schema import Preset, load_preset
     from trainer.job import DataSpec, EvaluationSpec, Job
@@ -65,7 +65,7 @@ def small_job(model: Path, chats: Path, base: str = "recommended", **changes: An
         **{
             "name": base,
             "preset": preset,
-            "model": str(model),
+            "model": str(tiny),
             "data": DataSpec(source=str(chats)),
             "device": "cpu",
             "precision": preset.precision,
