@@ -10,9 +10,8 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
-_STATM = Path("/proc/self/statm")  # pages; the first number is the size of the address space
+_STATM = "/proc/self/statm"  # pages; the first number is the size of the address space
 
 
 class Overrun(BaseException):
@@ -58,7 +57,8 @@ def _memory(room: int) -> Iterator[None]:
     try:
         import resource
 
-        size = int(_STATM.read_bytes().split()[0]) * resource.getpagesize()
+        with open(_STATM, "rb", buffering=0) as statm:
+            size = int(statm.read(64).split()[0]) * resource.getpagesize()
     except (ImportError, OSError):
         yield
         return

@@ -304,3 +304,80 @@ def _plain(folder: Path) -> Path:
     path = folder / "plain.jsonl"
     path.write_bytes(GOOD)
     return path
+
+
+# -- a large file ----------------------------------------------------------------------------------------------------
+
+
+def _chats(path: Path, count: int) -> Path:
+    told = "two and two is four; " * 30  # 630 characters, which are objects of their own while they are held
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(count):
+            answer = {**ANSWER, "content": f"{number} {told}"}
+            file.write(json.dumps({"messages": [QUESTION, answer], "likes": number}) + "\n")
+    return path
+
+
+def test_of_a_large_file_only_a_few_numbers_an_example_are_held_in_memory(tmp_path: Path, model: Path) -> None:
+    import tracemalloc
+
+    prepare(_chats(tmp_path / "first.jsonl", 600), model)  # what is made once: imports, the twin of the template
+    peaks = []
+    for count in (600, 4_600):
+        path = _chats(tmp_path / f"{count}.jsonl", count)
+        tracemalloc.start()
+        found = prepare(path, model, skip_bad_lines=True)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(found) == count
+        assert isinstance(found.token_ids, np.memmap)
+    grown = (peaks[1] - peaks[0]) / 4_000
+    assert grown < 150, f"{grown:.0f} bytes an example"  # its text alone is over 630
+
+
+def test_files_that_grew_are_as_numpy_would_have_written_them(tmp_path: Path) -> None:
+    from trainer.growing import GrowingFile
+
+    for count in (0, 1, 7, 100_000):
+        file = GrowingFile(tmp_path / "grown.npy", np.int32)
+        for start in range(0, count, 1000):
+            file.add(np.arange(start, min(count, start + 1000)))
+        file.close()
+        assert np.array_equal(np.load(tmp_path / "grown.npy", allow_pickle=False), np.arange(count))
+
+
+def test_targets_are_counted_alike_in_one_piece_and_in_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    from small_models import random_data
+
+    from trainer import tokens
+
+    data = random_data([3, 1, 400, 2, 2, 9, 1, 70, 5] * 30)
+    whole = data.num_supervised
+    assert whole.tolist() == [
+        int(data.supervised[start:end].sum()) for start, end in zip(data.offsets, data.offsets[1:], strict=False)
+    ]
+    for size in (1, 2, 5, 64, 1000):
+        monkeypatch.setattr(tokens, "_AT_ONCE", size)
+        assert data.num_supervised.tolist() == whole.tolist()
+
+
+def test_tokens_that_the_cache_has_no_room_for_are_made_in_memory_and_said(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer import growing
+
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD)
+    whole = prepare(path, model)
+    add = growing.GrowingFile.add
+
+    def full(self: growing.GrowingFile, values: Any) -> None:
+        if "home2" in self._file.name:
+            raise OSError(28, "No space left on device")
+        add(self, values)
+
+    monkeypatch.setattr(growing.GrowingFile, "add", full)
+    found = prepare_data(DataSpec(source=str(path)), model=str(model), max_length=64, cache=tmp_path / "home2")
+    assert found.token_ids.tolist() == whole.token_ids.tolist()
+    assert any("could not be kept for the next time (No space left" in note for note in found.report.notes)
+    assert not [one for one in (tmp_path / "home2" / "tokens").iterdir()]

@@ -110,7 +110,7 @@ def assert_sound(example: Example) -> None:
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
 def test_a_file_gives_sound_examples_or_one_error_with_its_place(folder: Path, kind: str) -> None:
-    @fuzzed()
+    @fuzzed(2 * MUTANTS)  # three kinds of file are one reader
     @given(SEEDS)
     def check(seed: int) -> None:
         chance = random.Random(seed)

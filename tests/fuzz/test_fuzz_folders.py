@@ -103,7 +103,7 @@ _PLACES: list[tuple[str, ...]] = [
 _PLAIN = jsonio.to_json(_RECORD)
 
 
-@fuzzed()
+@fuzzed(5 * MUTANTS)
 @given(SEEDS)
 def test_a_record_of_any_content_can_be_looked_at_or_is_refused(folder: Path, seed: int) -> None:
     run, chance = folder / "ended", random.Random(seed)

@@ -32,7 +32,7 @@ def test_every_example_is_trained_once_an_epoch_in_windows_of_the_global_batch(s
     chance = random.Random(seed)
     for _ in range(MUTANTS):
         check_plan(
-            lengths=[chance.randint(1, 40) for _ in range(chance.randint(1, 24))],
+            lengths=[chance.randint(1, 40) for _ in range(chance.randint(1, 12))],
             micro=chance.randint(1, 3),
             devices=chance.randint(1, 3),
             accumulation=[chance.randint(1, 3) for _ in range(chance.randint(1, 3))],

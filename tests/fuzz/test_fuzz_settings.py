@@ -72,7 +72,7 @@ def _table(chance: random.Random) -> str:
     return "\n".join(lines)
 
 
-@fuzzed()
+@fuzzed(2 * MUTANTS)
 @given(SEEDS)
 def test_a_preset_of_any_values_is_sound_or_refused(seed: int) -> None:
     chance = random.Random(seed)
