@@ -4,7 +4,8 @@
 
 Each try is a run of its own that fails once and is resumed once. It survives where it ends with the adapter's bytes,
 the losses and the examples (each as often) of a run that nothing happened to, and leaves nothing behind. Linux with a C
-compiler; half an hour on two quiet cores. A file of an earlier call is gone on with.
+compiler; half an hour on two quiet cores. A file of an earlier call is gone on
+with; Ctrl-C ends it with the table so far.
 
     kill     killed (-9) before the n-th change          full    from the n-th change on the disk is full
     torn     half of the n-th write, then killed         broken  the n-th change fails once (EIO)
@@ -14,6 +15,7 @@ compiler; half an hour on two quiet cores. A file of an earlier call is gone on 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
@@ -100,13 +102,14 @@ def main() -> int:
         whole = make_run("whole")
         calls = calls_of(server, whole, work / "calls")
         result["changes_of_a_run"] = len(calls)
-        stopped = damaged_run(server, make_run("stopped"))
-        for wound in wounds(stopped):
-            if ("damage", wound.name) not in done:
-                note("damage", wound.name, survives_damage(server, stopped, work / "run", whole, wound))
-        for mode, at in points(calls, options.thin):
-            if (mode, at) not in done:
-                note(mode, at, survives(server, make_run("run"), whole, at, mode))
+        with contextlib.suppress(KeyboardInterrupt):  # the table of what was tried comes all the same
+            stopped = damaged_run(server, make_run("stopped"))
+            for wound in wounds(stopped):
+                if ("damage", wound.name) not in done:
+                    note("damage", wound.name, survives_damage(server, stopped, work / "run", whole, wound))
+            for mode, at in points(calls, options.thin):
+                if (mode, at) not in done:
+                    note(mode, at, survives(server, make_run("run"), whole, at, mode))
         server.close()
     rows = []
     for fault, meaning in MEANING.items():
