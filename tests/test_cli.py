@@ -109,7 +109,8 @@ def test_a_tracker_that_cannot_log_is_refused_before_anything_is_measured(tmp_pa
 
 
 def test_a_bad_option_exits_with_2(tmp_path: Path) -> None:
-    for arguments in (["--budget", "0"], ["--learning-rate", "nan"], ["--precision", "fp13"], ["--nonsense"], ["agressive"]):
+    wrong = (["--budget", "0"], ["--learning-rate", "nan"], ["--precision", "fp13"], ["--nonsense"], ["agressive"])
+    for arguments in wrong:
         refused(plan(*arguments, cwd=tmp_path), "Error|No such option", code=2)
 
 
