@@ -32,7 +32,7 @@ def outcome_text(record: RunRecord, folder: Path) -> str:
         inside = predicted.seconds_low <= actual.seconds <= predicted.seconds_high
         spread = duration_range(predicted.seconds_low, predicted.seconds_high)
         lines.append(f"The predicted range {spread} {'holds' if inside else 'does NOT hold'} the actual time.")
-    if actual.eval_loss_before is not None and actual.eval_loss_after is not None:
+    if actual.eval_loss_before and actual.eval_loss_after is not None:
         change = actual.eval_loss_after / actual.eval_loss_before - 1
         losses = f"Held-out loss {actual.eval_loss_before:.3f} -> {actual.eval_loss_after:.3f} ({change:+.0%})"
         samples = folder / "samples.md"

@@ -69,7 +69,7 @@ def _outcome_table(view: RunView) -> str:
         ("peak memory", gib(predicted.peak_memory_bytes), "", gib(actual.peak_memory_bytes) if actual else UNKNOWN),
     ]
     table = _table(("", "predicted", "range", "actual"), rows)
-    if actual is None or actual.eval_loss_before is None or actual.eval_loss_after is None:
+    if actual is None or not actual.eval_loss_before or actual.eval_loss_after is None:
         return table
     change = actual.eval_loss_after / actual.eval_loss_before - 1
     return f"{table}<p>Held-out loss {actual.eval_loss_before:.4f} → {actual.eval_loss_after:.4f} ({change:+.0%}).</p>"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from presets.text import shown
 
 # Far above anything that trains, far below what overflows an array or a machine's memory.
@@ -25,7 +23,7 @@ def whole(name: str, value: int | None, low: int, high: int) -> list[str]:
 
 def number(name: str, value: float | None, low: float, high: float, *, above: bool = False) -> list[str]:
     """`above`: `low` itself is too low. Not a number breaks every rule."""
-    if value is None or (math.isfinite(value) and (low < value if above else low <= value) and value <= high):
+    if value is None or ((low < value if above else low <= value) and value <= high):  # no comparison holds for NaN
         return []
     return [f"{name} is {shown(value)}; it must be {'above' if above else 'at least'} {low:g} and at most {high:g}"]
 

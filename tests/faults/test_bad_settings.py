@@ -167,7 +167,10 @@ def test_the_options_that_take_numbers_are_found() -> None:
 def test_every_number_of_the_command_line_refuses_every_bad_value_and_starts_nothing(
     command: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import subprocess
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a process was started"))
     arguments = [command] if command else []
     if command in ("check", "merge", "chat", "report", "watch"):
         arguments.append("runs/none")

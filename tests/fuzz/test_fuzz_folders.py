@@ -19,6 +19,7 @@ from hypothesis import given
 
 from planner import past
 from planner.history import COLUMNS, History, PastRun
+from planner.outcome import outcome_text
 from planner.run_view import look_at
 from planner.watch import lines_of
 from presets import jsonio
@@ -56,6 +57,8 @@ def shows(run: Path) -> None:
     assert _settings(view)
     if view.record is not None and view.record.actual.breakdown is not None:
         assert _breakdown_table(view)
+    if view.record is not None:
+        assert outcome_text(view.record, run)
     assert list(view.steps) == sorted(view.steps, key=lambda one: int(one["step"]))
 
 
@@ -167,7 +170,9 @@ _ROW = {"folder": "/x", "ended_at": "2026-01-01", "status": "finished", "name": 
 @fuzzed()
 @given(SEEDS)
 def test_a_history_of_any_rows_is_shown_without_the_odd_ones(folder: Path, seed: int) -> None:
-    chance, history = random.Random(seed), _history(folder / "rows")
+    chance, history = random.Random(seed), History(home=folder / "rows")
+    if not history.path.exists():
+        _history(history.home)
     rows = []
     for number in range(MUTANTS):
         row = _ROW | {"num_resumes": 0, "seconds": 2.0, "actual_seconds": 3.0}
