@@ -68,3 +68,13 @@ def test_the_files_that_the_readme_names_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in re.findall(r"`(bench/[\w./]+|constraints\.txt)`", text) + re.findall(r"\]\(([\w./]+)\)", text):
         assert (ROOT / name).exists(), name
+
+
+def test_the_tests_that_promises_name_exist() -> None:
+    text = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", text)
+    tests = [(file, name) for file, name in named if not file.startswith("bench/")]
+    assert len(tests) > 40
+    for file, name in tests:
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert not name or re.search(rf"\b(def|class) {name}\b", source), f"{file}::{name}"

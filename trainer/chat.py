@@ -87,7 +87,8 @@ class ChatEncoder:
         if self.num_spelled_out:
             notes.append(
                 f"{self.num_spelled_out:,} example(s) have special tokens of the model in their text, the first: "
-                f"{self._first_spelled_out}; they are read as plain text, only the chat template sets special tokens"
+                f"{self._first_spelled_out}; they are read as plain text, only the chat template sets "
+                "special tokens (chats that were rendered by hand: give them as messages)"
             )
         if self._eos is None:
             notes.append("the tokenizer names no end token: nothing teaches the model where to stop")
