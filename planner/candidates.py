@@ -224,7 +224,8 @@ def _prepare(job: Job, say: Say) -> tuple[TokenizedDataset, float]:
     data = prepare_data(spec, **arguments)
     first = time.perf_counter() - begun
     if first > 1.0:
-        say(f"data: {len(data):,} examples tokenised in {duration(first)}")
+        what = "examples" if len(data) > 1 else "example"
+        say(f"data: {len(data):,} {what} read and tokenised in {duration(first)}, imports included")
     if first < OPENED_SECONDS:
         return data, first
     begun = time.perf_counter()

@@ -360,8 +360,9 @@ def _remember(record: RunRecord, folder: Path) -> None:
 def tune_command(names: tuple[str, ...], **given: Any) -> None:
     """Find the fastest way to train on the same batches: split, packing, loss, attention, threads.
 
-    Takes about three times --budget. What it finds is kept: plan shows the tuned twins from then on, and
-    plan --run PRESET --tuned runs one. Every change leaves the gradient of a step as it is, up to rounding.
+    Times for about three times --budget, and starts about a dozen processes on top. What it finds is kept: plan shows
+    the tuned twins from then on, and plan --run PRESET --tuned runs one. Every change leaves the gradient of a step as
+    it is, up to rounding.
 
     \b
     Examples:

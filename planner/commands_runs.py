@@ -130,6 +130,7 @@ def chat(run: Path, trust_remote_code: bool, max_new_tokens: int, temperature: f
 
     finished = open_finished(run)
     messages = [("system", system)] if system else []
+    say("An empty line or Ctrl-D ends it.")
     while True:
         click.echo("you> ", nl=False)
         line = sys.stdin.readline().strip()

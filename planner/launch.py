@@ -124,7 +124,11 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _not_empty(output: Path, folder: Path) -> str:
-    hint = f" Go on with it: plan --resume {shlex.quote(str(output))}." if (folder / "job.json").is_file() else ""
+    hint = ""
+    if (folder / "adapter").is_dir() or (folder / "model").is_dir():
+        hint = f" It holds a run with its result: plan report {shlex.quote(str(output))}."
+    elif (folder / "job.json").is_file():
+        hint = f" Go on with it: plan --resume {shlex.quote(str(output))}."
     return f"output '{output}' exists and is not empty.{hint} Or choose another --output."
 
 

@@ -16,7 +16,7 @@ def plan(
     model: str | Path | None = None,
     *,
     presets: str | Sequence[str] = (),
-    budget_seconds: float = 60.0,
+    budget_seconds: float | None = None,
     precision_target: float = 0.02,
     fresh: bool = False,
     tuned: bool = False,
@@ -32,7 +32,7 @@ def plan(
         dataset: a file, a saved folder, a hub name, or a count of examples. None: `.env`'s, else the bundled messages.
         model: a folder or a hub name. None: `.env`'s, else the bundled model.
         presets: names, or paths of TOML files; all where none is named.
-        budget_seconds: spent timing; process starts come on top.
+        budget_seconds: spent timing; process starts come on top. None: `PLAN_BUDGET`'s, else 60.
         precision_target: stop timing when the 90 % range is this narrow (half of it, relative).
         fresh: measure again, though an earlier measurement would do.
         tuned: also search for each preset's tuned twin, which takes about three times the budget.
@@ -64,6 +64,7 @@ def plan(
             said = did_you_mean(name, (*known, "budget_seconds", "presets", "precision_target"))
             raise TypeError(f"planner.plan() has no option '{name}'.{said}")
     say = progress or (lambda text: None)
+    budget = budget_seconds if budget_seconds is not None else _usual_budget()
     settings = read_settings(Path.cwd(), os.environ)
     for warning in settings.warnings:
         say(warning)
@@ -72,10 +73,25 @@ def plan(
             dataset=None if dataset is None else str(dataset), model=None if model is None else str(model), **options
         ),
         settings,
-        MeasureSettings(budget_seconds=budget_seconds, precision_target=precision_target, fresh=fresh),
+        MeasureSettings(budget_seconds=budget, precision_target=precision_target, fresh=fresh),
         names=(presets,) if isinstance(presets, str) else tuple(presets),
         say=say,
         history=History(say=say),
         tuned=tuned,
     )
     return comparison.report
+
+
+def _usual_budget() -> float:
+    """Seconds, as the command line takes them: from the environment, else its default."""
+    from planner.candidates import MeasureSettings
+    from presets.errors import SettingsError
+
+    given = os.environ.get("PLAN_BUDGET", "").strip()
+    try:
+        seconds = float(given) if given else MeasureSettings().budget_seconds
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds <= 86_400:
+        raise SettingsError(f"PLAN_BUDGET is {given!r}; it must be a number of seconds above 0 and at most 86,400.")
+    return seconds

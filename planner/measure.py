@@ -505,8 +505,8 @@ class _Measuring:
         width = self._width(group, least=1) if group.is_live and kept else 0.0
         if group.ended_by == "budget" and width > self.target:
             self.warnings.append(
-                f"{group.rows[0].name}: the budget of {self.budget:g} s was spent at a range of ±{width:.1%}, wider "
-                f"than the ±{self.target:.1%} asked for. Give more time with --budget."
+                f"{group.rows[0].name}: the budget of {self.budget:g} s was spent while the timings alone still "
+                f"allowed ±{width:.1%} (--precision-target is ±{self.target:.1%}). Give more time with --budget."
             )
         if group.ended_by == "precision" and not group.is_reference:
             self.notes.append(

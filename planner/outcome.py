@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,12 @@ def outcome_text(record: RunRecord, folder: Path) -> str:
     if predicted.seconds_low is not None and predicted.seconds_high is not None and actual.seconds is not None:
         inside = predicted.seconds_low <= actual.seconds <= predicted.seconds_high
         spread = duration_range(predicted.seconds_low, predicted.seconds_high)
-        lines.append(f"The predicted range {spread} {'holds' if inside else 'does NOT hold'} the actual time.")
+        verdict = f"The predicted range {spread} {'holds' if inside else 'does NOT hold'} the actual time."
+        if actual.num_resumes:
+            verdict = (
+                f"Stopped and resumed {actual.num_resumes} time(s): its time says little of the prediction ({spread})."
+            )
+        lines.append(verdict)
     if actual.eval_loss_before and actual.eval_loss_after is not None:
         change = actual.eval_loss_after / actual.eval_loss_before - 1
         losses = f"Held-out loss {actual.eval_loss_before:.3f} -> {actual.eval_loss_after:.3f} ({change:+.0%})"
@@ -40,6 +46,9 @@ def outcome_text(record: RunRecord, folder: Path) -> str:
         lines.append(losses + where)
     kind = "adapter" if record.job.preset.adapter == "lora" else "model"
     lines.append(f"The {kind}: {printable(str(folder / kind))}")
+    run = printable(shlex.quote(str(folder)))
+    merge = f", plan merge {run}" if kind == "adapter" else ""
+    lines.append(f"Next: plan check {run}, plan chat {run}, plan report {run}{merge}")
     return "\n".join(lines)
 
 

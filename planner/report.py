@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -375,21 +376,25 @@ def _shown_columns(rows: Sequence[Row], now: datetime) -> list[_Column]:
     return [column for column in columns if column.title != "speed-up"]
 
 
+_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
 def remarks(report: PlanReport, now: datetime) -> tuple[str, ...]:
     """What stands under the table: what rows have to say, said once for all that say it, and the report's notes."""
     rows = tuple(map(_cleaned, report.rows))
     notes = tuple(map(printable, report.notes))
     if all(row.basis == "published" for row in rows):
         return notes
-    said: dict[str, list[str]] = {}  # what several rows have to say is said once
+    said: dict[str, list[tuple[str, str]]] = {}  # what several rows have to say is said once, (row, text)
     for row in rows:
         for text in _under_the_table(row):
-            said.setdefault(text, []).append(row.name)
+            said.setdefault(_NUMBER.sub("#", text), []).append((row.name, text))
     everyone = [row.name for row in rows if row.error is None]
-    lines = [
-        f"{'all rows' if names == everyone and len(names) > 1 else ' / '.join(names)}: {text}"
-        for text, names in said.items()
-    ]
+    lines = []
+    for told in said.values():
+        names = [name for name, _ in told]
+        who = "all rows" if names == everyone and len(names) > 1 else " / ".join(names)
+        lines.append(f"{who}: {_as_one([text for _, text in told])}")
     cached: dict[str, list[str]] = {}
     for row in rows:
         if row.basis == "cached" and row.error is None:
@@ -400,6 +405,17 @@ def remarks(report: PlanReport, now: datetime) -> tuple[str, ...]:
         again = "" if age == "earlier" else " --fresh measures again."
         lines.append(f"Measured {age} on this device, not now: {who}.{again}")
     return (*lines, *notes)
+
+
+def _as_one(texts: list[str]) -> str:
+    """Texts that differ in their numbers only, as one: "32 to 64" where they do."""
+    numbers = [_NUMBER.findall(text) for text in texts]
+    spans = []
+    for of_one_place in zip(*numbers, strict=True):
+        known = sorted(set(of_one_place), key=lambda number: float(number.replace(",", "")))
+        spans.append(known[0] if len(known) == 1 else f"{known[0]} to {known[-1]}")
+    filled = iter(spans)
+    return _NUMBER.sub(lambda _: next(filled), texts[0])
 
 
 def published_text(report: PlanReport, *, width: int | None = None, ascii_only: bool = False) -> str:

@@ -16,6 +16,7 @@ from presets.text import printable
 from trainer.sparkline import sparkline
 
 EVERY_SECONDS = 1.0
+PACE_STEPS = 20  # of which the speed is shown
 _LONGEST = 100 * 365 * 86_400.0  # seconds; beyond, no calendar says when it is done
 ENDED = ("finished", "stopped", "failed")
 
@@ -59,9 +60,8 @@ def lines_of(view: RunView, *, gpu: str | None, now: datetime, blocks: bool = Tr
         told = " -> ".join(f"{loss:.3f}" for _, loss in (view.evaluations[0], view.evaluations[-1]))
         lines.append(f"held-out  {told if len(view.evaluations) > 1 else f'{view.evaluations[0][1]:.3f}'}")
     if last:
-        lines.append(
-            f"speed     {figure(last.get('tokens_per_second'))} tokens/s, {duration(last.get('seconds'))} a step"
-        )
+        tokens, seconds = _pace(view)
+        lines.append(f"speed     {figure(tokens)} tokens/s, {duration(seconds)} a step")
         lines.append(f"memory    {gib(last.get('memory_bytes'))}")
     if gpu:
         lines.append(f"GPU       {gpu}")
@@ -77,6 +77,19 @@ def lines_of(view: RunView, *, gpu: str | None, now: datetime, blocks: bool = Tr
         lines.append(f"Go on with it: plan --resume {printable(str(view.folder))}")
     lines.append(f"settings  {printable(job.name)}, {_split(view)}, {job.precision} on {job.device}")
     return lines
+
+
+def _pace(view: RunView) -> tuple[float | None, float | None]:
+    """(tokens per second, seconds per step) over the latest steps: the very last of a run is often a partial one."""
+    known = [
+        (float(one["tokens_per_second"]), float(one["seconds"]))
+        for one in view.steps[-PACE_STEPS:]
+        if isinstance(one.get("tokens_per_second"), (int, float)) and isinstance(one.get("seconds"), (int, float))
+    ]
+    seconds = sum(each for _, each in known)
+    if seconds <= 0:
+        return None, None
+    return sum(rate * each for rate, each in known) / seconds, seconds / len(known)
 
 
 def _time_lines(view: RunView, last: dict[str, Any], now: datetime) -> list[str]:
@@ -109,7 +122,10 @@ def _panel(view: RunView) -> Any:
     done = int(view.steps[-1]["step"]) if view.steps else 0
     bar = ProgressBar(total=view.num_steps or 1, completed=done if view.num_steps else 0)
     return Panel(
-        Group(Text(lines[0], style="bold"), bar, *(Text(line) for line in lines[1:])), width=None, expand=False
+        # The bar alone ends no line: what follows would stand behind it, out of sight.
+        Group(Text(lines[0], style="bold"), bar, Text(""), *(Text(line) for line in lines[1:])),
+        width=None,
+        expand=False,
     )
 
 

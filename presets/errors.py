@@ -69,7 +69,10 @@ def together(*checks: Callable[[], object]) -> None:
         raise type(raised[0])("\n".join(dict.fromkeys(map(str, raised))))
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+SLIP = 0.85  # likeness of two names from which a slip of the pen is likelier than another thing of that name
+
+
+def did_you_mean(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
     """ " Did you mean 'x'?" for the closest known word, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=likeness)
     return f" Did you mean '{close[0]}'?" if close else ""

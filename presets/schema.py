@@ -260,7 +260,11 @@ def parse_preset(name: str, text: str) -> Preset:
     phase_fields = [
         _check(Phase, phase, problems, prefix=f"phase {number}: ") for number, phase in enumerate(phases, start=1)
     ]
-    if problems:
+    if problems:  # of the keys that can be read the values are checked too, so that all is told at once
+        try:
+            Preset(name=name, **{**_stand_ins(Preset, fields), **fields})
+        except PresetError as reason:
+            problems.append(str(reason).removeprefix(f"preset '{name}': ").rstrip("."))
         raise PresetError(f"preset '{name}': " + "; ".join(problems) + ".")
     try:
         said = Published(**published)
@@ -276,6 +280,21 @@ def parse_preset(name: str, text: str) -> Preset:
     return preset
 
 
+def _stand_ins(cls: type, given: dict[str, Any]) -> dict[str, Any]:
+    """Harmless values for the required fields that are not given."""
+    hints = typing.get_type_hints(cls)
+    harmless = {int: 1, float: 1e-4, str: "-", bool: False}
+    return {
+        field.name: typing.get_args(hints[field.name])[0]
+        if typing.get_origin(hints[field.name]) is Literal
+        else harmless[hints[field.name]]
+        for field in dataclasses.fields(cls)
+        if field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+        and field.name not in (*given, "name")
+    }
+
+
 def _folder(folder: Path | None) -> Any:  # Path or importlib's Traversable
     return resources.files("presets") if folder is None else folder
 
@@ -289,7 +308,10 @@ def _check(
     good: dict[str, Any] = {}
     for key, value in table.items():
         if key not in fields:
-            problems.append(f"unknown key '{prefix}{key[:60]}'.{did_you_mean(key, fields)}".rstrip("."))
+            problems.append(
+                f"unknown key '{prefix}{key[:60]}'.{did_you_mean(key, fields)}".rstrip(".?")
+                + ("?" if did_you_mean(key, fields) else "")
+            )
             continue
         fits, converted = fit_type(hints[key], value)
         if fits:

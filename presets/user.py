@@ -85,6 +85,7 @@ def new_preset(name: str, source: str) -> Path:
         "# The published_* figures belong to the original and are left out of this copy.\n\n"
     )
     kept = [line for line in text.splitlines() if not line.startswith("published_")]
+    kept = [f'summary = "a copy of {source}"' if line.startswith("summary =") else line for line in kept]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:

@@ -82,7 +82,7 @@ def test_while_it_trains_a_terminal_shows_the_loss_the_memory_and_the_plan(tmp_p
     assert re.search(r"2\.50 of [\d.]+ GiB", text)
     assert "1,234 tok/s" in text
     assert re.search(r"21 s left, done \w{3} \d\d:\d\d", text)
-    assert "+4% on plan" in text
+    assert "4% behind plan" in text
     assert "step 2: held-out loss 3.1" in text
     assert "\x1b[?25h" in raw, "the cursor is given back"
 
@@ -90,7 +90,7 @@ def test_while_it_trains_a_terminal_shows_the_loss_the_memory_and_the_plan(tmp_p
 def test_without_a_terminal_it_is_lines(tmp_path: Path) -> None:
     text = seen(TRAINING, str(tmp_path), terminal=False)
     assert "\x1b" not in text
-    assert "step 4/4  loss 1.000  2.50 GiB  1,234 tok/s  +4% on plan" in text
+    assert "step 4/4  loss 1.000  2.50 GiB  1,234 tok/s  4% behind plan" in text
 
 
 def test_while_it_measures_a_terminal_shows_a_bar_and_leaves_nothing_behind() -> None:

@@ -15,6 +15,8 @@ from presets.errors import DataError, ModelError
 from trainer import assumed, data
 from trainer.data import prepare_data
 from trainer.job import DataSpec
+from trainer.model import inspect_model
+from trainer.sources import open_source
 from trainer.tokens import TokenizedDataset
 
 
@@ -245,3 +247,25 @@ def test_a_count_needs_a_vocabulary_but_no_tokenizer(tmp_path: Path) -> None:
 def test_a_count_below_what_can_be_trained_on_is_an_error(model: Path, count: int, tokens: int | None) -> None:
     with pytest.raises(DataError, match="must be at least"):
         prepare(DataSpec(source="count", num_examples=count, tokens_per_example=tokens), model)
+
+
+@pytest.mark.parametrize(("asked", "there"), [("qa.jsn", "qa.jsonl"), ("messagess", "messages")])
+def test_a_slip_of_the_pen_is_told_before_the_hub_is_asked(
+    asked: str, there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / there).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trainer.sources._open_hub", lambda name: pytest.fail("the hub was asked"))
+    with pytest.raises(DataError, match=f"Did you mean '{there}'"):
+        open_source(asked)
+
+
+def test_a_models_name_like_a_folder_here_is_a_slip_and_another_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my-model").mkdir()
+    (tmp_path / "my-model" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="Did you mean 'my-model'"):
+        inspect_model("mymodel")
+    assert not inspect_model("gpt2").is_local

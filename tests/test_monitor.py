@@ -43,7 +43,7 @@ def test_the_drift_against_the_plan_and_the_time_of_day_are_said(
     run_to(monitor, 0, 1, pace=1.04)
     monitor.close()
     line = capsys.readouterr().err
-    assert "+4% on plan" in line
+    assert "4% behind plan" in line
     # 440 s of planned work at this pace, from now
     at = datetime.now() + timedelta(seconds=440 * 1.04)
     assert re.search(r"7 min 38 s left, done (\w{3} \d\d:\d\d)", line)

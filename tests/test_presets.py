@@ -225,3 +225,11 @@ def test_values_that_break_several_rules_are_reported_at_once() -> None:
 def test_a_file_that_is_not_toml_is_one_clear_error() -> None:
     with pytest.raises(PresetError, match=r"preset 'mine': not TOML"):
         parse_preset("mine", "summary = \n")
+
+
+def test_values_out_of_range_are_told_beside_unknown_and_missing_keys() -> None:
+    text = 'summary = "x"\ngradient_accumulation_steps = 2\nprecision = "fp32"\nmax_len = 3\nlora_rank = -1\n'
+    with pytest.raises(PresetError) as caught:
+        parse_preset("mine", text)
+    for part in ("unknown key 'max_len'", "learning_rate is missing", "lora_rank is -1"):
+        assert part in str(caught.value)

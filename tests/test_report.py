@@ -28,6 +28,7 @@ from planner.report import (
     printable,
     published_report,
     published_text,
+    remarks,
 )
 from presets.schema import load_preset, parse_preset, preset_names
 
@@ -455,3 +456,14 @@ def test_finish_at_is_local_time_with_offset_or_unknown() -> None:
     assert finish_at(NOW, None) is None
     assert finish_at(NOW, float("nan")) is None
     assert finish_at(NOW, 1e15) is None
+
+
+def test_what_rows_say_alike_but_for_their_numbers_is_said_once() -> None:
+    texts = ("a step takes 32 of 292 examples", "a step takes 64 of 292 examples", "only 5 steps")
+    rows = tuple(
+        dataclasses.replace(PLAN.rows[0], name=name, note=note)
+        for name, note in (("one", texts[0]), ("two", texts[1]), ("three", texts[2]))
+    )
+    lines = remarks(dataclasses.replace(PLAN, rows=rows, notes=()), NOW)
+    assert "one / two: a step takes 32 to 64 of 292 examples" in lines
+    assert "three: only 5 steps" in lines

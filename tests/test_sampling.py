@@ -102,3 +102,9 @@ def test_training_and_evaluation_are_apart_and_together_everything() -> None:
     training, evaluation = split_evaluation(500, 17, seed=4)
     assert len(evaluation) == 17
     assert sorted([*training.tolist(), *evaluation.tolist()]) == list(range(500))
+
+
+def test_prioritized_names_both_fields_that_are_missing_and_an_option_that_works() -> None:
+    sampling = Sampling(strategy="prioritized", ratio=0.5)
+    with pytest.raises(DataError, match=r"'engagement' and 'created_at'.*--sampling-strategy random"):
+        select(sampling, np.arange(10), engagement=None, created_at=None, seed=1)

@@ -39,7 +39,8 @@ def test_a_copy_is_the_original_with_its_comments_and_without_its_published_figu
     assert copy.published.hours_low is None
     assert all_names()[-1] == "mine"
     for line in text_of("recommended").splitlines():
-        assert line.startswith("published_") or line in text
+        assert line.startswith(("published_", "summary =")) or line in text
+    assert copy.summary == "a copy of recommended"
 
 
 @pytest.mark.parametrize("source", ["two-stage", "progressive", "prioritized", "iterate"])

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from run_folders import begin, end, write_steps
+from run_folders import begin, end, step, write_steps
 
 from planner.cli import cli
 from planner.run_report import run_page, write_report
@@ -211,6 +211,7 @@ def test_in_a_terminal_the_view_goes_on_until_the_run_ends(folder: Path) -> None
     assert "step 4 of 22" in text
     assert "step 22 of 22" in text
     assert "finished" in text
+    assert re.search(r"│ loss +0\.182 +[█▁-▇]+", text), "each line of its own, also the one after the bar"
 
 
 def test_the_page_has_curves_figures_and_settings_and_needs_nothing(folder: Path) -> None:
@@ -250,3 +251,11 @@ def test_a_page_that_cannot_be_written_gives_one_clear_line(folder: Path) -> Non
     done = CliRunner().invoke(cli, ["report", str(folder), "--output", str(folder / "missing" / "x.html")])
     assert done.exit_code == 1
     assert "cannot be written" in str(done.exception)
+
+
+def test_the_speed_is_that_of_the_latest_steps_not_of_a_partial_last_one(folder: Path) -> None:
+    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(step(number, seconds=5.0, tokens_per_second=100.0) for number in range(1, 22))
+        file.write(step(22, seconds=0.1, tokens_per_second=5000.0))
+    assert "speed     105 tokens/s" in told(folder)
+    assert "4.8 s a step" in told(folder)

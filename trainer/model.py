@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from presets import jsonio
-from presets.errors import ModelError
+from presets.errors import SLIP, ModelError, did_you_mean
 from trainer.job import Job
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")  # files of weights that torch would unpickle
@@ -49,6 +49,8 @@ def inspect_model(name: str) -> ModelFiles:
     if not folder.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ModelError(f"model '{name}': no such folder. Give a folder with a config.json, or a hub name.")
+        if "/" not in name and (meant := _folder_like(name)):  # asking the hub for a slip of the pen takes a minute
+            raise ModelError(f"model '{name}': no such folder here.{meant} For one of the hub write OWNER/{name}.")
         return ModelFiles(name, is_local=False, has_weights=True, has_tokenizer=True)
     if not (folder / "config.json").is_file():
         raise ModelError(f"model '{name}': no config.json in it. Give the folder that holds config.json.")
@@ -68,6 +70,13 @@ def inspect_model(name: str) -> ModelFiles:
         )
     has_tokenizer = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
     return ModelFiles(str(folder), is_local=True, has_weights=has_weights, has_tokenizer=has_tokenizer)
+
+
+def _folder_like(name: str) -> str:
+    try:
+        return did_you_mean(name, [path.name for path in Path().iterdir() if (path / "config.json").is_file()], SLIP)
+    except OSError:
+        return ""
 
 
 def load_model(job: Job, *, need_weights: bool) -> LoadedModel:

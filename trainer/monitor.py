@@ -140,7 +140,8 @@ class Monitor:
             parts.append(f"{_short(left)} left, done {at:%a %H:%M}")
         drift = self.drift(done)
         if drift is not None:
-            parts.append(f"{drift:+.0%} on plan")
+            word = "behind" if drift > 0 else "ahead of"
+            parts.append(f"{abs(drift):.0%} {word} plan" if abs(drift) >= 0.005 else "on plan")
         return parts
 
     def sync(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from presets import jsonio
 from presets.errors import RunError
+from presets.text import printable
 from trainer.card import write_card
 from trainer.disk import sync, sync_tree, told_in_one_line
 from trainer.evaluate import EvaluationResult, answerable, evaluate, evaluation_batches, sample_answers
@@ -90,7 +91,7 @@ def _write_side_by_side(folder: Path) -> None:
             ("After", after["answer"]),
             ("Expected", before["expected"]),
         ):
-            lines += [f"**{title}**", "", *("    " + line for line in text.strip().splitlines() or [""]), ""]
+            lines += [f"**{title}**", "", *("    " + printable(line) for line in text.strip().splitlines() or [""]), ""]
     jsonio.write_atomically(folder / "samples.md", "\n".join(lines))
 
 

@@ -50,6 +50,11 @@ def select(
     if sampling.strategy == "random":
         chosen = np.random.default_rng([seed, 0x5A]).choice(candidates, size=wanted, replace=False)
         return np.sort(chosen), notes
+    if sampling.strategy == "prioritized" and sampling.score == "engagement":  # told of both at once
+        fields = {"engagement": engagement, "created_at": created_at}
+        missing = tuple(name for name, values in fields.items() if not _is_known(values, candidates))
+        if missing:
+            raise DataError(_without(missing, sampling.strategy))
     score = _score(sampling, candidates, engagement, created_at, loss)
     if sampling.strategy == "top":
         return np.sort(candidates[_best(score, wanted)]), notes
@@ -84,13 +89,24 @@ def _score(
 
 
 def _field(values: FloatArray | None, candidates: IntArray, name: str, strategy: str) -> FloatArray:
-    if values is None or not np.isfinite(values[candidates]).any():
-        raise DataError(
-            f"sampling '{strategy}' needs the field '{name}', which this data does not have. "
-            f"Name its column with --columns {name}=COLUMN, or choose SAMPLING_STRATEGY=random."
-        )
+    if values is None or not _is_known(values, candidates):
+        raise DataError(_without((name,), strategy))
     chosen = values[candidates].astype(np.float64)
     return np.where(np.isfinite(chosen), chosen, -np.inf)  # an example without the field ranks last
+
+
+def _is_known(values: FloatArray | None, candidates: IntArray) -> bool:
+    return values is not None and bool(np.isfinite(values[candidates]).any())
+
+
+def _without(names: tuple[str, ...], strategy: str) -> str:
+    fields = " and ".join(f"'{name}'" for name in names)
+    columns = ",".join(f"{name}=COLUMN" for name in names)
+    return (
+        f"sampling '{strategy}' needs the field{'s'[: len(names) - 1]} {fields}, which this data does not have. "
+        f"Name {'their columns' if len(names) > 1 else 'its column'} with --columns {columns}, or choose "
+        "--sampling-strategy random."
+    )
 
 
 def _best(score: FloatArray, count: int) -> IntArray:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from presets import jsonio
-from presets.errors import DataError, did_you_mean
+from presets.errors import SLIP, DataError, did_you_mean
 
 FILE_KINDS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
@@ -90,6 +90,10 @@ def open_source(name: str) -> Source:
         return Source(name, path=path)
     if _looks_like_file(name) or not is_hub_name(name):
         raise DataError(f"{name}: there is no such file or folder.{_suggest_neighbour(path)} Check --dataset.")
+    if "/" not in name and (
+        meant := _suggest_neighbour(path, SLIP)
+    ):  # asking the hub for a slip of the pen takes a minute
+        raise DataError(f"{name}: there is no such file or folder here.{meant} For one of the hub write OWNER/{name}.")
     return _open_hub(name)
 
 
@@ -116,9 +120,9 @@ def _looks_like_file(name: str) -> bool:
     return name.lower().endswith(".gz") or stem.endswith((*FILE_KINDS, ".txt"))
 
 
-def _suggest_neighbour(path: Path) -> str:
+def _suggest_neighbour(path: Path, likeness: float = 0.6) -> str:
     try:
-        return did_you_mean(path.name, [neighbour.name for neighbour in path.parent.iterdir()])
+        return did_you_mean(path.name, [neighbour.name for neighbour in path.parent.iterdir()], likeness)
     except OSError:
         return ""
 
