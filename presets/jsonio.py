@@ -168,8 +168,12 @@ def _join(path: str, key: str) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader sees either the old or the whole new one, also after a power cut."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)  # half of it on a full disk is in nobody's way
+        raise
