@@ -46,7 +46,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
     lines = [
         json.dumps({"prompt": f"Say it {number} times.", "completion": "It is said again. " * (3 + 2 * number)})
-        for number in [*range(26), *range(20, 26)]
+        for number in [*range(0, 26, 2), *range(20, 26, 2)]
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
