@@ -114,7 +114,7 @@ def test_a_tracker_that_is_not_installed_stops_the_trainer_before_it_loads_anyth
     ) as caught:
         train(run)
     assert "\n" not in str(caught.value)
-    assert [path.name for path in run.iterdir()] == [".lock", "job.json"]
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "job.json"]
 
 
 def test_all_needs_one_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def test_a_folder_without_a_job_or_with_a_damaged_one_is_refused(
 @pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", "a\\b", "..", ""])
 def test_no_name_in_a_job_leads_out_of_its_folder(make_job: Any, name: str) -> None:
     plain = json.loads(make_job().to_json()) | {"name": name}
-    with pytest.raises(SettingsError, match="^job.json: name "):
+    with pytest.raises(SettingsError, match=r"^job\.json: name "):
         Job.from_json(json.dumps(plain))
 
 
