@@ -31,7 +31,7 @@ demo: venv
 	$(BIN)/plan --run recommended --budget 20
 
 test: venv
-	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 10
 
 FUZZ_EXAMPLES ?= 100000
 

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -385,10 +386,13 @@ def remarks(report: PlanReport, now: datetime) -> tuple[str, ...]:
     notes = tuple(map(printable, report.notes))
     if all(row.basis == "published" for row in rows):
         return notes
-    said: dict[str, list[tuple[str, str]]] = {}  # what several rows have to say is said once, (row, text)
+    said: dict[tuple[str, int], list[tuple[str, str]]] = {}  # what several rows have to say is said once, (row, text)
     for row in rows:
+        alike: Counter[str] = Counter()  # what one row says twice with other numbers are two things
         for text in _under_the_table(row):
-            said.setdefault(_NUMBER.sub("#", text), []).append((row.name, text))
+            form = _NUMBER.sub("#", text)
+            said.setdefault((form, alike[form]), []).append((row.name, text))
+            alike[form] += 1
     everyone = [row.name for row in rows if row.error is None]
     lines = []
     for told in said.values():

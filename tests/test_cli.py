@@ -211,7 +211,7 @@ def test_a_run_from_plan_to_adapter_then_check_chat_and_merge(
     assert record["actual"]["eval_loss_after"] < record["actual"]["eval_loss_before"]
     assert (tmp_path / "run" / "samples.md").is_file()
 
-    refused(plan(*arguments, "--output", "run", cwd=tmp_path), "exists and is not empty.*plan --resume run")
+    refused(plan(*arguments, "--output", "run", cwd=tmp_path), "exists and is not empty.*plan report run")
     again = plan("--resume", "run", cwd=tmp_path)
     assert again.returncode == 0
     assert "nothing to resume" in again.stderr

@@ -84,23 +84,6 @@ def test_a_cost_that_the_fit_cannot_follow_is_corrected_by_stratum() -> None:
     assert one.train_seconds == pytest.approx(true, rel=0.02)
 
 
-@pytest.mark.slow
-def test_the_interval_holds_the_truth_in_about_nine_of_ten_trials() -> None:
-    row = make_row(make_job(), DATA)
-    held, errors = 0, []
-    for seed in range(200):
-        device = FakeDevice(LENGTHS, noise=0.1, seed=seed)
-        (one,) = estimates(device, [row])
-        true = device.true_seconds(row.plan)
-        assert one.train_seconds
-        assert one.train_seconds_low
-        assert one.train_seconds_high
-        held += one.train_seconds_low <= true <= one.train_seconds_high
-        errors.append(abs(one.train_seconds / true - 1))
-    assert 0.84 <= held / 200 <= 0.97
-    assert np.median(errors) < 0.03
-
-
 def test_steps_times_seconds_per_step_is_the_time() -> None:
     device = FakeDevice(LENGTHS, noise=0.1)
     row = make_row(make_job(), DATA)
