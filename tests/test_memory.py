@@ -30,7 +30,7 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=len(tokenizer),
         hidden_size=512,
         intermediate_size=1536,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=8,
         max_position_embeddings=512,
