@@ -125,11 +125,19 @@ def _is_empty(folder: Path) -> bool:
 
 def _not_empty(output: Path, folder: Path) -> str:
     hint = ""
-    if (folder / "adapter").is_dir() or (folder / "model").is_dir():
-        hint = f" It holds a run with its result: plan report {shlex.quote(str(output))}."
+    if _is_finished(folder):  # not one that was killed between its result and its record: that one is resumed
+        hint = f" It holds a finished run: plan report {shlex.quote(str(output))}."
     elif (folder / "job.json").is_file():
         hint = f" Go on with it: plan --resume {shlex.quote(str(output))}."
     return f"output '{output}' exists and is not empty.{hint} Or choose another --output."
+
+
+def _is_finished(folder: Path) -> bool:
+    try:
+        record = read_record(folder)
+    except RunError:  # damaged
+        return False
+    return record is not None and record.status == "finished"
 
 
 def with_checkpoint_interval(job: Job, num_steps: int, seconds_per_step: float | None) -> Job:

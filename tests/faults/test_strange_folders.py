@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_kill import stopped_after
 from wounds import WAYS
 
 from planner import cli, launch
@@ -35,21 +36,8 @@ def resume(run: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
 def stopped_run(make_run: Any, name: str = "run", steps: int = 3, **changes: Any) -> Path:
     """A run that died after some steps, with a checkpoint after each."""
 
-    class Killed(BaseException):
-        pass
-
     run: Path = make_run(name, checkpoint_every=1, **changes)
-    real = loop._window
-
-    def window_or_end(state: Any, random_state: Any) -> None:
-        if state.progress.windows_done == steps:
-            raise Killed
-        real(state, random_state)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_window", window_or_end)
-        with pytest.raises(Killed):
-            loop.train(run)
+    stopped_after(run, steps)
     return run
 
 
