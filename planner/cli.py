@@ -274,7 +274,7 @@ def _dry_run(options: Options, settings: Settings, given: dict[str, Any], output
         f"{'/'.join(f'{rate:g}' for rate in rates)}, {job.preset.num_epochs:g} epoch(s), "
         f"{job.precision} on {job.device}"
     )
-    say(f"{plan.num_steps:,} optimizer steps over {plan.num_examples:,} examples; nothing was measured or written")
+    say(f"{plan.num_steps:,} optimizer steps, {plan.num_examples:,} examples seen; nothing was measured or written")
     say("what --run would start, once it has made the run folder:")
     if given["as_json"]:
         out_json(job.to_json())

@@ -88,9 +88,10 @@ def check(run: Path, trust_remote_code: bool) -> None:
     from planner.outcome import check_text
 
     job = open_trusted(run, trusted=trust_remote_code)
+    from trainer.batching import BatchPlan
     from trainer.finished import check as check_run
 
-    out(check_text(check_run(run), job))
+    out(check_text(check_run(run), job, num_steps=BatchPlan.load(run / "batch_plan.npz").num_steps))
 
 
 @click.command(short_help="Base model and adapter as one model.")

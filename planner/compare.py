@@ -246,7 +246,7 @@ def _measure_all(
                 meter=ConditionsMeter(is_gpu=rows[0].job.device == "cuda"),
             )
         if history is not None:
-            keep(history, keys, rows, found[length], asked, now)
+            keep(history, keys, rows, data, found[length], asked, now)
     return found, measured_at
 
 

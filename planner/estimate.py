@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.conditions import summarise
-from planner.intervals import half_width, lopsided, one_more_outlier
+from planner.intervals import half_width, lopsided
 from planner.measurement import (
     FixedSamples,
     Measurement,
@@ -20,6 +20,7 @@ from planner.measurement import (
     RowVerdict,
     StepSignature,
 )
+from planner.outliers import set_apart
 from planner.steadiness import judge
 from planner.strata import Kind, Strata, keys
 from presets.errors import MeasurementError
@@ -149,12 +150,19 @@ def fit_cost(rounds: tuple[Round, ...]) -> CostModel:
     Raises:
         MeasurementError: nothing was timed.
     """
-    samples = [sample for one in rounds for sample in one.samples if sample.seconds is not None]
-    if not samples:
+    samples = [
+        (sample.seconds, sample.rows * sample.width, sample.width)
+        for one in rounds
+        for sample in one.samples
+        if sample.seconds is not None
+    ]
+    seconds, padded, width = np.array(samples, dtype=np.float64).reshape(-1, 3).T
+    return _fit(seconds, padded, width, [value for one in rounds for value in one.optimizer_seconds])
+
+
+def _fit(seconds: FloatArray, padded: FloatArray, width: FloatArray, optimizer: list[float]) -> CostModel:
+    if not len(seconds):
         raise MeasurementError("no micro-batch was timed. Give more time with --budget.")
-    seconds = np.array([sample.seconds for sample in samples], dtype=np.float64)
-    padded = np.array([sample.rows * sample.width for sample in samples], dtype=np.float64)
-    width = np.array([sample.width for sample in samples], dtype=np.float64)
     features = np.stack([np.ones_like(padded), padded, padded * width], axis=1)
     scale = features.max(axis=0)
     weighted = features / scale / np.maximum(seconds, 1e-9)[:, None]
@@ -167,7 +175,6 @@ def fit_cost(rounds: tuple[Round, ...]) -> CostModel:
             if (solution >= 0).all() and error < best_error - 1e-12:
                 best, best_error = np.zeros(3), error
                 best[columns] = solution / scale[columns]
-    optimizer = [value for one in rounds for value in one.optimizer_seconds]
     return CostModel(
         base=float(best[0]),
         per_token=float(best[1]),
@@ -185,25 +192,28 @@ def _sum_seconds(fit: CostModel, work: PlanWork) -> FloatArray:
 class Total:
     """Seconds of a plan's steps: the estimate, and what its interval is made from."""
 
-    seconds: float
-    replicates: FloatArray  # (rounds,) the total as each round alone would have it; their mean is `seconds`
+    seconds: float  # with what rare slow micro-steps add
+    replicates: FloatArray  # (rounds,) the total as each round alone would have it, rare slow ones set apart
+    raw_replicates: FloatArray  # (rounds,) the same with them
     round_variance: float  # of one replicate, if its micro-steps scatter independently
     degrees: int  # of freedom of `round_variance`
     own_variance: float  # of the run itself, around what is expected of it
-    outliers: float  # factor of the width, for slow timings that were not met as often as the run will
+    slow_down: float  # seconds by which rare slow micro-steps may add less: half of a 90 % interval
+    slow_up: float  # and more
 
-    def half_width(self) -> float:
-        """Half of the 90 % interval, in seconds."""
+    def halves(self) -> tuple[float, float]:
+        """How far the 90 % interval reaches down and up, in seconds."""
         floor = MIN_RELATIVE_HALF_WIDTH * self.seconds
-        half = half_width(self.replicates, self.round_variance, self.degrees, self.own_variance)
-        return max(self.outliers * half, floor)
+        half = max(floor, half_width(self.replicates, self.round_variance, self.degrees, self.own_variance))
+        return math.hypot(half, self.slow_down), math.hypot(half, self.slow_up)
 
     @property
     def relative_half_width(self) -> float:
         """Half of the interval that more rounds would narrow, relative: the run's own scatter is left out."""
         if self.seconds <= 0:
             return math.inf
-        return self.outliers * half_width(self.replicates, self.round_variance, self.degrees) / self.seconds
+        half = half_width(self.replicates, self.round_variance, self.degrees)
+        return (math.hypot(half, self.slow_down) + math.hypot(half, self.slow_up)) / 2 / self.seconds
 
 
 class Estimator:
@@ -216,26 +226,26 @@ class Estimator:
     def __init__(self, rounds: tuple[Round, ...], strata: Strata, kind: Kind) -> None:
         """Raises: MeasurementError where no micro-batch of this kind was timed."""
         self.numbers = strata.numbers(kind)
-        rounds = tuple(
-            replace(one, samples=tuple(sample for sample in one.samples if sample.stratum in self.numbers))
-            for one in rounds
-        )
-        self.fit = fit_cost(rounds)
         timed = [
-            (number, sample.stratum, sample.seconds, self._fitted(sample))
+            (number, sample.stratum, sample.seconds, sample.rows * sample.width, sample.width)
             for number, one in enumerate(rounds)
             for sample in one.samples
-            if sample.seconds is not None and sample.stratum >= 0
+            if sample.seconds is not None and sample.stratum in self.numbers
         ]
-        columns = np.array(timed, dtype=np.float64).reshape(-1, 4)
-        place = (columns[:, 0].astype(np.int64), columns[:, 1].astype(np.int64))
-        self._stratum, self._seconds, self._fitted_seconds = place[1], columns[:, 2], columns[:, 3]  # in order of time
+        columns = np.array(timed, dtype=np.float64).reshape(-1, 5).T  # in order of time
+        place = (columns[0].astype(np.int64), columns[1].astype(np.int64))
+        self._stratum, self._seconds = place[1], columns[2]
+        optimizer_steps = [value for one in rounds for value in one.optimizer_seconds]
+        self.fit = _fit(columns[2], columns[3], columns[4], optimizer_steps)
+        self._fitted_seconds = self._fitted(columns[3], columns[4])
+        self.outliers = set_apart(self._seconds, self._fitted_seconds, self._stratum)
         # Per round and stratum, summed where a round timed several of a stratum; NaN where it timed none.
         counts = np.zeros((len(rounds), strata.count))
-        self.seconds, self.fitted = counts.copy(), counts.copy()
+        self.seconds, self.fitted, self.excess = counts.copy(), counts.copy(), counts.copy()
         np.add.at(counts, place, 1.0)
-        np.add.at(self.seconds, place, self._seconds)
+        np.add.at(self.seconds, place, self.outliers.clean)
         np.add.at(self.fitted, place, self._fitted_seconds)
+        np.add.at(self.excess, place, self._seconds - self.outliers.clean)
         self.seconds[counts == 0] = self.fitted[counts == 0] = np.nan
         self.draws = float(counts.max(initial=1))  # timings of a stratum in a round
         optimizer = np.array([np.mean(one.optimizer_seconds) if one.optimizer_seconds else np.nan for one in rounds])
@@ -249,15 +259,15 @@ class Estimator:
             np.nansum(self.fitted[:, with_samples], axis=0), 1e-12
         )
 
-    def _fitted(self, sample: MicroSample) -> float:
-        padded = sample.rows * sample.width
-        return self.fit.base + (self.fit.per_token + self.fit.per_token_width * sample.width) * padded
+    def _fitted(self, padded: FloatArray, width: FloatArray) -> FloatArray:
+        return np.asarray(self.fit.base + (self.fit.per_token + self.fit.per_token_width * width) * padded)
 
     def total(self, work: PlanWork) -> Total:
         """Seconds of a plan's micro-steps and optimizer steps.
 
         Per stratum: the plan's fitted seconds x (timed seconds / fitted seconds of the timed micro-batches). The ratio
-        makes a sample that happens to be longer or shorter than its stratum stand for the stratum all the same.
+        makes a sample that happens to be longer or shorter than its stratum stand for the stratum all the same. What
+        rare slow micro-steps took beyond that comes on top, as a share of all: see planner.outliers.
         """
         stratum_seconds = _sum_seconds(self.fit, work) * self.ratio
         # How far each timing lies from its stratum's ratio, in parts of the stratum's mean timing. A timing left out
@@ -266,8 +276,10 @@ class Estimator:
         mean = np.nansum(self.fitted, axis=0) / np.maximum(timed.sum(axis=0), 1)
         deviation = (self.seconds - self.ratio * self.fitted) / np.maximum(self.ratio * mean, 1e-12)
         deviation = np.where(timed, deviation, 0.0)
-        seconds = float(stratum_seconds.sum() + work.num_steps * self.optimizer.mean())
-        replicates = (stratum_seconds * (1.0 + deviation)).sum(axis=1) + work.num_steps * self.optimizer
+        slow = self.outliers
+        expected, optimizer_seconds = float(stratum_seconds.sum()), work.num_steps * self.optimizer
+        replicates = (1 + slow.share) * (stratum_seconds * (1.0 + deviation)).sum(axis=1) + optimizer_seconds
+        excess = self.excess / np.maximum(self.ratio * mean, 1e-12)
         within = self._variances(deviation)
         mean_seconds = stratum_seconds / np.maximum(work.count, 1.0)
         optimizer = float(self.optimizer.var(ddof=1)) if len(self.optimizer) > 1 else 0.0
@@ -275,19 +287,29 @@ class Estimator:
         # Satterthwaite: degrees of freedom of a sum of variances that were estimated apart.
         squares = float((parts**2).sum())
         degrees = (len(replicates) - 1) * float(parts.sum()) ** 2 / squares if squares > 0 else 1.0
+        own = float((work.count * mean_seconds**2 * (within * self.draws + slow.square)).sum())
         return Total(
-            seconds=seconds,
+            seconds=float((1 + slow.share) * expected + optimizer_seconds.mean()),
             replicates=replicates,
+            raw_replicates=(stratum_seconds * (1.0 + deviation + excess)).sum(axis=1) + optimizer_seconds,
             round_variance=float(parts.sum()),
             degrees=max(1, int(degrees)),
-            own_variance=float((work.count * mean_seconds**2 * within * self.draws).sum()) + work.num_steps * optimizer,
-            outliers=one_more_outlier(self.timings()),
+            own_variance=own + work.num_steps * optimizer,
+            slow_down=slow.down * expected,
+            slow_up=slow.up * expected,
         )
 
     def timings(self) -> FloatArray:
         """Logarithm of seconds / expected seconds of every micro-step, in the order of time."""
+        return self._relative(self._seconds)
+
+    def clean_timings(self) -> FloatArray:
+        """The same, rare slow ones set apart."""
+        return self._relative(self.outliers.clean)
+
+    def _relative(self, seconds: FloatArray) -> FloatArray:
         expected = self._fitted_seconds * self.ratio[self._stratum]
-        return np.asarray(np.log(np.maximum(self._seconds, 1e-9) / np.maximum(expected, 1e-12)))
+        return np.asarray(np.log(np.maximum(seconds, 1e-9) / np.maximum(expected, 1e-12)))
 
     def _variances(self, deviation: FloatArray) -> FloatArray:
         """Variance of a micro-step's relative deviation, per stratum; 0 from a single round."""
@@ -296,8 +318,10 @@ class Estimator:
 
     def window_seconds(self, samples: tuple[MicroSample, ...]) -> float:
         """What a window should take by the sum of its parts."""
-        parts = sum(self._fitted(one) * float(self.ratio[one.stratum]) for one in samples if one.stratum >= 0)
-        return parts + float(self.optimizer.mean())
+        shapes = [(one.rows * one.width, one.width, one.stratum) for one in samples if one.stratum >= 0]
+        padded, width, stratum = np.array(shapes, dtype=np.float64).reshape(-1, 3).T
+        parts = float((self._fitted(padded, width) * self.ratio[stratum.astype(np.int64)]).sum())
+        return (1 + self.outliers.share) * parts + float(self.optimizer.mean())
 
 
 def reference_job(job: Job) -> Job:
@@ -340,11 +364,12 @@ def estimate(
     work = plan_work(row, shapes, found.strata)
     estimator = Estimator(measurement.rounds, found.strata, row.kind)
     total = estimator.total(work)
-    half = max(math.hypot(total.half_width(), between * total.seconds), TIMER_SECONDS * work.num_micro_batches)
-    timings = estimator.timings()
+    least = TIMER_SECONDS * work.num_micro_batches
+    down, up = (max(math.hypot(half, between * total.seconds), least) for half in total.halves())
     # As far down in proportion as up: where the noise is large, a time of nothing or less is no answer. Further up
-    # where rare slow timings make the noise lopsided: the mean is then more often too small than too large.
-    low, high = total.seconds / (1 + half / total.seconds), total.seconds + half * (1 + lopsided(timings))
+    # where the noise leans that way: the mean is then more often too small than too large.
+    low = total.seconds / (1 + down / total.seconds)
+    high = total.seconds + up * (1 + lopsided(estimator.clean_timings()))
     notes, warnings = [], []
     ratio = window_ratio(measurement, estimator)
     if ratio is not None and abs(ratio - 1) > WINDOW_TOLERANCE:
@@ -354,7 +379,7 @@ def estimate(
             f"whole windows took {ratio:.2f} x the sum of their parts, more than {WINDOW_TOLERANCE:.0%} apart: the "
             "range is widened. Measure again on a quiet machine, or with a longer --budget."
         )
-    steadiness = judge(total.replicates, timings)
+    steadiness = judge(total.replicates, total.raw_replicates, estimator.timings())
     if steadiness.warning:
         # The run may meet any of the speeds that were seen.
         low, high = min(low, total.seconds * steadiness.fast), max(high, total.seconds * steadiness.slow)

@@ -173,6 +173,16 @@ class History:
         query = f"SELECT key, content FROM measurements WHERE key IN ({marks})"
         return self._guarded(lambda db: {str(k): str(c) for k, c in db.execute(query, wanted)}, {}, writes=False)
 
+    def latest_measurements(self, prefixes: Iterable[str]) -> dict[str, str]:
+        """For each prefix the content that was stored last under a key "prefix.something"."""
+        query = "SELECT content FROM measurements WHERE key GLOB ? || '.*' ORDER BY created DESC, rowid DESC LIMIT 1"
+
+        def find(db: sqlite3.Connection) -> dict[str, str]:
+            found = {prefix: db.execute(query, (prefix,)).fetchone() for prefix in sorted(set(prefixes))}
+            return {prefix: str(row[0]) for prefix, row in found.items() if row is not None}
+
+        return self._guarded(find, {}, writes=False)
+
     def keep_measurements(self, contents: dict[str, str]) -> None:
         """Store them, all or none; each replaces what was there under its key."""
         created = time.time()

@@ -77,21 +77,3 @@ def lopsided(timings: FloatArray) -> float:
     skewness = float((deviation**3).mean()) / spread**3
     z = 1.6448536
     return max(0.0, skewness) / (6 * math.sqrt(count)) * (1 + 2 * z**2) / z
-
-
-def one_more_outlier(timings: FloatArray) -> float:
-    """Factor of an interval's width if one more timing came as slow as the slowest seen.
-
-    Rare slow timings carry most of the variance where there are any, and a sample that has caught fewer of them than
-    its share claims too narrow an interval: the more so as sampling stops when the interval is narrow. Where timings
-    are all of a kind the slowest of some hundred adds about a hundredth.
-
-    Args:
-        timings: logarithm of seconds / expected seconds.
-    """
-    if len(timings) < 10:
-        return 1.0
-    values = np.exp(timings)
-    squares = (values - values.mean()) ** 2
-    total = float(squares.sum())
-    return math.sqrt(1 + float(squares[values.argmax()]) / total) if total > 0 else 1.0

@@ -281,7 +281,7 @@ class _Measuring:
         longest = np.argpartition(keys(shapes), total - LONGEST)[total - LONGEST :]
         part = np.random.default_rng([total, 0x50]).choice(total, POOL, replace=False)
         chosen = np.union1d(part, longest)
-        return chosen, MicroShapes(rows=shapes.rows[chosen], width=shapes.width[chosen], tokens=shapes.tokens[chosen])
+        return chosen, shapes.part(chosen)
 
     def _time(self, groups: list[Group], budget: float) -> None:
         """Rounds until every row's interval is narrow enough, or the budget is spent. In turns: A B, B A, A B ..."""
@@ -352,7 +352,7 @@ class _Measuring:
         if len(rounds) <= LEAST_ROUNDS:
             return rounds
         first_row = group.fitting[0]
-        totals = Estimator(rounds, self.strata, first_row.kind).total(self.work[first_row.name]).replicates
+        totals = Estimator(rounds, self.strata, first_row.kind).total(self.work[first_row.name]).raw_replicates
         return rounds[split_warmup(totals, LEAST_ROUNDS) :]
 
     def _round(self, group: Group, draw: list[_Drawn]) -> None:
@@ -385,7 +385,8 @@ class _Measuring:
         micros = [micro for micro in range(first, last, plan.num_devices) if shapes.rows[micro] > 0]
         if len(micros) > WINDOW_MICROS:  # evenly over the window: its longest stand first
             micros = [micros[i * len(micros) // WINDOW_MICROS] for i in range(WINDOW_MICROS)]
-        samples = tuple(self._sample(row, micro) for micro in micros)
+        of = self.strata.of(row.kind, shapes.part(np.array(micros)))
+        samples = tuple(self._sample(row, micro, int(stratum)) for micro, stratum in zip(micros, of, strict=True))
         if Estimator(self._kept(group), self.strata, row.kind).window_seconds(samples) > WINDOW_SHARE * left:
             return
         started = self.clock()
@@ -393,18 +394,13 @@ class _Measuring:
         self._spend(group, started)
         group.windows.append((len(group.rounds), WindowSample(samples=samples, seconds=seconds)))
 
-    def _sample(self, row: PlannedRow, micro: int) -> MicroSample:
+    def _sample(self, row: PlannedRow, micro: int, stratum: int) -> MicroSample:
         shapes = self.shapes[id(row.plan)]
-        one = MicroShapes(
-            rows=shapes.rows[micro : micro + 1],
-            width=shapes.width[micro : micro + 1],
-            tokens=shapes.tokens[micro : micro + 1],
-        )
         return MicroSample(
-            stratum=int(self.strata.of(row.kind, one)[0]),
-            rows=int(one.rows[0]),
-            width=int(one.width[0]),
-            tokens=int(one.tokens[0]),
+            stratum=stratum,
+            rows=int(shapes.rows[micro]),
+            width=int(shapes.width[micro]),
+            tokens=int(shapes.tokens[micro]),
         )
 
     def _spend(self, group: Group, started: float) -> None:
@@ -551,14 +547,12 @@ class _Decks:
     def __init__(self, measuring: _Measuring, groups: list[Group]) -> None:
         self._measuring = measuring
         self._rows = list({id(row.plan): row for group in groups for row in group.fitting}.values())
-        members: dict[int, list[tuple[int, int]]] = {}
+        parts = []
         for number, row in enumerate(self._rows):
             chosen, shapes = measuring._part_of(measuring.shapes[id(row.plan)])
-            stratum = measuring.strata.of(row.kind, shapes)
-            for micro, where in zip(chosen.tolist(), stratum.tolist(), strict=True):
-                if where >= 0:
-                    members.setdefault(where, []).append((number, micro))
-        self._members = members
+            parts.append(np.stack([measuring.strata.of(row.kind, shapes), np.full(len(chosen), number), chosen]))
+        members = np.concatenate(parts, axis=1)  # stratum, number of the row, number of the micro-batch
+        self._members = {int(one): members[1:, members[0] == one].T for one in np.unique(members[0]) if one >= 0}
         self._left: dict[int, list[int]] = {}
 
     def draw(self, random: np.random.Generator) -> list[_Drawn]:
@@ -567,10 +561,10 @@ class _Decks:
         for stratum in random.permutation(sorted(self._members) * self._measuring.draws).tolist():
             members = self._members[stratum]
             left = self._left.get(stratum) or random.permutation(len(members)).tolist()
-            number, micro = members[left.pop()]
+            number, micro = members[left.pop()].tolist()
             self._left[stratum] = left
             row = self._rows[number]
-            sample = self._measuring._sample(row, micro)
+            sample = self._measuring._sample(row, micro, stratum)
             key = sample.rows * sample.width + sample.width / 2.0**20
             drawn.append(_Drawn(row.plan, micro, row.kind, key, sample))
         return drawn

@@ -17,6 +17,8 @@ from trainer.record import RunRecord
 if TYPE_CHECKING:
     from trainer.finished import Check
 
+FEW_STEPS = 100  # optimizer steps below which a poor result says more of the run's length than of its settings
+
 
 def outcome_text(record: RunRecord, folder: Path) -> str:
     """Predicted beside actual, for a finished run."""
@@ -60,8 +62,12 @@ def _outcome(
     return name, text(predicted), text(actual), difference
 
 
-def check_text(check: Check, job: Job) -> str:
-    """The quality of a finished run, and what the published guide advises where it is poor."""
+def check_text(check: Check, job: Job, num_steps: int) -> str:
+    """The quality of a finished run, and what to do where it is poor: the published guide's advice, and ours.
+
+    Args:
+        num_steps: optimizer steps that the run made.
+    """
     before, after = check.before, check.after
     rows = [
         ("held-out loss", f"{before.loss:.4f}", f"{after.loss:.4f}"),
@@ -79,10 +85,13 @@ def check_text(check: Check, job: Job) -> str:
         lines += ["", *(f"{title:<9}{_flat(text)}" for title, text in (
             ("prompt", first.prompt), ("before", first.answer), ("after", second.answer), ("expected", first.expected)
         ))]  # fmt: skip
-    advice = "If the quality is poor: "
+    remedies = []
+    if num_steps < FEW_STEPS:
+        remedies.append(f"train for longer: {num_steps} optimizer steps are few (more epochs, more data)")
     if max(job.gradient_accumulation_steps) > 32:
-        advice += "reduce gradient accumulation to 32, or "
-    lines += ["", advice + f"raise the learning rate slightly (it was {job.preset.learning_rate:g})."]
+        remedies.append("reduce gradient accumulation to 32")
+    remedies.append(f"raise the learning rate slightly (it was {job.preset.learning_rate:g})")
+    lines += ["", f"If the quality is poor: {', or '.join(remedies)}."]
     return "\n".join(lines)
 
 

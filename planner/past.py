@@ -104,7 +104,7 @@ def runs_text(runs: Sequence[PastRun], now: datetime) -> str:
 
     table = tabulate(
         [_cells(run, now) for run in runs],
-        headers=("ended", "preset", "model", "examples", "predicted", "actual", "error", "in range", "status"),
+        headers=("ended", "preset", "model", "examples seen", "predicted", "actual", "error", "in range", "status"),
         tablefmt="simple",
         disable_numparse=True,
         colalign=("left", "left", "left", "right", "left", "right", "right", "left", "left"),

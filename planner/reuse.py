@@ -44,6 +44,7 @@ TIMED_SOURCES = (
 # A change in one of these makes another prediction of the same timings.
 ESTIMATED_SOURCES = (
     ("planner", "estimate.py"), ("planner", "measure.py"), ("planner", "steadiness.py"), ("planner", "intervals.py"),
+    ("planner", "outliers.py"),
 )  # fmt: skip
 NOT_SHAPE = ("_name_or_path", "transformers_version")  # of a config.json
 LIKE = 2.0  # a class of micro-batches may lie on average this factor from those timed for it; the fit bridges that much
@@ -198,14 +199,27 @@ def _digest(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
+def data_key(data: TokenizedDataset) -> str:
+    """Data with the same key takes the same time: its examples' lengths, and how much of each is learnt from."""
+    sha = hashlib.sha256(np.ascontiguousarray(data.lengths).tobytes())
+    sha.update(np.ascontiguousarray(data.num_supervised).tobytes())
+    return sha.hexdigest()[:16]
+
+
 # --- storing ----------------------------------------------------------------------------------------------------------
 
 
 def keep(
-    history: History, made: Keys, rows: Sequence[PlannedRow], found: Measurements, asked: Sharpness, now: datetime
+    history: History,
+    made: Keys,
+    rows: Sequence[PlannedRow],
+    data: TokenizedDataset,
+    found: Measurements,
+    asked: Sharpness,
+    now: datetime,
 ) -> None:
-    """Store what was measured, each step signature under its own key; what failed is left to be tried again."""
-    contents = {}
+    """Store what was measured, each step signature and data under its own key; what failed is left to be tried again."""
+    contents, of_data = {}, data_key(data)
     call = uuid.uuid4().hex
     for measurement in found.measurements:
         members = [row for row in rows if StepSignature.of(row.job) == measurement.signature]
@@ -232,7 +246,7 @@ def keep(
             notes=found.notes,
             warnings=found.warnings,
         )
-        contents[key] = json.dumps(jsonio.to_plain(entry), allow_nan=False)
+        contents[f"{key}.{of_data}"] = json.dumps(jsonio.to_plain(entry), allow_nan=False)
     if contents:
         history.keep_measurements(contents)
 
@@ -249,6 +263,9 @@ def reuse(
 ) -> Reused | str | None:
     """Stored measurements for these rows, or why those that are stored do not do, or None where there are none.
 
+    Those of this very data come first, then the latest of any: other data of the same model does not push out what was
+    measured of this.
+
     They do where the rows' micro-batches lie within what was measured: the same micro-batch sizes, every class that has
     work was timed with micro-batches like the plan's, and each row's worst micro-batch is no larger than one that
     fitted (or no smaller than one that did not). All step signatures must come from one call, in which they were timed
@@ -257,23 +274,27 @@ def reuse(
     wanted: dict[StepSignature, list[PlannedRow]] = {}
     for row in rows:
         wanted.setdefault(StepSignature.of(row.job), []).append(row)
-    keyed = {signature: made.of_measurement(members[0].job) for signature, members in wanted.items()}
-    if None in keyed.values():
-        return None
-    stored = history.measurements(key for key in keyed.values() if key is not None)
-    if len(stored) < len(set(keyed.values())):
-        return None
-    entries = {}
-    for signature, key in keyed.items():
-        assert key is not None
-        try:
-            entries[signature] = jsonio.from_json(CachedMeasurement, stored[key])
-        except PlanError:  # of another form than today's
+    keyed: dict[StepSignature, str] = {}
+    for signature, members in wanted.items():
+        key = made.of_measurement(members[0].job)
+        if key is None:
             return None
-    try:
-        return _checked(entries, wanted, data, asked, made.facts)
-    except _Unfit as reason:
-        return str(reason)
+        keyed[signature] = key
+    of_data = data_key(data)
+    own = history.measurements(f"{key}.{of_data}" for key in keyed.values())
+    why: str | None = None
+    for stored in ({name.partition(".")[0]: content for name, content in own.items()}, None):
+        contents = history.latest_measurements(keyed.values()) if stored is None else stored
+        if len(contents) < len(set(keyed.values())):
+            continue
+        try:
+            entries = {one: jsonio.from_json(CachedMeasurement, contents[key]) for one, key in keyed.items()}
+            return _checked(entries, wanted, data, asked, made.facts)
+        except PlanError:  # of another form than today's
+            continue
+        except _Unfit as reason:
+            why = why or str(reason)
+    return why
 
 
 def _checked(

@@ -50,11 +50,13 @@ class Steadiness:
         )
 
 
-def judge(replicates: FloatArray, timings: FloatArray) -> Steadiness:
+def judge(replicates: FloatArray, raw_replicates: FloatArray, timings: FloatArray) -> Steadiness:
     """Whether the speed stayed the same.
 
     Args:
-        replicates: (rounds,) the total as each round alone would have it.
+        replicates: (rounds,) the total as each round alone would have it, rare slow timings set apart: a single one in
+            a round of few is no sign of a machine that changes.
+        raw_replicates: (rounds,) the same with them: where the level did change, its slow phase may look like them.
         timings: (timings,) logarithm of seconds / expected seconds of every micro-step, in the order of time.
     """
     rounds = len(replicates)
@@ -64,7 +66,7 @@ def judge(replicates: FloatArray, timings: FloatArray) -> Steadiness:
     spread, moved = float(replicates.std(ddof=1)) / mean, drift(replicates) / mean
     if not has_changed(timings):
         return Steadiness(spread=spread, moved=moved)
-    fast, slow = two_levels(replicates / mean)
+    fast, slow = two_levels(raw_replicates / raw_replicates.mean())
     return Steadiness(spread=spread, moved=moved, jumped=slow / fast - 1, fast=fast, slow=slow)
 
 

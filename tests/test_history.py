@@ -241,7 +241,7 @@ def test_other_versions_other_code_and_another_model_are_measured(bench: Bench, 
 
 def _keys(bench: Bench) -> set[str]:
     with sqlite3.connect(bench.history.path) as db:
-        return {key for (key,) in db.execute("SELECT key FROM measurements")}
+        return {key.partition(".")[0] for (key,) in db.execute("SELECT key FROM measurements")}
 
 
 def test_micro_batches_outside_of_what_was_measured_are_measured(bench: Bench) -> None:
@@ -269,6 +269,19 @@ def test_memory_of_a_longer_micro_batch_is_said_to_be_that(bench: Bench) -> None
     found = bench.plan(tokens_per_example=150)
     assert any("memory is that of a longer micro-batch (200 tokens)" in note.lower() for note in found.report.notes)
     assert found.report.rows[0].peak_memory_bytes == 200 << 20
+
+
+def test_a_measurement_of_other_data_does_not_push_out_that_of_this(bench: Bench) -> None:
+    first = bench.plan(tokens_per_example=200)
+    bench.plan(tokens_per_example=400)
+    assert bench.starts > 0
+    again = bench.plan(tokens_per_example=200)
+    assert bench.starts == 0
+    assert again.report.rows[0].seconds_per_step == first.report.rows[0].seconds_per_step
+    assert again.report.rows[0].peak_memory_bytes == 200 << 20  # its own, where the other's is 400
+    other = bench.plan(tokens_per_example=300)  # never measured: the latest stands for it
+    assert bench.starts == 0
+    assert other.report.rows[0].peak_memory_bytes == 400 << 20
 
 
 def test_what_did_not_fit_is_remembered_until_more_memory_is_free(bench: Bench) -> None:

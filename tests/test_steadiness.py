@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from planner.intervals import half_width, lopsided, one_more_outlier
+from planner.intervals import half_width, lopsided
+from planner.outliers import set_apart
 from planner.steadiness import Steadiness, drift, has_changed, judge, split_warmup, two_levels
 from planner.student import t_quantile
 
@@ -71,7 +72,7 @@ def test_two_levels_are_the_means_of_the_groups() -> None:
 
 def test_a_jump_is_warned_of_with_number_threshold_and_remedy() -> None:
     rounds = np.array(([10.0] * 5 + [13.0] * 5) * 2) + NORMAL.normal(0, 0.1, 20)
-    found = judge(rounds, np.log(np.repeat(rounds / 11.5, 10)) + NORMAL.normal(0, 0.05, 200))
+    found = judge(rounds, rounds, np.log(np.repeat(rounds / 11.5, 10)) + NORMAL.normal(0, 0.05, 200))
     assert found.jumped == pytest.approx(0.3, abs=0.02)
     assert found.fast < 1 < found.slow
     assert found.warning is not None
@@ -82,17 +83,59 @@ def test_a_jump_is_warned_of_with_number_threshold_and_remedy() -> None:
 
 def test_a_steady_machine_is_not_warned_of() -> None:
     rounds = NORMAL.normal(10, 0.3, 20)
-    assert judge(rounds, NORMAL.normal(0, 0.1, 200)).warning is None
-    assert judge(np.array([10.0, 12.0]), np.zeros(3)).is_steady  # two rounds say nothing
+    assert judge(rounds, rounds, NORMAL.normal(0, 0.1, 200)).warning is None
+    two = np.array([10.0, 12.0])
+    assert judge(two, two, np.zeros(3)).is_steady  # two rounds say nothing
 
 
-def test_rare_slow_timings_push_the_upper_end_outwards() -> None:
+def test_noise_that_leans_upwards_pushes_the_upper_end_outwards() -> None:
     even = NORMAL.normal(0, 0.05, 400)
-    spiky = even.copy()
-    spiky[::100] += np.log(4)
-    assert lopsided(even) < 0.1 < lopsided(spiky)
-    assert one_more_outlier(even) < 1.03
-    assert one_more_outlier(spiky) > 1.08
+    leaning = NORMAL.exponential(0.3, 400)
+    assert lopsided(even) < 0.1 < lopsided(leaning)
+
+
+def test_what_slow_timings_add_is_set_apart_and_spread_over_all() -> None:
+    stratum = np.tile([0, 1], 100)
+    expected = np.where(stratum == 0, 1.0, 8.0)
+    noise = np.exp(NORMAL.normal(0, 0.05, 200))
+    seconds = expected * noise
+    seconds[[20, 57, 140]] *= [3.0, 2.0, 4.0]
+    found = set_apart(seconds, expected, stratum)
+    slow = np.flatnonzero(found.clean != seconds)
+    assert slow.tolist() == [20, 57, 140]
+    assert found.clean[slow] == pytest.approx(expected[slow], rel=0.02)  # what their class takes
+    # Weights by the root of the seconds: 1 and 2.83, each in a hundred timings.
+    weights = np.sqrt(expected) / np.sqrt(expected).sum()
+    assert found.share == pytest.approx(float(weights[[20, 57, 140]] @ (np.array([3.0, 2.0, 4.0]) - 1)), rel=0.15)
+    assert found.down < found.share < found.up
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_what_slow_timings_add_is_right_on_average(adds: bool) -> None:
+    """Whether what slows a timing multiplies its seconds, or adds some in proportion to how long it is exposed."""
+    expected = np.tile([1.0, 8.0], 60)
+    shares = []
+    for _ in range(400):
+        hit = NORMAL.random(120) < (0.004 * expected if adds else 0.02)
+        excess = 5.0 / expected if adds else np.full(120, 2.0)
+        found = set_apart(
+            expected * np.exp(NORMAL.normal(0, 0.03, 120)) * (1 + hit * excess), expected, np.tile([0, 1], 60)
+        )
+        shares.append(found.share)
+    truth = 0.004 * 5.0 if adds else 0.02 * 2.0
+    assert np.mean(shares) == pytest.approx(truth, rel=0.12)
+
+
+def test_what_was_not_seen_may_have_been_missed_the_less_the_more_was_timed() -> None:
+    few, many = (set_apart(np.ones(count), np.ones(count), np.zeros(count, dtype=np.int64)) for count in (30, 3000))
+    assert few.share == many.share == few.down == 0
+    assert 0.05 < few.up < 0.1
+    assert many.up == pytest.approx(few.up / 100)
+
+
+def test_a_class_of_two_timings_has_no_outlier() -> None:
+    found = set_apart(np.array([1.0, 1.0, 1.0, 1.0, 9.0]), np.ones(5), np.array([0, 0, 0, 1, 1]))
+    assert found.share == 0
 
 
 @pytest.mark.parametrize(

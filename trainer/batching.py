@@ -51,6 +51,12 @@ class MicroShapes:
     def padded_tokens(self) -> IntArray:
         return self.rows * self.width
 
+    def part(self, micro_batches: IntArray) -> MicroShapes:
+        """Those of some micro-batches."""
+        return MicroShapes(
+            rows=self.rows[micro_batches], width=self.width[micro_batches], tokens=self.tokens[micro_batches]
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class BatchPlan:

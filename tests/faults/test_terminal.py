@@ -203,7 +203,7 @@ def test_what_a_model_writes_is_shown_as_text(make_job: Callable[..., Job]) -> N
 
     result = EvaluationResult(loss=1.0, num_examples=1, num_tokens=1)
     answer = SampleAnswer(example=0, prompt=EVIL, expected=EVIL, answer=EVIL)
-    text = check_text(Check(result, result, ((answer, answer),)), make_job())
+    text = check_text(Check(result, result, ((answer, answer),)), make_job(), num_steps=1000)
     assert is_clean(text)
     assert r"\x1b[31mA" in text
 
