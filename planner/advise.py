@@ -11,7 +11,8 @@ import shlex
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from planner.report import Row, clock, duration
+from planner.figures import clock, duration
+from planner.report import Row
 from presets.errors import SettingsError
 
 GOALS = {

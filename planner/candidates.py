@@ -10,16 +10,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from planner.figures import duration
 from planner.hardware import DeviceFacts
 from planner.history import History
 from planner.measure import Progress
 from planner.measurement import PlannedRow
 from planner.prober import ProberFactory
-from planner.report import duration
 from planner.resolve import Options, Resolved, resolve_job
 from planner.reuse import Keys
 from planner.safety import blocking, verdicts
-from planner.tune import Twin, Wanted
+from planner.twin import Twin, Wanted
 from planner.twins import find_twins, known_twin
 from presets.env import Settings
 from presets.errors import DataError, SettingsError

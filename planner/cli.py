@@ -136,8 +136,9 @@ def _refuse_options_before(ctx: click.Context) -> None:
 
 
 def _published(options: Options, settings: Settings, given: dict[str, Any]) -> None:
-    from planner.report import published_report, published_text
+    from planner.report import published_report
     from planner.resolve import presets_to_compare, resolve_count
+    from planner.table import published_text
 
     presets = presets_to_compare(settings, given["preset_names"], say)
     try:
@@ -163,7 +164,7 @@ def _printed_as(report: PlanReport, given: dict[str, Any]) -> bool:
 
 def _table(options: Options, settings: Settings, given: dict[str, Any]) -> None:
     from planner.compare import compare, run_command
-    from planner.report import measured_text
+    from planner.table import measured_text
 
     measuring, names = measure_settings(given), given["preset_names"]
     history = open_history(say)
@@ -195,9 +196,9 @@ def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
         start,
         with_checkpoint_interval,
     )
-    from planner.report import measured_text
     from planner.resolve import presets_to_compare
     from planner.room import require_room_for
+    from planner.table import measured_text
 
     _check_tracker(options.tracker)
     output = given["output"] or (Path(settings.output) if settings.output else None)

@@ -170,7 +170,7 @@ def _ask() -> str:
 
 def _advice_text(found: Advice, tail: str, begin: datetime, until: datetime | None) -> str:
     from planner.advise import latest_minute
-    from planner.report import clock, duration, duration_range
+    from planner.figures import clock, duration, duration_range
     from presets.text import printable
 
     lines = [] if until is None else [f"By {clock(until, begin)}, started {clock(begin, begin)}:\n"]

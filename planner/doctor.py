@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from planner.figures import gib
 from planner.hardware import DeviceFacts, detect_device, system_memory, torch_cuda_version, torch_version
-from planner.report import gib
 from presets.errors import SettingsError
 from presets.home import plan_home
 

@@ -7,7 +7,7 @@ import textwrap
 from tabulate import tabulate
 
 from planner.compare import Comparison
-from planner.report import UNKNOWN, duration
+from planner.figures import UNKNOWN, duration
 from presets.text import printable
 
 PARTS = (

@@ -8,7 +8,8 @@ import io
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
-from planner.report import PlanReport, column_cells, remarks
+from planner.report import PlanReport
+from planner.table import column_cells, remarks
 from presets.text import printable, printable_lines
 
 FORMATS = ("table", "markdown", "csv", "json", "html")

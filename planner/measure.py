@@ -6,11 +6,13 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
-from planner.estimate import Estimator, PlanWork, plan_work, reference_job
+from planner.decks import Decks, Drawn, part_of, sample_of
+from planner.estimate import reference_job
+from planner.estimator import Estimator, PlanWork, plan_work
 from planner.group import Group, rows_of
 from planner.measurement import (
     Conditions,
@@ -28,9 +30,9 @@ from planner.prober import DoesNotFit, ProberFactory
 from planner.steadiness import split_warmup
 from planner.strata import Kind, Strata, keys, make_strata
 from presets.errors import MeasurementError, PlanError
-from trainer.batching import BatchPlan, MicroShapes
+from trainer.batching import MicroShapes
 from trainer.evaluate import answerable, evaluation_batches
-from trainer.tokens import IntArray, TokenizedDataset
+from trainer.tokens import TokenizedDataset
 
 STRATA = (11, 8, 6, 4, 3, 2)  # tried from the left until three rounds fit the budget
 LEAST_PER_ROUND = 8  # micro-batches: where strata are few, several of each
@@ -41,8 +43,6 @@ LEAST_SHARE = 0.5
 USUAL_SHARE = 0.75
 MUCH_NARROWER = 0.25  # of the target
 MOST_ROUNDS = 1000
-POOL = 50_000  # micro-batches of a plan that a draw can come from, plus its longest
-LONGEST = 200
 WINDOW_MICROS = 16  # micro-batches of a window timed as a whole; a longer window is cut
 WINDOW_AFTER = (2, 5, 10, 20, 40)  # rounds after which one is timed
 WINDOW_SHARE = 0.2  # of the budget that is left, at most, for one window
@@ -150,6 +150,7 @@ class _Measuring:
         self.next_look = LEAST_ROUNDS  # rounds after which the interval is looked at again
         self.draws = 1  # micro-batches of each stratum in a round
         self.work: dict[str, PlanWork] = {}
+        self.warmup: dict[StepSignature, tuple[int, int]] = {}  # of so many rounds, so many are warm-up
 
     def measure(self) -> Measurements:
         together = False
@@ -244,7 +245,7 @@ class _Measuring:
         populations = []
         for group in live:
             for row in group.fitting:
-                populations.append((row.kind, self._part_of(self.shapes[id(row.plan)])[1]))
+                populations.append((row.kind, part_of(self.shapes[id(row.plan)])[1]))
         for count in STRATA:
             self.strata = make_strata(populations, count)
             if 3 * self._first_guess(live, populations) <= self.budget:
@@ -273,22 +274,12 @@ class _Measuring:
                 tokens += float(members.mean()) if len(members) else 0.0
         return sum(group.seconds_per_padded_token for group in live) * tokens
 
-    def _part_of(self, shapes: MicroShapes) -> tuple[IntArray, MicroShapes]:
-        """Indices and shapes of a random part of a plan, its longest micro-batches always among them."""
-        total = len(shapes.rows)
-        if total <= POOL + LONGEST:
-            return np.arange(total), shapes
-        longest = np.argpartition(keys(shapes), total - LONGEST)[total - LONGEST :]
-        part = np.random.default_rng([total, 0x50]).choice(total, POOL, replace=False)
-        chosen = np.union1d(part, longest)
-        return chosen, shapes.part(chosen)
-
     def _time(self, groups: list[Group], budget: float) -> None:
         """Rounds until every row's interval is narrow enough, or the budget is spent. In turns: A B, B A, A B ..."""
         groups = [group for group in groups if group.is_live and group.prober is not None]
         if not groups:
             return
-        decks = _Decks(self, groups)
+        decks = self._decks(groups)
         begun = self.spent
         self.next_look = LEAST_ROUNDS
         for number in range(MOST_ROUNDS):
@@ -297,7 +288,7 @@ class _Measuring:
                 groups = [group for group in groups if group.is_live and self._ensure_worker(group)]
                 if not groups:
                     return
-                decks = _Decks(self, groups)
+                decks = self._decks(groups)
             left = budget - (self.spent - begun)
             done = number - (1 if groups[0].warmed_up else 0)
             if number and not self._another_round(groups, budget, left, done):
@@ -317,6 +308,10 @@ class _Measuring:
                     self._guarded(group, functools.partial(self._window, group, budget - (self.spent - begun)))
             self.tell(f"timing, round {number + 1}", min(1.0, self.spent / max(self.budget, 1e-9)))
 
+    def _decks(self, groups: list[Group]) -> Decks:
+        rows = {id(row.plan): row for group in groups for row in group.fitting}
+        return Decks(list(rows.values()), self.shapes, self.strata, self.draws)
+
     def _another_round(self, groups: list[Group], budget: float, left: float, done: int) -> bool:
         """Whether to go on, and if not, why: written to the groups."""
         if done >= max(LEAST_ROUNDS, self.next_look) and left <= (1 - LEAST_SHARE) * budget:
@@ -328,8 +323,8 @@ class _Measuring:
                 return False
             # Widths go with 1 / sqrt(rounds): look again when it should do. Who looks after every round stops where a
             # few happen to agree, or before the first rare slow one, and the interval then holds too seldom.
-            growth = max(1.2, excess**2) if allowed == self.target else USUAL_SHARE / LEAST_SHARE
-            self.next_look = math.ceil(done * min(2.0, growth))
+            growth = min(2.0, max(1.2, excess**2)) if allowed == self.target else USUAL_SHARE / (1 - left / budget)
+            self.next_look = math.ceil(done * growth)
         expected = sum(_seconds_of(group.rounds[-1]) for group in groups if group.rounds)
         if left < expected and (done >= 2 or left < 0.5 * expected):
             for group in groups:
@@ -351,11 +346,14 @@ class _Measuring:
         rounds = tuple(group.rounds[first:])
         if len(rounds) <= LEAST_ROUNDS:
             return rounds
-        first_row = group.fitting[0]
-        totals = Estimator(rounds, self.strata, first_row.kind).total(self.work[first_row.name]).raw_replicates
-        return rounds[split_warmup(totals, LEAST_ROUNDS) :]
+        known = self.warmup.get(group.signature)
+        if known is None or known[0] != len(rounds):
+            row = group.fitting[0]
+            totals = Estimator(rounds, self.strata, row.kind).total(self.work[row.name]).raw_replicates
+            known = self.warmup[group.signature] = (len(rounds), split_warmup(totals, LEAST_ROUNDS))
+        return rounds[known[1] :]
 
-    def _round(self, group: Group, draw: list[_Drawn]) -> None:
+    def _round(self, group: Group, draw: list[Drawn]) -> None:
         prober = group.prober
         assert prober is not None
         kinds = {row.kind for row in group.fitting}
@@ -386,22 +384,13 @@ class _Measuring:
         if len(micros) > WINDOW_MICROS:  # evenly over the window: its longest stand first
             micros = [micros[i * len(micros) // WINDOW_MICROS] for i in range(WINDOW_MICROS)]
         of = self.strata.of(row.kind, shapes.part(np.array(micros)))
-        samples = tuple(self._sample(row, micro, int(stratum)) for micro, stratum in zip(micros, of, strict=True))
+        samples = tuple(sample_of(shapes, micro, int(stratum)) for micro, stratum in zip(micros, of, strict=True))
         if Estimator(self._kept(group), self.strata, row.kind).window_seconds(samples) > WINDOW_SHARE * left:
             return
         started = self.clock()
         seconds = prober.window([rows_of(plan, micro) for micro in micros])
         self._spend(group, started)
         group.windows.append((len(group.rounds), WindowSample(samples=samples, seconds=seconds)))
-
-    def _sample(self, row: PlannedRow, micro: int, stratum: int) -> MicroSample:
-        shapes = self.shapes[id(row.plan)]
-        return MicroSample(
-            stratum=stratum,
-            rows=int(shapes.rows[micro]),
-            width=int(shapes.width[micro]),
-            tokens=int(shapes.tokens[micro]),
-        )
 
     def _spend(self, group: Group, started: float) -> None:
         seconds = self.clock() - started
@@ -427,6 +416,7 @@ class _Measuring:
         blocks of memory. Smaller ones still do.
         """
         group.close()
+        self.warmup.pop(group.signature, None)
         if isinstance(reason, DoesNotFit) and any(other.prober is not None for other in self.groups):
             group.is_postponed = True
             group.rounds.clear()
@@ -525,49 +515,6 @@ class _Measuring:
     def _verdict(self, group: Group, row: PlannedRow) -> RowVerdict:
         verdict = group.verdicts[row.name]
         return verdict if group.error is None else replace(verdict, error=group.error)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Drawn:
-    """One micro-batch of a round."""
-
-    plan: BatchPlan
-    micro: int
-    kind: Kind
-    key: float
-    sample: MicroSample
-
-
-class _Decks:
-    """For each stratum the micro-batches of all plans, shuffled and dealt without repeats until all were dealt.
-
-    Every signature of a round gets the same micro-batches, so that their ratio is one of like with like.
-    """
-
-    def __init__(self, measuring: _Measuring, groups: list[Group]) -> None:
-        self._measuring = measuring
-        self._rows = list({id(row.plan): row for group in groups for row in group.fitting}.values())
-        parts = []
-        for number, row in enumerate(self._rows):
-            chosen, shapes = measuring._part_of(measuring.shapes[id(row.plan)])
-            parts.append(np.stack([measuring.strata.of(row.kind, shapes), np.full(len(chosen), number), chosen]))
-        members = np.concatenate(parts, axis=1)  # stratum, number of the row, number of the micro-batch
-        self._members = {int(one): members[1:, members[0] == one].T for one in np.unique(members[0]) if one >= 0}
-        self._left: dict[int, list[int]] = {}
-
-    def draw(self, random: np.random.Generator) -> list[_Drawn]:
-        """One micro-batch of each stratum, or several where strata are few, in random order."""
-        drawn = []
-        for stratum in random.permutation(sorted(self._members) * self._measuring.draws).tolist():
-            members = self._members[stratum]
-            left = self._left.get(stratum) or random.permutation(len(members)).tolist()
-            number, micro = members[left.pop()].tolist()
-            self._left[stratum] = left
-            row = self._rows[number]
-            sample = self._measuring._sample(row, micro, stratum)
-            key = sample.rows * sample.width + sample.width / 2.0**20
-            drawn.append(_Drawn(row.plan, micro, row.kind, key, sample))
-        return drawn
 
 
 def _seconds_of(one: Round) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from planner.report import UNKNOWN, duration, duration_range, gib
+from planner.figures import UNKNOWN, duration, duration_range, gib
 from presets.text import printable
 from trainer.job import Job
 from trainer.record import RunRecord

@@ -17,8 +17,12 @@ from trainer.tokens import FloatArray, IntArray
 FENCE = 4.0  # robust standard deviations above which a timing is an outlier: without any, one in thirty thousand
 LEAST_EXCESS = 0.4  # in the logarithm, about half as long again: below it an outlier is not worth the trouble
 LEAST_OF_CLASS = 3  # timings of a class, before one of them can be told from the rest
-UNSEEN = 1.0  # excess of one outlier not seen, in expected seconds of a mean timing
+UNSEEN = 1.25  # excess of an outlier that was not seen: 2.25 times as long (an assumption)
+MOST_UNSEEN = 0.03  # of the time, that unseen outliers are taken to add at most: more would be no rare thing (likewise)
 Z = 1.6448536  # 95 % quantile of the normal distribution
+POISSON = (
+    0.67  # of k seen, at least k - Z sqrt(k) + POISSON are expected, 95 % surely: Garwood's limit, for k from 1 on
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -51,7 +55,7 @@ def set_apart(seconds: FloatArray, fitted: FloatArray, stratum: IntArray) -> Out
     count = len(seconds)
     total = float(seconds.sum())
     if count == 0 or total <= 0:
-        return Outliers(clean=seconds, share=0.0, down=0.0, up=UNSEEN, square=0.0)
+        return Outliers(clean=seconds, share=0.0, down=0.0, up=MOST_UNSEEN, square=0.0)
     residual = np.log(np.maximum(seconds, 1e-9) / np.maximum(fitted, 1e-12))
     usual = np.full(count, np.inf)  # of a class's timings; a small class has no outliers
     for one in np.unique(stratum):
@@ -67,13 +71,16 @@ def set_apart(seconds: FloatArray, fitted: FloatArray, stratum: IntArray) -> Out
     weight = np.sqrt(clean)
     weight /= weight.sum()
     parts = weight * excess
-    one_more = max(float(parts.max()), UNSEEN * math.sqrt(float((weight**2).mean())))
-    squares = float((parts**2).sum())
-    share = float(parts.sum())
+    squares, share = float((parts**2).sum()), float(parts.sum())
+    typical = math.sqrt(float((weight**2).mean()))  # part of a timing, for each unit of its excess
+    one_more = float(max(parts.max(), typical * excess.max()))
+    down = Z * math.sqrt(squares) - POISSON * squares / share if share > 0 else 0.0
     return Outliers(
         clean=clean,
         share=share,
-        down=min(share, Z * math.sqrt(squares)),
-        up=one_more + Z * math.sqrt(squares + one_more**2),  # of a Poisson count, with parts for numbers
+        down=min(share, down),
+        up=one_more + Z * math.sqrt(squares + one_more**2)
+        if share > 0
+        else min(MOST_UNSEEN, UNSEEN * typical * (1 + Z)),
         square=float((excess**2).mean()),
     )

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from planner.figures import NOT_APPLICABLE, UNKNOWN, clock, duration, duration_range
 from planner.history import PastRun
-from planner.report import NOT_APPLICABLE, UNKNOWN, clock, duration, duration_range
 from presets import jsonio
 from presets.text import printable
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.estimate import plan_work
+from planner.estimator import plan_work
 from planner.hardware import DeviceFacts, cpu_name
 from planner.history import History
 from planner.measurement import Measurement, Measurements, PlannedRow, RowVerdict, StepSignature
@@ -44,7 +44,7 @@ TIMED_SOURCES = (
 # A change in one of these makes another prediction of the same timings.
 ESTIMATED_SOURCES = (
     ("planner", "estimate.py"), ("planner", "measure.py"), ("planner", "steadiness.py"), ("planner", "intervals.py"),
-    ("planner", "outliers.py"),
+    ("planner", "outliers.py"), ("planner", "estimator.py"), ("planner", "decks.py"),
 )  # fmt: skip
 NOT_SHAPE = ("_name_or_path", "transformers_version")  # of a config.json
 LIKE = 2.0  # a class of micro-batches may lie on average this factor from those timed for it; the fit bridges that much
@@ -218,7 +218,7 @@ def keep(
     asked: Sharpness,
     now: datetime,
 ) -> None:
-    """Store what was measured, each step signature and data under its own key; what failed is left to be tried again."""
+    """Store what was measured, under a key of step signature and data; what failed is left to be tried again."""
     contents, of_data = {}, data_key(data)
     call = uuid.uuid4().hex
     for measurement in found.measurements:

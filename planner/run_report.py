@@ -11,8 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from planner.figures import UNKNOWN, duration, duration_range, gib
 from planner.formats import bullets, definitions, document, escaped
-from planner.report import UNKNOWN, duration, duration_range, gib
 from planner.run_view import RunView, look_at
 from presets import jsonio
 from presets.errors import RunError

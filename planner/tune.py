@@ -22,11 +22,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.estimate import Estimate, Estimator, estimate, plan_work
+from planner.estimate import Estimate, estimate
+from planner.estimator import Estimator, plan_work
 from planner.measure import Progress, measure
 from planner.measurement import Measurements, PlannedRow, StepSignature
 from planner.prober import DoesNotFit, ProberFactory
 from planner.student import t_quantile
+from planner.twin import Change, Link, Twin, Wanted
 from presets.errors import MeasurementError, PlanError, SettingsError
 from trainer.job import Job
 from trainer.planning import plan_job, stand_in
@@ -40,121 +42,6 @@ WORTH = 0.02  # a change that saves less than this of the time is not kept: it w
 LEAST_ROUNDS = 3  # from fewer, no gain can be told from chance
 TOO_SHORT = "what the time did not suffice to tell from chance: give more with --budget"
 STAGE_SHARES = (0.45, 0.25, 0.30)  # of the time budget
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
-    """One setting of a job that leaves its gradient as it is (or, where `is_neutral` is false, does not)."""
-
-    name: str  # "micro-batch", "packing", "lean loss" ...
-    micro_batch_size: int | None = None
-    packed_length: int | None = None  # packs, in rows of this many tokens
-    loss: str | None = None
-    attention: str | None = None
-    gradient_checkpointing: bool | None = None
-    num_threads: int | None = None
-    base_precision: str | None = None
-    is_neutral: bool = True
-
-    def applied(self, job: Job) -> Job:
-        """The job with this change.
-
-        Raises:
-            SettingsError: the global batch cannot be split so.
-        """
-        changes: dict[str, object] = {}
-        if self.micro_batch_size is not None:
-            changes["micro_batch_size"] = self.micro_batch_size
-        if self.packed_length is not None:
-            changes |= {"packing": True, "packed_length": self.packed_length}
-        for name in ("loss", "num_threads", "base_precision"):
-            if getattr(self, name) is not None:
-                changes[name] = getattr(self, name)
-        preset = {
-            name: getattr(self, name)
-            for name in ("attention", "gradient_checkpointing")
-            if getattr(self, name) is not None
-        }
-        if preset:
-            changes["preset"] = replace(job.preset, **preset)
-        return replace(job, **changes)  # type: ignore[arg-type]
-
-    @property
-    def text(self) -> str:
-        """As the table has it: "micro-batch 8", "packed to 1,024 tokens"."""
-        if self.packed_length is not None:
-            return f"packed to {self.packed_length:,} tokens"
-        if self.micro_batch_size is not None:
-            return f"micro-batch {self.micro_batch_size}"
-        if self.loss is not None:
-            return "lean loss"
-        if self.attention is not None:
-            return f"{self.attention} attention"
-        if self.gradient_checkpointing is not None:
-            return "checkpointing" if self.gradient_checkpointing else "no checkpointing"
-        if self.num_threads is not None:
-            return f"{self.num_threads} CPU thread{'s' if self.num_threads > 1 else ''}"
-        return f"base in {self.base_precision}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Link:
-    """One link of the chain from the baseline to the twin."""
-
-    name: str  # "accumulation", "fp16", or a change's text
-    seconds: float  # of the training loop after it
-    factor: float  # seconds before / seconds after
-    is_kept: bool = True
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Twin:
-    """What was found for one preset. Kept in the history; its job is the preset's with `changes`."""
-
-    preset: str
-    changes: tuple[Change, ...]  # none: as written is the fastest
-    links: tuple[Link, ...]  # from the baseline as written; the product of the factors is `speedup`
-    written_seconds: float  # of the training loop, as written, beside `seconds` in turns
-    seconds: float
-    baseline_seconds: float
-    refused: tuple[str, ...] = ()  # what was not offered, and why
-    tuned_at: str = ""
-
-    @property
-    def speedup(self) -> float:
-        """Over the baseline as written."""
-        return self.baseline_seconds / self.seconds
-
-    @property
-    def gain(self) -> float:
-        """Over the same preset as written."""
-        return self.written_seconds / self.seconds
-
-    def job(self, job: Job) -> Job:
-        """The tuned job of this preset's job as written."""
-        for change in self.changes:
-            job = change.applied(job)
-        return job
-
-    @property
-    def text(self) -> str:
-        return ", ".join(change.text for change in self.changes) or "as written"
-
-    @property
-    def explained(self) -> str:
-        """Each link's share, in the order in which they were applied."""
-        kept = [f"{one.name} {one.factor:.2f}x" for one in self.links if one.is_kept]
-        dropped = [f"{one.name} {one.factor:.2f}x" for one in self.links if not one.is_kept]
-        return ", ".join(kept) + (f"; tried and left out: {', '.join(dropped)}" if dropped else "")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Wanted:
-    """One preset to be tuned, as written, and the baseline that its speed-up is counted from."""
-
-    name: str
-    job: Job
-    baseline: Job
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -410,8 +297,9 @@ class _Tuning:
         for number in range(len(chain)):
             row = by_name[f"{wanted.name} #{number}"]
             one = self._estimate(row, found)
-            seconds.append(one.train_seconds if one is not None and one.fits else None)
             replicates.append(self._replicates(row, found))
+            is_timed = one is not None and one.fits and len(replicates[-1]) > 0
+            seconds.append(float(replicates[-1].mean()) if is_timed else None)
         written = next(number for number, (_, job, _) in reversed(list(enumerate(chain))) if job == wanted.job)
         first, as_written = seconds[0], seconds[written]
         if first is None or as_written is None:
@@ -494,22 +382,26 @@ class _Tuning:
             return None
 
     def _replicates(self, row: PlannedRow, found: Measurements) -> FloatArray:
+        """The loop's seconds by round, without rare slow micro-steps: they hit one candidate and miss another."""
         measured = found.of(StepSignature.of(row.job))
         if measured is None or not measured.rounds:
             return np.zeros(0)
         work = plan_work(row, row.plan.micro_shapes(self.data.lengths), found.strata)
-        return Estimator(measured.rounds, found.strata, row.kind).total(work).replicates
+        try:
+            return Estimator(measured.rounds, found.strata, row.kind).total(work).replicates
+        except MeasurementError:  # nothing of this kind: it did not fit
+            return np.zeros(0)
 
     def _timed(self, rows: list[PlannedRow], found: Measurements) -> dict[str, list[Timed]]:
         """Per preset what could be timed, the fastest first."""
         timed: dict[str, list[Timed]] = {wanted.name: [] for wanted in self.wanted}
         for row in rows:
-            one = self._estimate(row, found)
-            if one is None or not one.fits or one.train_seconds is None:
+            one, replicates = self._estimate(row, found), self._replicates(row, found)
+            if one is None or not one.fits or not len(replicates):
                 continue
             name, changes = self.variants[row.name]
-            replicates = self._replicates(row, found)
-            timed[name].append(Timed(job=row.job, changes=changes, seconds=one.train_seconds, replicates=replicates))
+            seconds = float(replicates.mean())
+            timed[name].append(Timed(job=row.job, changes=changes, seconds=seconds, replicates=replicates))
         return {name: sorted(ones, key=lambda one: one.seconds) for name, ones in timed.items()}
 
 

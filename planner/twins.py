@@ -16,7 +16,8 @@ from planner.measure import Progress
 from planner.measurement import StepSignature
 from planner.prober import ProberFactory
 from planner.reuse import Keys
-from planner.tune import Twin, Wanted, tune
+from planner.tune import tune
+from planner.twin import Twin, Wanted
 from presets import jsonio
 from presets.errors import PlanError
 from trainer.job import Job

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from planner.report import UNKNOWN, clock, duration, figure, gib
+from planner.figures import UNKNOWN, clock, duration, figure, gib
 from planner.run_view import RunView, look_at
 from planner.terminal import ascii_only, out
 from presets.text import printable

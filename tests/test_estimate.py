@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 from fakes import FakeDevice, chat_lengths, make_data, make_job, make_row
 
-from planner.estimate import (
-    Estimate,
-    accumulation_saving,
-    estimate,
-    evaluations_and_checkpoints,
-    fit_cost,
-    mean_micro_seconds,
-)
+from planner.estimate import Estimate, accumulation_saving, estimate, evaluations_and_checkpoints, mean_micro_seconds
+from planner.estimator import fit_cost
 from planner.measure import measure, with_references
 from planner.measurement import MicroSample, PlannedRow, Round
 from trainer.record import CostModel

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 
 from planner.cli import cli
 from planner.formats import CSV_FIELDS, as_text
-from planner.report import DatasetInfo, DeviceInfo, ModelInfo, PlanReport, Quality, Row, measured_text
+from planner.report import DatasetInfo, DeviceInfo, ModelInfo, PlanReport, Quality, Row
+from planner.table import measured_text
 
 NOW = datetime(2026, 11, 25, 18, 0).astimezone()
 NASTY = "<script>alert(1)</script> | *x* \x1b[31m"

@@ -27,6 +27,7 @@ from planner.candidates import MeasureSettings
 from planner.compare import Comparison, compare, predicted_of
 from planner.correction import Correction, corrected, correction, past_correction
 from planner.estimate import Estimate
+from planner.figures import ago
 from planner.hardware import DeviceFacts
 from planner.history import (
     _SCHEMA,
@@ -39,8 +40,8 @@ from planner.history import (
     _identity,
 )
 from planner.past import accuracy, accuracy_text, runs_json, runs_text, wilson
-from planner.report import ago, measured_text
 from planner.resolve import Options
+from planner.table import measured_text
 from presets import jsonio
 from presets.demo import demo_folder
 from presets.env import read_settings
@@ -355,7 +356,7 @@ def test_the_key_of_a_hub_model_comes_from_what_was_fetched(tmp_path: Path, monk
 
 
 def test_a_phase_that_the_data_never_reaches_is_said_with_the_plan(bench: Bench) -> None:
-    from planner.report import measured_text
+    from planner.table import measured_text
 
     said = "of 3 (GA 32, from step 501) is never reached: the data ends at step 7"
     report = bench.plan(names=("progressive",)).report

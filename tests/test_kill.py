@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import os
 import random
-import select
 import signal
-import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import Server, adapter_bytes, consumed, losses
 
 from presets import jsonio
 from trainer import checkpoint
@@ -28,78 +26,28 @@ pytestmark = [
 ]
 
 MOMENTS = 20
-TESTS = Path(__file__).parent
-
-
-class Forker:
-    """Starts runs in processes forked from one that has imported everything."""
-
-    def __init__(self, log: Path) -> None:
-        self.log = log
-        with open(log, "wb") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, str(TESTS / "forker.py")],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                env={**os.environ, "PYTHONPATH": str(TESTS.parent)},
-            )
-        assert self._line() == "ready"
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def train(self, run: Path, *, resume: bool, kill_after: float | None = None) -> bool:
-        """One start of a run; whether it came to its end. `kill_after` is in seconds."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"run": str(run), "resume": resume}) + "\n")
-        self.process.stdin.flush()
-        child = int(self._line())
-        if kill_after is not None and not select.select([self.process.stdout], [], [], kill_after)[0]:
-            os.kill(child, signal.SIGKILL)
-        status = int(self._line())
-        if os.WIFSIGNALED(status):
-            assert os.WTERMSIG(status) == signal.SIGKILL, self.log.read_text()
-            assert kill_after is not None
-            return False
-        assert os.WEXITSTATUS(status) == 0, self.log.read_text()
-        return True
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
 
 
 @pytest.fixture
-def forker(tmp_path: Path) -> Iterator[Forker]:
-    server = Forker(tmp_path / "forker.log")
-    yield server
-    server.close()
+def server(tmp_path: Path) -> Iterator[Server]:
+    made = Server(tmp_path, shim=None)
+    yield made
+    made.close()
 
 
-def adapter_bytes(run: Path) -> bytes:
-    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+def came_to_its_end(server: Server, run: Path, *, resume: bool, kill_after: float | None = None) -> bool:
+    """One start of a run; whether it was not killed. `kill_after` is in seconds."""
+
+    def kill(child: int) -> None:
+        if kill_after is not None and not server.is_answering(within=kill_after):
+            os.kill(child, signal.SIGKILL)
+
+    ended = server.train(run, resume=resume, meanwhile=kill)
+    assert ended.code == 0 or (ended.code == -signal.SIGKILL and kill_after is not None), ended.said
+    return ended.code == 0
 
 
-def consumed(run: Path) -> Counter[int]:
-    """How often each example was trained on: the windows that metrics.jsonl names, through the batch plan."""
-    plan = BatchPlan.load(run / "batch_plan.npz")
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, plan.num_steps + 1))
-    counts: Counter[int] = Counter()
-    for step in steps:
-        counts.update(plan.documents_of_window(step - 1).tolist())
-    return counts
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_runs_killed_at_twenty_random_moments_resume_to_the_same_bytes(make_run: Any, forker: Forker) -> None:
+def test_runs_killed_at_twenty_random_moments_resume_to_the_same_bytes(make_run: Any, server: Server) -> None:
     # Two epochs of 72 examples, ten steps; dropout, so that a random state that is not put back shows in the bytes.
     changes = {
         "micro": 4,
@@ -112,11 +60,12 @@ def test_runs_killed_at_twenty_random_moments_resume_to_the_same_bytes(make_run:
     }
     whole = make_run("whole", **changes)
     begun = time.monotonic()
-    assert forker.train(whole, resume=False)
+    assert came_to_its_end(server, whole, resume=False)
     duration = time.monotonic() - begun
     expected = adapter_bytes(whole)
     once_per_epoch = consumed(whole)
     plan = BatchPlan.load(whole / "batch_plan.npz")
+    assert len(losses(whole)) == plan.num_steps
     assert set(once_per_epoch) == set(range(80)) - set(plan.evaluation.tolist())
     assert set(once_per_epoch.values()) == {2}
 
@@ -129,11 +78,11 @@ def test_runs_killed_at_twenty_random_moments_resume_to_the_same_bytes(make_run:
         resume, killed = False, 0
         # Up to three kills of one run; a resumed run is shorter, so a moment may come too late for it.
         for _ in range(moments.choice([1, 1, 2, 3])):
-            if forker.train(run, resume=resume, kill_after=moments.uniform(0.0, duration)):
+            if came_to_its_end(server, run, resume=resume, kill_after=moments.uniform(0.0, duration)):
                 break
             resume, killed = True, killed + 1
         else:
-            assert forker.train(run, resume=True)
+            assert came_to_its_end(server, run, resume=True)
         kills += killed
         assert adapter_bytes(run) == expected, f"run {number}, killed {killed} times"
         assert consumed(run) == once_per_epoch

@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
+from planner.figures import GIB, clock, duration, duration_range, figure, finish_at, gib, hours_text
 from planner.report import (
-    GIB,
     DatasetInfo,
     DeviceInfo,
     ModelInfo,
@@ -17,20 +17,11 @@ from planner.report import (
     PlanReport,
     Quality,
     Row,
-    clock,
-    duration,
-    duration_range,
-    figure,
-    finish_at,
-    gib,
-    hours_text,
-    measured_text,
-    printable,
     published_report,
-    published_text,
-    remarks,
 )
+from planner.table import measured_text, published_text, remarks
 from presets.schema import load_preset, parse_preset, preset_names
+from presets.text import printable
 
 ZONE = timezone(timedelta(hours=1))
 NOW = datetime(2026, 11, 23, 10, 0, tzinfo=ZONE)  # a Monday

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from planner.intervals import half_width, lopsided
-from planner.outliers import set_apart
+from planner.outliers import MOST_UNSEEN, UNSEEN, set_apart
 from planner.steadiness import Steadiness, drift, has_changed, judge, split_warmup, two_levels
 from planner.student import t_quantile
 
@@ -129,8 +129,8 @@ def test_what_slow_timings_add_is_right_on_average(adds: bool) -> None:
 def test_what_was_not_seen_may_have_been_missed_the_less_the_more_was_timed() -> None:
     few, many = (set_apart(np.ones(count), np.ones(count), np.zeros(count, dtype=np.int64)) for count in (30, 3000))
     assert few.share == many.share == few.down == 0
-    assert 0.05 < few.up < 0.1
-    assert many.up == pytest.approx(few.up / 100)
+    assert few.up == MOST_UNSEEN
+    assert many.up == pytest.approx(UNSEEN * (1 + 1.6449) / 3000, rel=1e-3)
 
 
 def test_a_class_of_two_timings_has_no_outlier() -> None:

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from planner.history import History
 from planner.prober import LoadReply, MicroRows
 from planner.reuse import Keys
-from planner.tune import WORTH, Change, Twin, Wanted, is_faster, tune
+from planner.tune import WORTH, is_faster, tune
+from planner.twin import Change, Twin, Wanted
 from planner.twins import find_twins, known_twin
 from presets.errors import MeasurementError
 from presets.schema import preset_names

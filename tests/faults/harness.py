@@ -105,9 +105,9 @@ class Server:
     def train(self, run: Path, *, resume: bool = False, **more: Any) -> Ended:
         return self.ask(action="train", run=str(run), resume=resume, **more)
 
-    def is_answering(self) -> bool:
-        """Whether the last process has ended."""
-        return bool(select.select([self.process.stdout], [], [], 0)[0])
+    def is_answering(self, within: float = 0.0) -> bool:
+        """Whether the last process has ended, or does so within these seconds."""
+        return bool(select.select([self.process.stdout], [], [], within)[0])
 
     def close(self) -> None:
         assert self.process.stdin is not None
