@@ -90,7 +90,7 @@ def test_what_the_guide_rules_out_does_not_run_without_force(home: Path) -> None
 def test_under_one_epoch_is_refused_and_with_force_planned(home: Path) -> None:
     words = ("--run", "baseline", *COMMON, "--epochs", "0.5", "--dry-run")
     assert "0.5 epochs are under one" in plan(home, *words, code=1).stderr
-    assert "over 56 examples" in plan(home, *words, "--force").stderr  # of 112: eight are held out
+    assert "56 examples seen" in plan(home, *words, "--force").stderr  # of 112: eight are held out
     assert "neither a whole number" in plan(home, "--epochs", "1.5", code=2).stderr
 
 

@@ -64,7 +64,7 @@ def test_the_predicted_peak_is_that_of_the_run(
         "--dataset",
         str(texts),
         "--max-length",
-        "400",
+        "256",
         "--budget",
         "2",
         "--gradient-accumulation-steps",
