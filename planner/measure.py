@@ -383,7 +383,7 @@ class _Measuring:
         micros = [micro for micro in range(first, last, plan.num_devices) if shapes.rows[micro] > 0]
         if len(micros) > WINDOW_MICROS:  # evenly over the window: its longest stand first
             micros = [micros[i * len(micros) // WINDOW_MICROS] for i in range(WINDOW_MICROS)]
-        of = self.strata.of(row.kind, shapes.part(np.array(micros)))
+        of = self.strata.of(row.kind, shapes.part(np.array(micros, dtype=np.int64)))
         samples = tuple(sample_of(shapes, micro, int(stratum)) for micro, stratum in zip(micros, of, strict=True))
         if Estimator(self._kept(group), self.strata, row.kind).window_seconds(samples) > WINDOW_SHARE * left:
             return

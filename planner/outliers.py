@@ -20,9 +20,8 @@ LEAST_OF_CLASS = 3  # timings of a class, before one of them can be told from th
 UNSEEN = 1.25  # excess of an outlier that was not seen: 2.25 times as long (an assumption)
 MOST_UNSEEN = 0.03  # of the time, that unseen outliers are taken to add at most: more would be no rare thing (likewise)
 Z = 1.6448536  # 95 % quantile of the normal distribution
-POISSON = (
-    0.67  # of k seen, at least k - Z sqrt(k) + POISSON are expected, 95 % surely: Garwood's limit, for k from 1 on
-)
+# Where k were seen, k - Z sqrt(k) + POISSON or more are to be expected, 95 % surely: near Garwood's exact limit, k >= 1.
+POISSON = 0.67
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
