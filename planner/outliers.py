@@ -20,7 +20,7 @@ LEAST_OF_CLASS = 3  # timings of a class, before one of them can be told from th
 UNSEEN = 1.25  # excess of an outlier that was not seen: 2.25 times as long (an assumption)
 MOST_UNSEEN = 0.03  # of the time, that unseen outliers are taken to add at most: more would be no rare thing (likewise)
 Z = 1.6448536  # 95 % quantile of the normal distribution
-# Where k were seen, k - Z sqrt(k) + POISSON or more are expected, 95 % surely: near Garwood's exact limit from k = 1 on.
+# Where k were seen, k - Z sqrt(k) + POISSON or more are expected, 95 % surely: near Garwood's exact limit, k >= 1.
 POISSON = 0.67
 
 
