@@ -301,8 +301,8 @@ def _ours(entry: Entry, arguments: argparse.Namespace) -> None:
     watched: Any = Monitor
     step = watched.step
 
-    def watched_step(self: Any, done: int, seconds: float, values: dict[str, Any]) -> None:
-        step(self, done, seconds, values)
+    def watched_step(self: Any, done: int, seconds: float, values: dict[str, Any], **more: Any) -> None:
+        step(self, done, seconds, values, **more)
         before = marks[-1][1] if marks else 0
         marks.append((time.perf_counter(), before + round(values["tokens_per_second"] * seconds)))
 
