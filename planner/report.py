@@ -1,4 +1,4 @@
-"""Numbers -> rows -> tables and JSON. Formatting only: it decides nothing and measures nothing.
+"""The nouns of an answer, and its JSON; planner.table makes text of it. It decides nothing and measures nothing.
 
 `Row` is one configuration, whatever mode it comes from; `PlanReport` is the whole answer. Both are plain data, so the
 table, the JSON and later forms say the same. None means unknown: "unknown" in a table, null in JSON.
