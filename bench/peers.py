@@ -80,9 +80,9 @@ def _entries(device: str) -> tuple[Entry, ...]:
         )
     return (
         *equal,
-        *(Entry(base.OURS, packed=tokens, is_lean=True) for tokens in (4096, 8192)),
+        *(Entry(base.OURS, packed=tokens, is_lean=True) for tokens in (8192, 16384)),
         *(Entry(base.SFT, micro, is_grouped=True) for micro in (16, 32)),
-        *(Entry(base.SFT, packed=tokens) for tokens in (4096, 8192)),
+        *(Entry(base.SFT, packed=tokens) for tokens in (8192, 16384)),
     )
 
 

@@ -37,12 +37,13 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         flat, weight, a, b, low = ctx.saved_tensors
         gradient = upstream[0].reshape(-1, upstream[0].shape[-1])
-        to_low = (gradient @ b).mul_(ctx.scaling)  # (tokens, rank)
+        to_low = gradient @ b  # (tokens, rank), not yet scaled: each product with it scales as it goes
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = (gradient @ weight).addmm_(to_low, a).reshape(*upstream[0].shape[:-1], -1)
-        to_a = (to_low.t() @ flat).to(ctx.kept_as)
-        to_b = (gradient.t() @ low).mul_(ctx.scaling).to(ctx.kept_as)
+            to_x = (gradient @ weight).addmm_(to_low, a, alpha=ctx.scaling).reshape(*upstream[0].shape[:-1], -1)
+        # With beta 0 the first argument gives nothing but its shape.
+        to_a = torch.addmm(a, to_low.t(), flat, beta=0, alpha=ctx.scaling).to(ctx.kept_as)
+        to_b = torch.addmm(b, gradient.t(), low, beta=0, alpha=ctx.scaling).to(ctx.kept_as)
         return to_x, None, None, to_a, to_b, None
 
 

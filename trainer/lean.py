@@ -91,7 +91,8 @@ def lean_losses(
             chunk is taken in the forward pass, and in fp16 it would vanish if it were not scaled there already.
     """
     states = head.hidden_states(model, arguments)
-    chosen = states.reshape(-1, states.shape[-1])[predicts]
+    # Selected, not indexed: see trainer.step.token_losses.
+    chosen = states.reshape(-1, states.shape[-1]).index_select(0, predicts)
     differentiated = torch.is_grad_enabled() and (chosen.requires_grad or bool(head.trained))
     if reduction == "sum" and differentiated:
         scale = torch.as_tensor(gradient_scale, dtype=torch.float32, device=chosen.device)
