@@ -66,7 +66,7 @@ def main() -> int:
         print(f"{title:<28} {1000 * one['median_seconds']:>8.1f} ms  {one['over_trainers_way']:.2f} of {TRAINERS}")
     for title, one in found.get("profile", {}).items():
         print(
-            f"{title:<28} {one['kernels']:>7,} kernels, busy {1000 * one['busy_seconds']:.1f} ms, {one['calls']:,} calls"
+            f"{title:<28} {one['kernels']:>7,} kernels, busy {1e3 * one['busy_seconds']:.1f} ms, {one['calls']:,} calls"
         )
     return 0
 
