@@ -37,6 +37,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "PY
 TIMED_SOURCES = (
     ("trainer", "step.py"), ("trainer", "model.py"), ("trainer", "collate.py"), ("trainer", "evaluate.py"),
     ("trainer", "lean.py"), ("trainer", "fused.py"), ("trainer", "documents.py"), ("trainer", "agreement.py"),
+    ("trainer", "arrangement.py"), ("trainer", "grouped.py"),
     ("trainer", "feed.py"), ("trainer", "compiled.py"), ("trainer", "process.py"),
     ("planner", "worker.py"), ("planner", "prober.py"), ("planner", "measurement.py"),
     ("planner", "strata.py"),

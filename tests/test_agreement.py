@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from small_models import FAMILIES, random_data, small_model, with_lora
 
 from trainer import documents
 from trainer.agreement import packing_agrees, settle_packing
+from trainer.arrangement import MULTIPLE, arrange
+from trainer.collate import MicroBatch, collate
 from trainer.data import prepare_data
 from trainer.job import DataSpec
 from trainer.model import load_model
+from trainer.step import clear_gradients, make_stepper, micro_step
 
 # Longer than the sliding windows of 8 tokens, shorter ones among them.
 DATA = random_data([40, 3, 25, 12, 2, 31])
@@ -127,18 +134,80 @@ def test_real_data_on_the_tiny_model_also_quantized(make_job: Any, tiny_model: A
 DOCUMENT_WISE = [family for family in FAMILIES if family != "gemma2"]  # whose capped scores SDPA cannot do
 
 
+@pytest.fixture(params=["one by one", "in groups"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How documents are attended to: as on a CPU, or as on a GPU."""
+    if request.param == "in groups":
+        monkeypatch.setattr(MicroBatch, "to", grouped)
+    return str(request.param)
+
+
+def grouped(batch: MicroBatch, device: str = "cpu") -> MicroBatch:
+    """The batch as it is on a GPU."""
+    documents = batch.documents
+    return batch if documents is None else replace(batch, arrangement=arrange(documents, batch.input_ids.shape[1]))
+
+
 @pytest.mark.parametrize("family", DOCUMENT_WISE)
-def test_attention_document_by_document_gives_the_separate_logits(family: str) -> None:
+def test_attention_document_by_document_gives_the_separate_logits(family: str, way: str) -> None:
     """Also in a family (opt) whose mask over the row does not keep documents apart, and with sliding windows."""
     model = with_lora(small_model(family)).float()
     documents.use(model, apart=True)
     assert packing_agrees(model, DATA, **FP32) is None
 
 
-def test_a_sliding_window_forgotten_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])  # grouped heads, sliding windows, both in turns
+def test_groups_of_documents_have_the_gradient_of_one_document_at_a_time(family: str) -> None:
+    """Several rows, padding at their ends, documents of a token and more than one group."""
+    model = with_lora(small_model(family)).float()
+    documents.use(model, apart=True)
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():  # LoRA's B, whose zeros would hide most of the gradient
+            torch.nn.init.normal_(parameter, std=0.1)
+    stepper = make_stepper(model, "cpu", "fp32")
+    data = random_data([40, 3, 25, 12, 1, 31, 9, 17])
+    batch = collate([np.array([0, 1, 2]), np.array([3, 4, 5, 6]), np.array([7])], data)
+    losses = [float(micro_step(stepper, batch, scale=0.01))]
+    alone = [parameter.grad.clone() for parameter in stepper.parameters]
+    clear_gradients(stepper.parameters)
+    losses.append(float(micro_step(stepper, grouped(batch), scale=0.01)))
+    beside = [parameter.grad.clone() for parameter in stepper.parameters]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for one, other in zip(alone, beside, strict=True):
+        assert float((one - other).norm()) <= 1e-5 * float(one.norm())
+    assert min(float(one.norm()) for one in alone) > 0
+
+
+@given(st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=8), min_size=1, max_size=4))
+def test_every_position_has_one_place_and_groups_are_not_much_longer_than_their_documents(
+    rows: list[list[int]],
+) -> None:
+    width = max(sum(row) for row in rows)
+    spans = []
+    for number, row in enumerate(rows):
+        ends = np.cumsum([*row, width - sum(row)])
+        spans += [(number, int(end - size), int(end)) for end, size in zip(ends, (*row, width - sum(row)), strict=True)]
+    filled = tuple(span for span in spans if span[2] > span[1])
+    found = arrange(filled, width)
+    places, back = found.places.numpy(), found.back.numpy()
+    assert (places[back] == np.arange(width * len(rows))).all()
+    assert len(places) == sum(found.sizes)
+    at = 0
+    whole = {tuple(range(row * width + start, row * width + end)) for row, start, end in filled}
+    for count, wide in found.groups:
+        for line in places[at : at + count * wide].reshape(count, wide).tolist():
+            document = tuple(dict.fromkeys(line))  # padding repeats the last position
+            assert document in whole
+            whole.remove(document)
+            assert wide <= 2 * len(document) + MULTIPLE
+        at += count * wide
+    assert not whole
+
+
+def test_a_sliding_window_forgotten_would_be_seen(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     model = small_model("mistral").float()
     documents.use(model, apart=True)
-    monkeypatch.setattr(documents, "_band", lambda *_: None)
+    monkeypatch.setattr(documents, "band", lambda *_: None)
     assert "packed logits differ" in str(packing_agrees(model, DATA, **FP32))
 
 
@@ -170,7 +239,7 @@ def test_packing_is_settled_with_the_mask_where_documents_alone_give_other_logit
     make_job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = small_model("mistral").float()
-    monkeypatch.setattr(documents, "_band", lambda *_: None)  # as in a model with a pattern that is not known
+    monkeypatch.setattr(documents, "band", lambda *_: None)  # as in a model with a pattern that is not known
     assert settle_packing(model, DATA, make_job(packing=True, packed_length=64)) is None
     assert not documents.are_used(model)
 

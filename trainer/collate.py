@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trainer.arrangement import Arrangement, Document, arrange
 from trainer.tokens import IntArray, TokenizedDataset
 
 if TYPE_CHECKING:
     import torch
-
-
-Document = tuple[int, int, int]  # row, first position, end
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -32,6 +30,7 @@ class MicroBatch:
     num_tokens: int  # real ones
     # Where each document of a packed row lies, row by row without gaps; padding is a document too.
     documents: tuple[Document, ...] | None = None
+    arrangement: Arrangement | None = None  # of the documents; set by `to` where they are attended to in groups
 
     def to(self, device: str) -> MicroBatch:
         """The same batch on a device; copies run beside the computation where the memory is pinned."""
@@ -41,6 +40,10 @@ class MicroBatch:
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return (tensor.pin_memory() if device.startswith("cuda") else tensor).to(device, non_blocking=True)
 
+        arrangement = None
+        if self.documents is not None:
+            found = arrange(self.documents, self.input_ids.shape[1])
+            arrangement = Arrangement(move(found.places), move(found.back), found.groups)
         return MicroBatch(
             input_ids=move(self.input_ids),
             position_ids=None if self.position_ids is None else move(self.position_ids),
@@ -48,6 +51,7 @@ class MicroBatch:
             targets=move(self.targets),
             num_tokens=self.num_tokens,
             documents=self.documents,
+            arrangement=arrangement,
         )
 
 

@@ -100,7 +100,7 @@ def model_arguments(model: Any, batch: MicroBatch) -> dict[str, Any]:
     if batch.position_ids is not None:
         arguments["position_ids"] = batch.position_ids
         if documents.are_used(model):
-            arguments["documents"] = batch.documents
+            arguments["documents"] = batch.arrangement or batch.documents
     return arguments
 
 
