@@ -24,11 +24,17 @@ class Group:
     rounds: list[Round] = field(default_factory=list)  # the first of them may be warm-up
     windows: list[tuple[int, WindowSample]] = field(default_factory=list)  # (rounds before it, window)
     fixed: FixedSamples = field(default_factory=FixedSamples)
-    warmed_up: bool = False
+    warmed_up: bool = False  # the first of `rounds` is warm-up
+    is_warm: bool = False  # new micro-batches take its worker no longer than known ones
+    one_off_seconds: float = 0.0  # what the first micro-steps of a process took beyond the later ones
     spent: float = 0.0
+    round_seconds: float = 0.0  # that the last round took
     ended_by: str = ""
     error: str | None = None
     is_postponed: bool = False  # ran out of memory beside others; to be timed alone
+
+    def __post_init__(self) -> None:
+        self.close()
 
     @property
     def fitting(self) -> list[PlannedRow]:
@@ -43,6 +49,7 @@ class Group:
         return all(row.is_reference for row in self.rows)
 
     def close(self) -> None:
+        self.is_warm = self.signature.device == "cpu"  # whose first round is warm-up enough
         if self.prober is not None:
             self.prober.stop()
             self.prober = None

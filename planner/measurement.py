@@ -140,6 +140,7 @@ class Measurement:
     rounds: tuple[Round, ...] = ()
     windows: tuple[WindowSample, ...] = ()
     fixed: FixedSamples = FixedSamples()
+    one_off_seconds: float = 0.0  # what the first micro-steps of a process take beyond the later ones; 0 on a CPU
     seconds_spent: float = 0.0  # timing; process starts, memory and fixed parts not counted
     ended_by: str = ""  # "precision" or "budget"
     error: str | None = None

@@ -71,6 +71,7 @@ class MemoryProbe:
                     more = self._long_windows(members) if group.signature.device == "cpu" else []
                     reply = self._try_alone(group, self._worst_windows(members, plan, micro), more, seconds)
                     group.reserved = reply.reserved_bytes
+                    group.one_off_seconds = max(group.one_off_seconds, reply.first_seconds)
                     group.largest_key = max(group.largest_key, float(keys(shapes)[micro]))
                     padded = int(shapes.padded_tokens[micro])
                     group.seconds_per_padded_token = reply.micro_step_seconds / max(1, padded)

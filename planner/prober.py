@@ -49,6 +49,7 @@ class MemoryReply:
     allocated_bytes: int
     reserved_bytes: int
     micro_step_seconds: float
+    first_seconds: float = 0.0  # by which the process's first micro-step took longer than the same one again
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -73,6 +73,7 @@ class Worker:
         self._tokenizer: Any = None
         self._targets = data.num_supervised  # per example
         self._is_settled = False  # how packed documents are kept apart
+        self._is_warm = job.device == "cpu"  # whether the first micro-step, which loads kernels, is over
 
     @property
     def stepper(self) -> Stepper:
@@ -200,6 +201,7 @@ class Worker:
 
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        first_seconds = self._first_seconds()
         self.optimizer(1)
         taken: list[float] = []
         until = float("inf")
@@ -227,7 +229,12 @@ class Worker:
             allocated = reserved = peak_resident_bytes()
         # The first one met its shape for the first time; of the others the longest takes the longest.
         slowest = max(taken[1:] or taken)
-        return MemoryReply(allocated_bytes=allocated, reserved_bytes=reserved, micro_step_seconds=slowest)
+        return MemoryReply(
+            allocated_bytes=allocated,
+            reserved_bytes=reserved,
+            micro_step_seconds=slowest,
+            first_seconds=first_seconds,
+        )
 
     def peak(self) -> PeakReply:
         """Peak bytes since the last `memory`, with all that ran since: other shapes, evaluation, saving.
@@ -354,6 +361,20 @@ class Worker:
         lengths = np.where(self._targets > 0, self.data.lengths, np.iinfo(np.int64).max)
         rows = [[int(lengths.argmin())]]
         self._micro_step(next(self._feed([rows])), 1.0 / self._supervised([rows]))
+
+    def _first_seconds(self) -> float:
+        """Seconds by which this process's first micro-step takes longer than the same one again; 0 later."""
+        if self._is_warm:
+            return 0.0
+        self._is_warm = True
+        taken = []
+        for _ in range(2):
+            self._synchronize()
+            begin = time.perf_counter()
+            self._small_micro_step()
+            self._synchronize()
+            taken.append(time.perf_counter() - begin)
+        return max(0.0, taken[0] - taken[1])
 
     def _supervised(self, micro_batches: list[MicroRows]) -> int:
         return max(1, sum(int(self._targets[row].sum()) for rows in micro_batches for row in rows if row))

@@ -71,6 +71,8 @@ class FakeDevice:
     noise: float = 0.0
     seed: int = 0
     slow_first: int = 0  # micro-steps of each worker that take three times as long
+    variants: int = 0  # kernels, each for some shapes, that a worker loads when it first meets such a shape
+    variant_seconds: float = 0.0  # that loading one takes
     drift: float = 0.0  # slower by this share every minute
     spikes: float = 0.0  # share of the timings that take `spike_factor` times as long
     spike_factor: float = 3.0
@@ -130,7 +132,12 @@ class FakeDevice:
         charged = np.concatenate([micro, np.full(plan.num_steps, self.optimizer)])
         charged *= np.exp(random.normal(-(spread**2) / 2, spread, len(charged)))
         charged[random.random(len(charged)) < self.spikes] *= self.spike_factor
-        return float(charged.sum())
+        loaded = len(np.unique(self.variant(plan.micro_shapes(self.lengths).padded_tokens))) if self.variants else 0
+        return float(charged.sum()) + loaded * self.variant_seconds
+
+    def variant(self, padded: np.ndarray) -> np.ndarray:
+        """Which kernel a shape takes."""
+        return np.asarray(padded // 32 % self.variants)
 
     def pass_time(self, seconds: float) -> float:
         spread = np.sqrt(np.log1p(self.noise**2))
@@ -154,6 +161,7 @@ class FakeProber:
         self.device, self.job = device, job
         self.speed = device.half_speed_up if job.precision in ("fp16", "bf16") else 1.0
         self.slow_left = device.slow_first
+        self.known: set[int] = set()  # kernels that are loaded
         self.held = 0
         self.stopped = False
         device.alive += 1
@@ -165,7 +173,15 @@ class FakeProber:
             raise DoesNotFit(f"tried to allocate {padded} tokens")
         slow = 3.0 if self.slow_left > 0 else 1.0
         self.slow_left -= 1
-        return slow * self.device.cost(rows) / self.speed
+        return slow * self.device.cost(rows) / self.speed + self._loading(padded)
+
+    def _loading(self, padded: int) -> float:
+        if not self.device.variants:
+            return 0.0
+        variant = int(self.device.variant(np.array(padded)))
+        is_new = variant not in self.known
+        self.known.add(variant)
+        return self.device.variant_seconds * is_new
 
     def _note(self, command: str) -> None:
         assert not self.stopped

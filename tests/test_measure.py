@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from fakes import FakeDevice, FakeProber, chat_lengths, make_data, make_job, make_row
@@ -192,6 +194,61 @@ def test_slow_first_micro_steps_are_set_apart_as_warmup() -> None:
     one = estimate(row, DATA, found)
     assert one.train_seconds == pytest.approx(device.true_seconds(row.plan), rel=0.03)
     assert one.window_ratio is None or one.window_ratio < 1.1  # a slow window is set apart with the rounds around it
+
+
+def gpu_that_loads_kernels(*, budget: float, seed: int = 0, **changes: float) -> tuple[float, Measurements, float]:
+    """Estimate, measurements and truth of a run on a device whose first micro-steps load kernels, as an H100's do."""
+    device = FakeDevice(
+        LENGTHS,
+        base=0.2,
+        per_token=0.0,
+        per_token_width=0.0,
+        noise=0.02,
+        seed=seed,
+        variants=20,
+        variant_seconds=0.25,
+        half_speed_up=1.0,
+    )
+    for name, value in changes.items():
+        setattr(device, name, value)
+    row = make_row(make_job(device="cuda", precision="bf16", micro_batch_size=4), DATA)
+    found = measure([row], DATA, device.factory, budget_seconds=budget, clock=device.clock, seed=seed)
+    seconds = estimate(row, DATA, found).train_seconds
+    assert seconds is not None
+    return seconds, found, device.run_seconds(row.plan, seed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("budget", [20, 60])
+def test_kernels_that_a_gpu_loads_at_first_are_not_taken_for_its_pace(budget: float, seed: int) -> None:
+    seconds, found, truth = gpu_that_loads_kernels(budget=budget, seed=seed)
+    assert abs(seconds / truth - 1) < 0.03
+    assert found.measurements[0].seconds_spent < 1.1 * budget
+    assert 2 < found.measurements[0].one_off_seconds <= 5.2  # 20 x 0.25 s, most of them met, and noise
+
+
+def test_new_micro_batches_timed_once_would_be_taken_for_the_pace_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("planner.measure.SETTLED", 1e9)  # one round twice, whatever it shows
+    seconds, _, truth = gpu_that_loads_kernels(budget=20)
+    assert seconds / truth - 1 > 0.1
+
+
+def test_too_short_a_time_to_warm_a_gpu_up_is_said() -> None:
+    seconds, found, truth = gpu_that_loads_kernels(budget=10)
+    assert any("longer the first time" in note for note in found.notes)
+    assert abs(seconds / truth - 1) < 0.05
+
+
+def test_what_is_loaded_at_first_is_a_note_of_the_estimate_and_counts_once() -> None:
+    _, found, _ = gpu_that_loads_kernels(budget=60)
+    row = make_row(make_job(device="cuda", precision="bf16", micro_batch_size=4), DATA)
+    with_it = estimate(row, DATA, found)
+    plain = estimate(row, DATA, replace(found, measurements=(replace(found.measurements[0], one_off_seconds=0.0),)))
+    assert with_it.train_seconds is not None
+    assert plain.train_seconds is not None
+    assert with_it.train_seconds - plain.train_seconds == pytest.approx(found.measurements[0].one_off_seconds)
+    assert with_it.seconds_per_step == plain.seconds_per_step
+    assert any("while kernels are loaded" in note for note in with_it.notes)
 
 
 def test_every_round_holds_one_micro_batch_of_each_stratum_and_the_longest_are_one_of_them() -> None:
