@@ -81,6 +81,7 @@ def measure(
     progress: Progress | None = None,
     meter: Meter | None = None,
     with_fixed: bool = True,
+    optional: frozenset[str] = frozenset(),
     seed: int = 0,
 ) -> Measurements:
     """Time the step signatures of some rows over their own batch plans.
@@ -91,13 +92,24 @@ def measure(
         precision_target: stop once the 90 % interval of every row's total is this narrow (half of it, relative).
         progress: told what is being done and the share of the budget spent.
         with_fixed: also time what a run does beside its steps.
+        optional: names of rows that may be left out where they are plainly slower than others.
         meter: asked after each round what else went on; see planner.conditions.
 
     Raises:
         MeasurementError: nothing could be measured, for a reason other than memory.
     """
     return _Measuring(
-        plans, data, prober_factory, budget_seconds, precision_target, clock, progress, meter, with_fixed, seed
+        plans,
+        data,
+        prober_factory,
+        budget_seconds,
+        precision_target,
+        clock,
+        progress,
+        meter,
+        with_fixed,
+        optional,
+        seed,
     ).measure()
 
 
@@ -115,6 +127,7 @@ class _Measuring:
         progress: Progress | None,
         meter: Meter | None,
         with_fixed: bool,
+        optional: frozenset[str],
         seed: int,
     ) -> None:
         if not rows:
@@ -148,6 +161,8 @@ class _Measuring:
             tell=self.tell,
             warnings=self.warnings,
             budget=budget,
+            optional=optional,
+            thorough=with_fixed,  # without: what matters is what is fastest, not what it holds to the byte
         )
         self.rows = rows
         self.strata = Strata(kinds=())

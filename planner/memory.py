@@ -21,6 +21,9 @@ SAME_SHAPE = 0.95  # a worst micro-batch this near to a larger one is judged by 
 # next tensor exactly: with glibc 2.36 one long micro-batch after another took 1.47, 1.61, 1.64, 1.66 GB (2026-11-25).
 LONG_ONES = 10  # so many are run, as far as the plan holds them, while their time lasts
 LONG_ONES_SHARE = 0.2  # of the budget, for all rows' together
+# Of several layouts to choose from: one that takes this many times the seconds of the best of its kind so far, by its
+# padding and its quickest micro-step (noise only slows), will not win; nor will larger ones.
+HOPELESS = 1.25
 
 
 class MemoryProbe:
@@ -32,6 +35,8 @@ class MemoryProbe:
         start: gives a group its worker.
         tell: what is being done, and the share of the budget spent.
         warnings: added to.
+        optional: names of rows that may be left out where they are plainly slower than others.
+        thorough: run more than the worst micro-batch, so that the peaks are those of a run.
     """
 
     def __init__(
@@ -44,7 +49,10 @@ class MemoryProbe:
         tell: Callable[[str, float], None],
         warnings: list[str],
         budget: float,
+        optional: frozenset[str] = frozenset(),
+        thorough: bool = True,
     ) -> None:
+        self._optional, self._thorough = optional, thorough
         self._groups, self._data, self._shapes = groups, data, shapes
         self._start, self._tell, self._warnings = start, tell, warnings
         self._budget = budget
@@ -58,8 +66,17 @@ class MemoryProbe:
         group.verdicts = {row.name: RowVerdict(name=row.name, signature=group.signature) for row in group.rows}
         trials = self._worst_micro_batches(group.rows)
         failed: DoesNotFit | None = None
+        # Packed or not: a long row of one document pays more for attention than one of several, so each has its own.
+        hopeless: set[bool] = set()
+        least = {True: np.inf, False: np.inf}
         for plan, micro, members in trials:
             shapes = self._shapes[id(plan)]
+            is_packed = members[0].job.packing
+            if is_packed in hopeless and self._optional.issuperset(row.name for row in members):
+                for row in members:
+                    verdict = group.verdicts[row.name]
+                    group.verdicts[row.name] = replace(verdict, error="left out: a smaller one was slower already")
+                continue
             for row in members:
                 group.verdicts[row.name] = replace(
                     group.verdicts[row.name], worst_rows=int(shapes.rows[micro]), worst_width=int(shapes.width[micro])
@@ -68,8 +85,15 @@ class MemoryProbe:
                 self._tell(f"memory: {members[0].name}", 0.0)
                 try:
                     seconds = LONG_ONES_SHARE * self._budget / (len(trials) * len(self._groups))
-                    more = self._long_windows(members) if group.signature.device == "cpu" else []
-                    reply = self._try_alone(group, self._worst_windows(members, plan, micro), more, seconds)
+                    windows = self._worst_windows(members, plan, micro)[: None if self._thorough else 1]
+                    is_growing = group.signature.device == "cpu" and self._thorough
+                    more = self._long_windows(members) if is_growing else []
+                    reply = self._try_alone(group, windows, more, seconds)
+                    if group.signature.device == "cpu" and reply.token_seconds is not None:
+                        # Not on a GPU: its first micro-steps load kernels, and even the largest do not take long.
+                        expected = reply.token_seconds * float(shapes.padded_tokens.sum() / shapes.tokens.sum())
+                        least[is_packed] = min(least[is_packed], expected)
+                        hopeless |= {is_packed} if expected > HOPELESS * least[is_packed] else set()
                     group.reserved = reply.reserved_bytes
                     group.one_off_seconds = max(group.one_off_seconds, reply.first_seconds)
                     group.largest_key = max(group.largest_key, float(keys(shapes)[micro]))
@@ -167,20 +191,21 @@ class MemoryProbe:
         return windows
 
     def _worst_micro_batches(self, rows: list[PlannedRow]) -> list[tuple[BatchPlan, int, list[PlannedRow]]]:
-        """(plan, micro-batch, rows judged by it), ascending. Rows with nearly equal worst ones share the largest."""
+        """(plan, micro-batch, rows judged by it), ascending. Of rows alike those near the largest share it."""
         worst = []
         for row in rows:
             shapes = self._shapes[id(row.plan)]
             micro = int(keys(shapes).argmax())  # most padded tokens; of equals the widest
             worst.append((float(keys(shapes)[micro]), (int(shapes.rows[micro]), row.job.packing), micro, row))
-        worst.sort(key=lambda entry: entry[0], reverse=True)
+        worst.sort(key=lambda entry: (entry[1], entry[0]), reverse=True)
         trials: list[tuple[float, tuple[int, bool], BatchPlan, int, list[PlannedRow]]] = []
         for key, kind, micro, row in worst:
             if trials and trials[-1][1] == kind and key >= SAME_SHAPE * trials[-1][0]:
                 trials[-1][4].append(row)
             else:
                 trials.append((key, kind, row.plan, micro, [row]))
-        return [(plan, micro, members) for _, _, plan, micro, members in reversed(trials)]
+        trials.sort(key=lambda trial: trial[0])
+        return [(plan, micro, members) for _, _, plan, micro, members in trials]
 
     def _make_room_beside(self, group: Group) -> None:
         """Stop the other workers unless there is plainly room: a third of what is free would hold another like them."""

@@ -49,6 +49,7 @@ class MemoryReply:
     allocated_bytes: int
     reserved_bytes: int
     micro_step_seconds: float
+    token_seconds: float | None = None  # of the micro-step that took the least a padded token
     first_seconds: float = 0.0  # by which the process's first micro-step took longer than the same one again
 
 

@@ -372,6 +372,7 @@ class _Tuning:
             progress=tell,
             clock=self.clock or time.perf_counter,
             with_fixed=False,
+            optional=frozenset(row.name for row in rows if " + " in row.name),  # never what is as written
             seed=self.seed,
         )
 

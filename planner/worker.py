@@ -204,6 +204,7 @@ class Worker:
         first_seconds = self._first_seconds()
         self.optimizer(1)
         taken: list[float] = []
+        per_token: list[float] = []
         until = float("inf")
         try:
             for number, window in enumerate([*windows, *more]):
@@ -216,9 +217,11 @@ class Worker:
                 for _ in window:
                     self._synchronize()
                     begin = time.perf_counter()
-                    self._micro_step(next(batches), scale)
+                    batch = next(batches)
+                    self._micro_step(batch, scale)
                     self._synchronize()
                     taken.append(time.perf_counter() - begin)
+                    per_token.append(taken[-1] / batch.input_ids.numel())
                 optimizer_step(self.stepper, 0.0)
             self._synchronize()
         finally:
@@ -233,6 +236,7 @@ class Worker:
             allocated_bytes=allocated,
             reserved_bytes=reserved,
             micro_step_seconds=slowest,
+            token_seconds=min(per_token),
             first_seconds=first_seconds,
         )
 

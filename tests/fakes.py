@@ -220,10 +220,15 @@ class FakeProber:
     def memory(self, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float) -> MemoryReply:
         self._note("memory")
         every = [rows for window in windows for rows in window]
-        slowest = max(self.device.pass_time(self._seconds(rows)) for rows in every)
+        taken = [self.device.pass_time(self._seconds(rows)) for rows in every]
         peak = max(self.device.shape(rows)[0] for rows in every) * self.device.bytes_per_token
         self.held = peak
-        return MemoryReply(allocated_bytes=peak, reserved_bytes=peak, micro_step_seconds=slowest)
+        return MemoryReply(
+            allocated_bytes=peak,
+            reserved_bytes=peak,
+            micro_step_seconds=max(taken),
+            token_seconds=min(seconds / self.device.shape(rows)[0] for seconds, rows in zip(taken, every, strict=True)),
+        )
 
     def packing_refused(self, packed_length: int) -> str | None:
         self._note("packing")

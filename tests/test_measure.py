@@ -278,6 +278,22 @@ def test_an_fp32_twin_is_added_for_the_speed_factor_only_where_none_is_there() -
     assert added[1].job.base_precision == "fp32"
 
 
+@pytest.mark.parametrize("optional", [True, False])
+def test_layouts_that_padding_makes_hopeless_are_left_out_and_what_is_as_written_never(optional: bool) -> None:
+    device = FakeDevice(LENGTHS, base=0.0, per_token_width=0.0)
+    rows = [make_row(make_job(micro_batch_size=size), DATA, name=f"micro {size}") for size in (1, 2, 4, 8, 16)]
+    chosen = frozenset(row.name for row in rows[1:]) if optional else frozenset()
+    found = measure(rows, DATA, device.factory, clock=device.clock, with_fixed=False, optional=chosen)
+    fits = {row.name: row.fits for row in found.rows}
+    left_out = [row.name for row in found.rows if row.error == "left out: a smaller one was slower already"]
+    assert fits["micro 1"]
+    assert bool(left_out) == optional
+    assert all(fits[name] is None for name in left_out)
+    assert [command for _, command in device.log].count("memory") == len(rows) - len(left_out)
+    padded = {row.name: float(row.plan.micro_shapes(LENGTHS).padded_tokens.sum()) for row in rows}
+    assert all(padded[name] > 1.25 * padded["micro 1"] for name in left_out)
+
+
 def test_measurements_survive_json() -> None:
     device = FakeDevice(LENGTHS, noise=0.05)
     found = measure([make_row(make_job(), DATA)], DATA, device.factory, clock=device.clock)
