@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from fakes import FakeDevice, chat_lengths, make_data, make_job, make_row
 
-from planner.estimate import Estimate, accumulation_saving, estimate, evaluations_and_checkpoints, mean_micro_seconds
+from planner.estimate import (
+    HEAP_GROWTH,
+    Estimate,
+    accumulation_saving,
+    estimate,
+    evaluations_and_checkpoints,
+    mean_micro_seconds,
+)
 from planner.estimator import fit_cost
 from planner.measure import measure, with_references
 from planner.measurement import MicroSample, PlannedRow, Round
@@ -24,6 +31,15 @@ def estimates(
 ) -> list[Estimate]:
     found = measure(rows, data, device.factory, clock=device.clock, seed=device.seed, **options)  # type: ignore[arg-type]
     return [estimate(row, data, found) for row in rows]
+
+
+def test_a_cpu_s_heap_grows_on_in_a_run_and_a_gpu_s_blocks_do_not() -> None:
+    device = FakeDevice(LENGTHS)
+    rows = [make_row(make_job(), DATA, "cpu"), make_row(make_job(device="cuda"), DATA, "cuda")]
+    on_cpu, on_gpu = estimates(device, rows)
+    longest = int(LENGTHS.max()) * device.bytes_per_token
+    assert on_gpu.peak_memory_bytes == longest
+    assert on_cpu.peak_memory_bytes == round(HEAP_GROWTH * longest)
 
 
 def test_accumulation_earns_no_credit_that_it_has_not() -> None:
