@@ -35,10 +35,12 @@ def hardware(device: str, threads: int | None = None) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that was measured; COMMIT names it where the copy at hand has no history."""
+    """The commit that was measured; COMMIT names it where the copy at hand has no history, or another's."""
+    if os.environ.get("COMMIT"):
+        return os.environ["COMMIT"]
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or os.environ.get("COMMIT", "unknown")
+    return done.stdout.strip() or "unknown"
 
 
 def earlier(out: Path, settings: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:

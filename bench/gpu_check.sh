@@ -5,10 +5,12 @@
 #   bash bench/gpu_check.sh 2    the headline: baseline as published against presets as written and tuned, time and loss
 #   bash bench/gpu_check.sh 3    fp16, bf16 and packing are right; then this trainer beside TRL and Transformers' Trainer
 #
-# Importing the libraries takes a bare machine 10 to 20 s a process: stages 1 and 2 fork theirs from one that has them.
-# Seen on an H200 (2026-11-26): launching kernels sets the pace of small micro-batches, some 0.2 s each, whatever the model.
+# Importing the libraries takes a bare machine 10 to 20 s a process: the benches fork theirs from one that has them.
+# Seen on an H100 and an H200 (2026-11-26): launching kernels sets the pace of small micro-batches, some 6 to 12 ms a layer,
+# whatever its width, and the first ten seconds of a process are slower while kernels are loaded.
 #
-# PYTHON names the interpreter, GSM8K the data (a JSONL file with question and answer).
+# PYTHON names the interpreter, GSM8K the data (a JSONL file with question and answer), WORK a folder for models that the
+# stages share; in memory by default, since writing 16 GB to a disk makes the first checkpoints slow.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 stage="${1:?name a stage: 1, 2 or 3}"
@@ -23,7 +25,10 @@ if [ "${DEVICE:-cuda}" = cuda ] && ! "$python" -c 'import torch, sys; sys.exit(n
   echo "gpu_check: torch sees no CUDA device here; nothing was checked." >&2
   exit 3
 fi
-mkdir -p "$out"
+work="${WORK:-$([ -d /dev/shm ] && echo /dev/shm || echo /tmp)/gpu-check}"
+mkdir -p "$out" "$work/headline"
+# As worker and trainer set it; but a fork comes after torch may have read it.
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total,memory.used,clocks.sm,temperature.gpu,power.draw --format=csv \
   | tee "$out/gpu-$day-$stage.csv"
 
@@ -41,19 +46,22 @@ server=""
 case "$stage" in
   1)
     preload
-    bench/preloaded.py bench/accuracy.py --device "$device" --budget 15 --samples 1 --minutes "${MINUTES:-7.5}" \
+    bench/preloaded.py bench/accuracy.py --device "$device" --budget 15 --samples 1 --minutes "${MINUTES:-7.5}" --models "$work/models" \
       --out "$out/accuracy-$device-$day.json" "${data[@]}"
     ;;
   2)
     preload
     bench/preloaded.py bench/headline.py --device "$device" --seeds "${SEEDS:-1}" --rows "${ROWS:-256}" --budget 12 \
-      --steps 20 --minutes "${MINUTES:-8}" --out "$out/headline-$device-$day.json"
+      --steps 20 --minutes "${MINUTES:-8}" --work "$work/headline" --out "$out/headline-$device-$day.json"
     ;;
   3)
     "$python" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py 2>&1 | tee "$out/gpu-tests-$day.txt"
     tested="${PIPESTATUS[0]}"
     preload
-    bench/preloaded.py bench/peers.py --device "$device" --rounds "${ROUNDS:-2}" --rows "${ROWS:-232}" \
+    taught=()
+    [ -f "$work/headline/taught/config.json" ] && taught=(--model "$work/headline/taught")
+    bench/preloaded.py bench/launch.py --device "$device" "${taught[@]}" --out "$out/launch-$device-$day.json"
+    bench/preloaded.py bench/peers.py --device "$device" --rounds "${ROUNDS:-2}" --rows "${ROWS:-264}" "${taught[@]}" \
       --out "$out/peers-$device-$day.json"
     exit "$tested"
     ;;

@@ -12,7 +12,8 @@ without it its documents see each other. It stands in the table all the same, as
 
 `--device cuda` compares in bf16 on a model of the shape that --shape names (bench/accuracy.py), with random weights.
 
-Written after each round; a second call with the same --out adds to it.
+Written after each contestant, an unfinished round apart from the others and without a part in the verdict; a second
+call with the same --out adds rounds.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ def _entries(device: str) -> tuple[Entry, ...]:
         *(Entry(base.OURS, packed=tokens, is_lean=True) for tokens in (8192, 16384)),
         *(Entry(base.SFT, micro, is_grouped=True) for micro in (16, 32)),
         *(Entry(base.SFT, packed=tokens) for tokens in (8192, 16384)),
+        *(Entry(base.OURS, micro, is_lean=True) for micro in (16, 32)),
     )
 
 
@@ -123,7 +125,6 @@ def main() -> int:
             accuracy.make_model(accuracy.GPU_SHAPES[arguments.shape], folder / "model", weights_on=arguments.device)
             model = f"the shape of {arguments.shape}, random weights"
         for _ in range(arguments.rounds):
-            result["rounds"].append(_round(folder, arguments))
             result |= {
                 "what": "real tokens per second of three trainers, interleaved; ratios within a round",
                 "date": date.today().isoformat(),
@@ -133,8 +134,10 @@ def main() -> int:
                 "hardware": common.hardware(arguments.device, arguments.threads),
                 "versions": {one: importlib.metadata.version(one) for one in base.VERSIONED},
                 "commit": common.commit(),
-                "verdict": verdict(result["rounds"], arguments.device),
             }
+            result["rounds"].append(_round(folder, arguments, result))
+            result["verdict"] = verdict(result["rounds"], arguments.device)
+            result.pop("unfinished", None)
             common.write(arguments.out, result)
     _print(result, arguments.device)
     return 0
@@ -157,8 +160,8 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _round(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Each contestant once; its tokens, seconds and tokens per second by name."""
+def _round(folder: Path, arguments: argparse.Namespace, so_far: dict[str, Any]) -> dict[str, Any]:
+    """Each contestant once; its tokens, seconds and tokens per second by name. `so_far`: written with each."""
     entries = _entries(arguments.device)
     order = [int(number) for number in arguments.only.split(",")] if arguments.only else list(range(len(entries)))
     random.shuffle(order)
@@ -186,6 +189,7 @@ def _round(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             one = json.loads((Path(own) / "result.json").read_text(encoding="utf-8"))
         found[entries[number].name] = one
         print(f"{entries[number].name}: {one['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)
+        common.write(arguments.out, so_far | {"unfinished": found})
     return {"order": [entries[number].name for number in order], "results": found}
 
 
@@ -218,16 +222,19 @@ def verdict(rounds: list[dict[str, Any]], device: str) -> dict[str, Any]:
     entries = _seen(rounds, device)
     for micro in EQUAL[device]:
         at = [entry for entry in entries if entry.is_equal and entry.micro == micro]
-        equal.append(summary(at[0], max(at[1:], key=median)))
-    best = {side: max((e for e in entries if (e.who == base.OURS) == side), key=median) for side in (True, False)}
-    return {"equal_settings": equal, "best_settings": summary(best[True], best[False])}
+        ours, theirs = ([entry for entry in at if (entry.who == base.OURS) == side] for side in (True, False))
+        if ours and theirs:
+            equal.append(summary(ours[0], max(theirs, key=median)))
+    ours, theirs = ([entry for entry in entries if (entry.who == base.OURS) == side] for side in (True, False))
+    best = summary(max(ours, key=median), max(theirs, key=median)) if ours and theirs else None
+    return {"equal_settings": equal, "best_settings": best}
 
 
 def _print(result: dict[str, Any], device: str) -> None:
     from tabulate import tabulate
 
     entries = _seen(result["rounds"], device)
-    reference = next(entry for entry in entries if entry.who == base.SFT)
+    reference = next((entry for entry in entries if entry.who == base.SFT), entries[0])
     rows = []
     for entry in entries:
         ratios = [
@@ -237,7 +244,7 @@ def _print(result: dict[str, Any], device: str) -> None:
         rows.append([entry.name, f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}-{max(ratios):.2f}"])
     print(tabulate(rows, ["contestant", f"over {reference.name}", "spread"], disable_numparse=True))
     found = result["verdict"]
-    for one in (*found["equal_settings"], found["best_settings"]):
+    for one in (*found["equal_settings"], *filter(None, [found["best_settings"]])):
         print(f"{one['ours']} over {one['theirs']}: {one['median']:.2f} ({one['lowest']:.2f}-{one['highest']:.2f})")
 
 
@@ -246,6 +253,8 @@ def _print(result: dict[str, Any], device: str) -> None:
 
 def _write(folder: Path, marks: list[tuple[float, int]]) -> None:
     """`marks`: (clock, tokens so far) at the end of each optimizer step."""
+    if len(marks) <= SKIPPED_STEPS:
+        raise SystemExit(f"peers: {len(marks)} steps are too few, {SKIPPED_STEPS} are left out: give more --rows")
     (begin, before), (end, after) = marks[SKIPPED_STEPS - 1], marks[-1]
     result = {
         "tokens": after - before,

@@ -79,6 +79,28 @@ def test_half_precision_gradients_are_near_those_of_fp32(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_documents_in_groups_have_the_gradient_of_rows_of_their_own(
+    precision: str, tiny_model: Path, data: Any, make_job: Any
+) -> None:
+    from trainer import documents
+    from trainer.step import clear_gradients, micro_step
+
+    if precision == "bf16" and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs compute capability 8.0")
+    stepper, model = stepper_of(tiny_model, precision, make_job)
+    documents.use(model, apart=True)
+    found = []
+    for rows in ([[0, 1, 2, 3], [4, 5], [6]], [[number] for number in range(7)]):
+        batch = batches(tiny_model, data, rows)
+        assert (batch.arrangement is not None) == any(len(row) > 1 for row in rows)
+        micro_step(stepper, batch, scale=0.01)
+        found.append(torch.cat([one.grad.flatten() for one in stepper.parameters if one.grad is not None]))
+        clear_gradients(stepper.parameters)
+    difference = float((found[0] - found[1]).norm() / found[1].norm())
+    assert difference < {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1}[precision]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_packed_rows_are_kept_apart(precision: str, tiny_model: Path, data: Any, make_job: Any) -> None:
     from trainer.agreement import packing_agrees
 

@@ -26,7 +26,7 @@ from planner import reuse
 from planner.candidates import MeasureSettings
 from planner.compare import Comparison, compare, predicted_of
 from planner.correction import Correction, corrected, correction, past_correction
-from planner.estimate import Estimate
+from planner.estimate import HEAP_GROWTH, Estimate
 from planner.figures import ago
 from planner.hardware import DeviceFacts
 from planner.history import (

@@ -570,6 +570,7 @@ def _discard_and_stop(run: Run, random_state: dict[str, Any], number: int) -> No
 
 
 def _checkpoint(run: Run, random_state: dict[str, Any]) -> None:
+    begun = time.perf_counter()
     with run.clock.part("checkpoints"):
         _require_finite_weights(run)
         run.progress = replace(run.progress, wall_seconds=run.wall_before + seconds_since_process_start())
@@ -582,6 +583,9 @@ def _checkpoint(run: Run, random_state: dict[str, Any]) -> None:
             ckpt.rotate(folder, run.job.keep_checkpoints, run.progress.best_step)
         if run.job.num_devices > 1:
             run.accelerator.wait_for_everyone()
+    if run.monitor is not None:
+        done = run.progress.windows_done
+        run.monitor.log.info(f"checkpoint of step {done} written in {time.perf_counter() - begun:.2f} s")
 
 
 def _gather_random(run: Run, mine: dict[str, Any]) -> dict[str, Any]:
