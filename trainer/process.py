@@ -24,8 +24,8 @@ def growing_segments() -> None:
     """Let torch grow its blocks of GPU memory in place; called before torch is imported, in worker and trainer.
 
     Micro-batches come in hundreds of shapes, and blocks of fixed size that one shape leaves seldom fit the next.
-    Without this an 8 B model at micro-batch 8 held 117 GB in the run where its longest micro-batches alone had held 81 GB
-    (H200); with it four runs of 1 to 8 B held what theirs did, within 1.1 % (H100; torch 2.11, 2026-11-26).
+    Without this an 8 B model at micro-batch 8 held 117 GB in the run where its longest micro-batches alone had held
+    81 GB (H200); with it four runs of 1 to 8 B held what theirs did, within 1.1 % (H100; torch 2.11, 2026-11-26).
     Linux only; what the user has set stays.
     """
     if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
