@@ -25,16 +25,13 @@ class Group:
     windows: list[tuple[int, WindowSample]] = field(default_factory=list)  # (rounds before it, window)
     fixed: FixedSamples = field(default_factory=FixedSamples)
     warmed_up: bool = False  # the first of `rounds` is warm-up
-    is_warm: bool = False  # new micro-batches take its worker no longer than known ones
+    first_and_second: list[tuple[float, float]] = field(default_factory=list)  # seconds of rounds that ran twice
     one_off_seconds: float = 0.0  # what the first micro-steps of a process took beyond the later ones
     spent: float = 0.0
     round_seconds: float = 0.0  # that the last round took
     ended_by: str = ""
     error: str | None = None
     is_postponed: bool = False  # ran out of memory beside others; to be timed alone
-
-    def __post_init__(self) -> None:
-        self.close()
 
     @property
     def fitting(self) -> list[PlannedRow]:
@@ -45,11 +42,17 @@ class Group:
         return self.error is None and not self.is_postponed and bool(self.fitting)
 
     @property
+    def first_time_share(self) -> float:
+        """By how much the first time of a micro-batch took longer in the later half of the rounds, relative."""
+        later = self.first_and_second[len(self.first_and_second) // 2 :]
+        first, second = (sum(pair[number] for pair in later) for number in (0, 1))
+        return max(0.0, first / second - 1) if second > 0 else 0.0
+
+    @property
     def is_reference(self) -> bool:
         return all(row.is_reference for row in self.rows)
 
     def close(self) -> None:
-        self.is_warm = self.signature.device == "cpu"  # whose first round is warm-up enough
         if self.prober is not None:
             self.prober.stop()
             self.prober = None

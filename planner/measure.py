@@ -44,8 +44,8 @@ USUAL_SHARE = 0.75
 MUCH_NARROWER = 0.25  # of the target
 MOST_ROUNDS = 1000
 # On a GPU kernels are loaded and chosen when first asked for: on an H100 up to half of the first ten seconds went into
-# it, and later nothing that showed (2026-11-26). So the micro-batches of a round are run twice, and the second time
-# counts, until the first time takes no more than this much longer.
+# it, and later nothing that showed (2026-11-26). So the micro-batches of a round are run twice there, and the second
+# time counts. Where the first time still takes this much longer at the end, it is said.
 SETTLED = 0.03
 WINDOW_MICROS = 16  # micro-batches of a window timed as a whole; a longer window is cut
 WINDOW_AFTER = (2, 5, 10, 20, 40)  # rounds after which one is timed
@@ -267,7 +267,7 @@ class _Measuring:
                 populations.append((row.kind, part_of(self.shapes[id(row.plan)])[1]))
         for count in STRATA:
             self.strata = make_strata(populations, count)
-            rounds = 3 if live[0].signature.device == "cpu" else 4  # on a GPU the first ones are run twice
+            rounds = 3 if live[0].signature.device == "cpu" else 4  # on a GPU two, each run twice
             if rounds * self._first_guess(live, populations) <= self.budget:
                 break
         if count != STRATA[0]:
@@ -380,13 +380,14 @@ class _Measuring:
         drawn = [one for one in draw if one.kind in kinds and one.key <= group.largest_key]
         started = self.clock()
         order = list(range(len(drawn)))
-        if not group.is_warm:
+        is_twice = group.signature.device != "cpu"
+        if is_twice:
             order += self.random.permutation(len(drawn)).tolist()  # among other shapes, as the first time
         taken = prober.run([rows_of(drawn[number].plan, drawn[number].micro) for number in order])
         first, seconds = taken[: len(drawn)], dict(zip(order, taken, strict=True))  # the last time counts
-        if not group.is_warm:
+        if is_twice:
+            group.first_and_second.append((sum(first), sum(seconds.values())))
             group.one_off_seconds += max(0.0, sum(first) - sum(seconds.values()))
-            group.is_warm = sum(first) <= (1 + SETTLED) * sum(seconds.values())
         optimizer = prober.optimizer(1)
         group.round_seconds = self._spend(group, started)
         samples = tuple(replace(one.sample, seconds=seconds[number]) for number, one in enumerate(drawn))
@@ -522,10 +523,10 @@ class _Measuring:
                 f"{group.rows[0].name}: the budget of {self.budget:g} s was spent while the timings alone still "
                 f"allowed ±{width:.1%} (--precision-target is ±{self.target:.1%}). Give more time with --budget."
             )
-        if group.rounds and not group.is_warm and not group.is_reference:
+        if group.first_time_share > SETTLED and not group.is_reference:
             self.notes.append(
-                f"{group.rows[0].name}: new micro-batches took longer the first time than the second to the end: the "
-                "first steps may take longer than estimated, the later ones not"
+                f"{group.rows[0].name}: new micro-batches took {group.first_time_share:.0%} longer the first time to "
+                "the end; the range reaches up for it. A longer --budget shows whether it ends"
             )
         if group.ended_by == "precision" and not group.is_reference:
             self.notes.append(
@@ -541,6 +542,7 @@ class _Measuring:
             windows=tuple(window for before, window in group.windows if before > first),
             fixed=group.fixed,
             one_off_seconds=group.one_off_seconds,
+            first_time_share=group.first_time_share,
             seconds_spent=group.spent,
             ended_by=group.ended_by,
             error=group.error,

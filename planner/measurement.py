@@ -141,6 +141,7 @@ class Measurement:
     windows: tuple[WindowSample, ...] = ()
     fixed: FixedSamples = FixedSamples()
     one_off_seconds: float = 0.0  # what the first micro-steps of a process take beyond the later ones; 0 on a CPU
+    first_time_share: float = 0.0  # by which new micro-batches took longer the first time, to the end; 0 on a CPU
     seconds_spent: float = 0.0  # timing; process starts, memory and fixed parts not counted
     ended_by: str = ""  # "precision" or "budget"
     error: str | None = None
