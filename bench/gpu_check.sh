@@ -6,7 +6,7 @@
 #   bash bench/gpu_check.sh 3    fp16, bf16 and packing are right; then this trainer beside TRL and Transformers' Trainer
 #
 # Importing the libraries takes a bare machine 10 to 20 s a process: the benches fork theirs from one that has them.
-# Seen on an H100 and an H200 (2026-11-26): launching kernels sets the pace of small micro-batches, some 6 to 12 ms a layer,
+# Seen on an H100 and an H200 (2026-11-26): launching kernels sets the pace of small micro-batches, some 5 to 13 ms a layer,
 # whatever its width, and the first ten seconds of a process are slower while kernels are loaded.
 #
 # PYTHON names the interpreter, GSM8K the data (a JSONL file with question and answer), WORK a folder for models that the

@@ -25,8 +25,10 @@ class Group:
     windows: list[tuple[int, WindowSample]] = field(default_factory=list)  # (rounds before it, window)
     fixed: FixedSamples = field(default_factory=FixedSamples)
     warmed_up: bool = False  # the first of `rounds` is warm-up
-    first_and_second: list[tuple[float, float]] = field(default_factory=list)  # seconds of rounds that ran twice
-    one_off_seconds: float = 0.0  # what the first micro-steps of a process took beyond the later ones
+    # Of its present process: by how much the first micro-step took longer than the same again, and the seconds of
+    # rounds that ran twice.
+    first_seconds: float = 0.0
+    first_and_second: list[tuple[float, float]] = field(default_factory=list)
     spent: float = 0.0
     round_seconds: float = 0.0  # that the last round took
     ended_by: str = ""
@@ -40,6 +42,11 @@ class Group:
     @property
     def is_live(self) -> bool:
         return self.error is None and not self.is_postponed and bool(self.fitting)
+
+    @property
+    def one_off_seconds(self) -> float:
+        """What the first micro-steps of its process took beyond the later ones."""
+        return self.first_seconds + max(0.0, sum(first - second for first, second in self.first_and_second))
 
     @property
     def first_time_share(self) -> float:

@@ -219,6 +219,8 @@ class _Measuring:
         if group.prober is None:
             self.tell(f"start: {group.rows[0].name}", 0.0)
             group.prober = self.factory(group.rows[0].job)
+            group.first_seconds = 0.0  # a new process loads its kernels again, and a run has one
+            group.first_and_second.clear()
             reply = group.prober.load()
             group.load = group.load or reply
 
@@ -387,7 +389,6 @@ class _Measuring:
         first, seconds = taken[: len(drawn)], dict(zip(order, taken, strict=True))  # the last time counts
         if is_twice:
             group.first_and_second.append((sum(first), sum(seconds.values())))
-            group.one_off_seconds += max(0.0, sum(first) - sum(seconds.values()))
         optimizer = prober.optimizer(1)
         group.round_seconds = self._spend(group, started)
         samples = tuple(replace(one.sample, seconds=seconds[number]) for number, one in enumerate(drawn))

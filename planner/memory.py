@@ -95,7 +95,7 @@ class MemoryProbe:
                         least[is_packed] = min(least[is_packed], expected)
                         hopeless |= {is_packed} if expected > HOPELESS * least[is_packed] else set()
                     group.reserved = reply.reserved_bytes
-                    group.one_off_seconds = max(group.one_off_seconds, reply.first_seconds)
+                    group.first_seconds += reply.first_seconds
                     group.largest_key = max(group.largest_key, float(keys(shapes)[micro]))
                     padded = int(shapes.padded_tokens[micro])
                     group.seconds_per_padded_token = reply.micro_step_seconds / max(1, padded)

@@ -196,7 +196,7 @@ def test_slow_first_micro_steps_are_set_apart_as_warmup() -> None:
     assert one.window_ratio is None or one.window_ratio < 1.1  # a slow window is set apart with the rounds around it
 
 
-def gpu_that_loads_kernels(*, budget: float, seed: int = 0, **changes: float) -> tuple[float, Measurements, float]:
+def gpu_that_loads_kernels(*, budget: float, seed: int = 0) -> tuple[float, Measurements, float]:
     """Estimate, measurements and truth of a run on a device whose first micro-steps load kernels, as an H100's do."""
     device = FakeDevice(
         LENGTHS,
@@ -209,8 +209,6 @@ def gpu_that_loads_kernels(*, budget: float, seed: int = 0, **changes: float) ->
         variant_seconds=0.25,
         half_speed_up=1.0,
     )
-    for name, value in changes.items():
-        setattr(device, name, value)
     row = make_row(make_job(device="cuda", precision="bf16", micro_batch_size=4), DATA)
     found = measure([row], DATA, device.factory, budget_seconds=budget, clock=device.clock, seed=seed)
     seconds = estimate(row, DATA, found).train_seconds
@@ -238,6 +236,29 @@ def test_new_micro_batches_timed_once_would_be_taken_for_the_pace_of_a_gpu(monke
     monkeypatch.setattr(FakeProber, "run", first_times)
     seconds, _, truth = gpu_that_loads_kernels(budget=20)
     assert seconds / truth - 1 > 0.1
+
+
+def test_what_a_worker_that_was_started_again_loads_counts_once() -> None:
+    """It runs out of memory among other shapes, gives its larger row up and goes on with the other."""
+    device = FakeDevice(LENGTHS, noise=0.02, variants=20, variant_seconds=0.25, half_speed_up=1.0)
+    row = make_row(make_job(device="cuda", micro_batch_size=4), DATA)
+    starts = []
+    run = FakeProber.run
+
+    class Failing(FakeProber):
+        def run(self, micro_batches: list[MicroRows]) -> list[float]:
+            if len(starts) == 1 and len(device.drawn) > 60:
+                raise DoesNotFit("no block is large enough any more")
+            return run(self, micro_batches)
+
+    def factory(job: Job) -> FakeProber:
+        starts.append(job)
+        return Failing(device, job)
+
+    small = make_row(make_job(device="cuda", micro_batch_size=1), DATA, "small")
+    found = measure([row, small], DATA, factory, budget_seconds=60, clock=device.clock)
+    assert len(starts) == 2  # the larger row is given up, the other goes on in a new process
+    assert found.measurements[0].one_off_seconds <= 5.2  # 20 x 0.25 s and noise, however many processes
 
 
 def test_too_short_a_time_to_warm_a_gpu_up_is_said() -> None:
