@@ -13,12 +13,12 @@ import numpy as np
 from planner.decks import Decks, Drawn, part_of, sample_of
 from planner.estimate import reference_job
 from planner.estimator import Estimator, PlanWork, plan_work
+from planner.fixed import measure_fixed
 from planner.group import Group, rows_of
 from planner.measurement import (
     Conditions,
     Measurement,
     Measurements,
-    MicroSample,
     PlannedRow,
     Round,
     RowVerdict,
@@ -31,7 +31,6 @@ from planner.steadiness import split_warmup
 from planner.strata import Kind, Strata, keys, make_strata
 from presets.errors import MeasurementError, PlanError
 from trainer.batching import MicroShapes
-from trainer.evaluate import answerable, evaluation_batches
 from trainer.tokens import TokenizedDataset
 
 STRATA = (11, 8, 6, 4, 3, 2)  # tried from the left until three rounds fit the budget
@@ -50,8 +49,6 @@ SETTLED = 0.03
 WINDOW_MICROS = 16  # micro-batches of a window timed as a whole; a longer window is cut
 WINDOW_AFTER = (2, 5, 10, 20, 40)  # rounds after which one is timed
 WINDOW_SHARE = 0.2  # of the budget that is left, at most, for one window
-EVALUATION_BATCHES = 5
-ANSWER_TOKENS = 16
 
 Progress = Callable[[str, float], None]  # (what is being done, share of the budget spent)
 Meter = Callable[[], Conditions]  # what went on since it was last asked
@@ -462,55 +459,12 @@ class _Measuring:
         else:
             group.error = str(reason)
 
-    # --- fixed parts --------------------------------------------------------------------------------------------------
-
     def _measure_fixed(self, group: Group) -> None:
-        """Evaluation, checkpoint, adapter and sample answers. What fails stays unknown; the timings stand."""
-        prober = group.prober
-        if prober is None or not group.is_live or group.is_reference or not self.with_fixed:
+        if group.prober is None or not group.is_live or group.is_reference or not self.with_fixed:
             return
         self.tell("evaluation and checkpoint", 1.0)
-        held_out = group.fitting[0].plan.evaluation
-        spec = group.fitting[0].job.evaluation
         try:
-            timed = prober.peak()
-            # A GPU's allocator keeps the holes that many shapes make. Resident memory on a CPU does not, and timing
-            # piles gradients up beside long micro-batches as no window does: there the probe's own figure stands.
-            holes = timed.reserved_bytes - group.reserved if group.signature.device == "cuda" else 0
-            self.memory.raise_peaks(group, by=holes, headroom=timed.headroom_bytes)
-            if len(held_out):
-                batches = evaluation_batches(self.data, held_out)
-                places = np.unique(np.linspace(0, len(batches) - 1, EVALUATION_BATCHES).round().astype(int))
-                chosen = [batches[place] for place in places]
-                # The first one again at the end: as the first of a process it is slow.
-                seconds = prober.evaluate([batch.tolist() for batch in (*chosen, chosen[0])])
-                seconds[0] = seconds.pop()
-                samples = tuple(
-                    MicroSample(
-                        stratum=-1,
-                        rows=len(batch),
-                        width=int(self.data.lengths[batch].max()),
-                        tokens=int(self.data.lengths[batch].sum()),
-                        seconds=value,
-                    )
-                    for batch, value in zip(chosen, seconds, strict=True)
-                )
-                group.fixed = replace(group.fixed, evaluation=samples)
-            group.fixed = replace(group.fixed, save=prober.save())
-            asked = answerable(self.data, held_out, 1)
-            tokens = min(ANSWER_TOKENS, spec.max_new_tokens)
-            if len(asked) and spec.num_samples and tokens and group.load is not None and group.load.has_tokenizer:
-                prober.answer(asked.tolist(), 1)  # as the first of a process it is slow
-                first_token = prober.answer(asked.tolist(), 1)
-                group.fixed = replace(
-                    group.fixed,
-                    first_token_seconds=first_token,
-                    answer_seconds=prober.answer(asked.tolist(), tokens),
-                    answer_tokens=tokens,
-                )
-            ended = prober.peak()
-            if group.signature.device == "cuda" and ended.reserved_bytes > timed.reserved_bytes:
-                self.memory.raise_peaks(group, to=ended.reserved_bytes, headroom=ended.headroom_bytes)
+            measure_fixed(group, group.prober, self.data, self.memory)
         except (PlanError, DoesNotFit) as reason:
             self.notes.append(f"{group.fitting[0].name}: not every fixed part could be measured ({reason})")
 

@@ -46,6 +46,7 @@ TIMED_SOURCES = (
 ESTIMATED_SOURCES = (
     ("planner", "estimate.py"), ("planner", "measure.py"), ("planner", "steadiness.py"), ("planner", "intervals.py"),
     ("planner", "outliers.py"), ("planner", "estimator.py"), ("planner", "decks.py"),
+    ("planner", "fixed.py"),
 )  # fmt: skip
 NOT_SHAPE = ("_name_or_path", "transformers_version")  # of a config.json
 LIKE = 2.0  # a class of micro-batches may lie on average this factor from those timed for it; the fit bridges that much

@@ -1,0 +1,68 @@
+"""What a run does beside its steps, timed once or a few times: evaluation, checkpoint, adapter, sample answers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from planner.group import Group
+from planner.measurement import MicroSample
+from planner.memory import MemoryProbe
+from planner.prober import Prober
+from trainer.evaluate import answerable, evaluation_batches
+from trainer.tokens import TokenizedDataset
+
+EVALUATION_BATCHES = 5
+ANSWER_TOKENS = 16
+
+
+def measure_fixed(group: Group, prober: Prober, data: TokenizedDataset, memory: MemoryProbe) -> None:
+    """Fill in `group.fixed`, part by part: what fails leaves the parts before it, and the timings stand.
+
+    Args:
+        memory: told where what was timed holds more than the steps.
+
+    Raises:
+        PlanError, DoesNotFit: of the part that failed.
+    """
+    held_out = group.fitting[0].plan.evaluation
+    spec = group.fitting[0].job.evaluation
+    timed = prober.peak()
+    # A GPU's allocator keeps the holes that many shapes make. Resident memory on a CPU does not, and timing
+    # piles gradients up beside long micro-batches as no window does: there the probe's own figure stands.
+    holes = timed.reserved_bytes - group.reserved if group.signature.device == "cuda" else 0
+    memory.raise_peaks(group, by=holes, headroom=timed.headroom_bytes)
+    if len(held_out):
+        batches = evaluation_batches(data, held_out)
+        places = np.unique(np.linspace(0, len(batches) - 1, EVALUATION_BATCHES).round().astype(int))
+        chosen = [batches[place] for place in places]
+        # The first one again at the end: as the first of a process it is slow.
+        seconds = prober.evaluate([batch.tolist() for batch in (*chosen, chosen[0])])
+        seconds[0] = seconds.pop()
+        samples = tuple(
+            MicroSample(
+                stratum=-1,
+                rows=len(batch),
+                width=int(data.lengths[batch].max()),
+                tokens=int(data.lengths[batch].sum()),
+                seconds=value,
+            )
+            for batch, value in zip(chosen, seconds, strict=True)
+        )
+        group.fixed = replace(group.fixed, evaluation=samples)
+    group.fixed = replace(group.fixed, save=prober.save())
+    asked = answerable(data, held_out, 1)
+    tokens = min(ANSWER_TOKENS, spec.max_new_tokens)
+    if len(asked) and spec.num_samples and tokens and group.load is not None and group.load.has_tokenizer:
+        prober.answer(asked.tolist(), 1)  # as the first of a process it is slow
+        first_token = prober.answer(asked.tolist(), 1)
+        group.fixed = replace(
+            group.fixed,
+            first_token_seconds=first_token,
+            answer_seconds=prober.answer(asked.tolist(), tokens),
+            answer_tokens=tokens,
+        )
+    ended = prober.peak()
+    if group.signature.device == "cuda" and ended.reserved_bytes > timed.reserved_bytes:
+        memory.raise_peaks(group, to=ended.reserved_bytes, headroom=ended.headroom_bytes)
