@@ -2,9 +2,10 @@
 
     python bench/launch.py --device cuda --model FOLDER --out bench/results/launch-DATE.json
 
-The contestants share weights, data and precision (bf16 on a GPU; fp32 on a CPU): our micro-step with the fused adapter
-layers and peft's own, each with the plain and the lean loss, and what Transformers' Trainer calls (an attention mask,
-labels, the model's own loss) over peft's own layers. Quoted are medians of ratios within a turn. Beside them stand the
+The contestants share weights, data and precision (bf16 on a GPU; fp32 on a CPU): our micro-step as it is and over
+layers as peft and transformers have them, each with the plain and the lean loss, as it is but for one of the parts
+(norms, rotary positions, copies of the adapters), and what Transformers' Trainer calls (an attention mask, labels, the
+model's own loss) over the libraries' own layers. Quoted are medians of ratios within a turn. Beside them stand the
 kernels that one micro-step launches and how long the GPU was busy with them: the rest of the time it waited.
 
 Without --model, a model of 16 layers so narrow that a CPU, too, spends its time on calls and not on arithmetic.
@@ -13,7 +14,6 @@ Without --model, a model of 16 layers so narrow that a CPU, too, spends its time
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.metadata
 import statistics
 import sys
@@ -33,6 +33,40 @@ import common  # noqa: E402
 
 NARROW = accuracy.Shape("llama", 64, 128, 16, 4, 2)
 TRAINERS = "the Trainer's way"
+PARTS = ("adapters", "norms", "rotary", "copies")  # of trainer.fused, norms, rotary, halves
+
+
+class Parts:
+    """The same model with some of our layers and the rest as the libraries have them: no weight is held twice."""
+
+    def __init__(self, model: Any) -> None:
+        from trainer.fused import FusedLayer, fuse_adapters
+        from trainer.norms import fuse_norms
+        from trainer.rotary import NAME, Turned, fuse_rotary
+
+        print(f"{fuse_adapters(model)} adapters, {fuse_norms(model)} norms, {fuse_rotary(model)} rotary functions")
+        self._forwards = [
+            (
+                module,
+                vars(module)["forward"],
+                "adapters" if isinstance(vars(module)["forward"], FusedLayer) else "norms",
+            )
+            for module in model.modules()
+            if "forward" in vars(module)
+        ]
+        names = {type(module).__module__ for module in model.modules()}
+        found = [(sys.modules[name], vars(sys.modules[name]).get(NAME)) for name in names]
+        self._turned = [(module, function) for module, function in found if isinstance(function, Turned)]
+        self._name = NAME
+
+    def switch(self, on: set[str]) -> None:
+        for module, forward, part in self._forwards:
+            if part in on:
+                module.forward = forward
+            else:
+                vars(module).pop("forward", None)
+        for module, function in self._turned:
+            setattr(module, self._name, function if "rotary" in on else function.plain)
 
 
 def main() -> int:
@@ -63,10 +97,10 @@ def main() -> int:
     } | found
     common.write(arguments.out, result)
     for title, one in found["contestants"].items():
-        print(f"{title:<28} {1000 * one['median_seconds']:>8.1f} ms  {one['over_trainers_way']:.2f} of {TRAINERS}")
+        print(f"{title:<42} {1000 * one['median_seconds']:>8.1f} ms  {one['over_trainers_way']:.2f} of {TRAINERS}")
     for title, one in found.get("profile", {}).items():
         print(
-            f"{title:<28} {one['kernels']:>7,} kernels, busy {1e3 * one['busy_seconds']:.1f} ms, {one['calls']:,} calls"
+            f"{title:<42} {one['kernels']:>7,} kernels, busy {1e3 * one['busy_seconds']:.1f} ms, {one['calls']:,} calls"
         )
     return 0
 
@@ -80,17 +114,30 @@ def compare(model: str, device: str, rows: int, width: int, turns: int) -> dict[
     precision = "bf16" if device == "cuda" else "fp32"
     ids = torch.randint(5, 300, (rows, width), generator=torch.Generator().manual_seed(0))
     batch = _batch(ids).to(device)
-    contestants: dict[str, Callable[[], Any]] = {}
-    first_seconds = None
-    for is_fused in (True, False):
-        loaded = _load(model, device, precision, is_fused=is_fused)
-        for loss in ("plain", "lean"):
-            stepper = make_stepper(loaded, device, precision, loss=loss)
-            title = f"ours{'' if is_fused else ', peft as it is'}, {loss} loss"
-            contestants[title] = functools.partial(micro_step, stepper, batch, scale=1.0 / len(batch.targets))
-            if first_seconds is None:
-                first_seconds = _seconds(contestants[title], device)  # the first backward pass of the process
-    contestants[TRAINERS] = functools.partial(_trainers_way, loaded, ids.to(device), precision, device)
+    loaded = _load(model, device, precision)
+    parts = Parts(loaded)
+    steppers = {loss: make_stepper(loaded, device, precision, loss=loss) for loss in ("plain", "lean")}
+
+    def ours(loss: str, *without: str) -> Callable[[], Any]:
+        copies = steppers[loss].halves
+
+        def act() -> None:
+            parts.switch(set(PARTS) - set(without))
+            steppers[loss].halves = None if {"copies", "adapters"} & set(without) else copies
+            micro_step(steppers[loss], batch, scale=1.0 / len(batch.targets))
+            steppers[loss].halves = copies
+
+        return act
+
+    def theirs() -> None:
+        parts.switch(set())
+        _trainers_way(loaded, ids.to(device), precision, device)
+
+    contestants: dict[str, Callable[[], Any]] = {f"ours, {loss} loss": ours(loss) for loss in steppers}
+    first_seconds = _seconds(contestants["ours, plain loss"], device)  # the first backward pass of the process
+    contestants |= {f"ours without {part}, plain loss": ours("plain", part) for part in PARTS}
+    contestants |= {f"ours, the libraries' layers, {loss} loss": ours(loss, *PARTS) for loss in steppers}
+    contestants[TRAINERS] = theirs
     for act in contestants.values():
         for _ in range(3):
             act()
@@ -136,12 +183,10 @@ def _batch(ids: Any) -> Any:
     )
 
 
-def _load(model: str, device: str, precision: str, *, is_fused: bool) -> Any:
+def _load(model: str, device: str, precision: str) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
-
-    from trainer.fused import fuse_adapters
 
     torch.manual_seed(0)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -149,8 +194,6 @@ def _load(model: str, device: str, precision: str, *, is_fused: bool) -> Any:
     base.config.use_cache = False
     config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     found: Any = get_peft_model(base, config)
-    if is_fused:
-        fuse_adapters(found)
     return found.to(device).train()
 
 

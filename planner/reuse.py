@@ -32,12 +32,19 @@ from trainer.model import inspect_model
 from trainer.tokens import TokenizedDataset
 
 VERSIONED = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "training-planner")
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "PYTORCH_CUDA_ALLOC_CONF")
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF",
+)
 # A change in one of these makes other timings, or keeps them in another form.
 TIMED_SOURCES = (
     ("trainer", "step.py"), ("trainer", "model.py"), ("trainer", "collate.py"), ("trainer", "evaluate.py"),
     ("trainer", "lean.py"), ("trainer", "fused.py"), ("trainer", "documents.py"), ("trainer", "agreement.py"),
-    ("trainer", "arrangement.py"), ("trainer", "grouped.py"),
+    ("trainer", "arrangement.py"), ("trainer", "grouped.py"), ("trainer", "halves.py"), ("trainer", "norms.py"),
+    ("trainer", "rotary.py"),
     ("trainer", "feed.py"), ("trainer", "compiled.py"), ("trainer", "process.py"),
     ("planner", "worker.py"), ("planner", "prober.py"), ("planner", "measurement.py"),
     ("planner", "strata.py"),

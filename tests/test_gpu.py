@@ -108,3 +108,48 @@ def test_packed_rows_are_kept_apart(precision: str, tiny_model: Path, data: Any,
         pytest.skip("needs compute capability 8.0")
     _, model = stepper_of(tiny_model, precision, make_job)
     assert packing_agrees(model, data, device="cuda", precision=precision, packed_length=256) is None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_norms_rotary_positions_and_copies_of_adapters_give_the_libraries_gradients(
+    precision: str, tiny_model: Path, data: Any, make_job: Any
+) -> None:
+    """By PyTorch's fused kernels and one cast for all adapters; compared with fp32 through the libraries' own lines."""
+    import sys
+
+    from trainer.norms import _Kernels
+    from trainer.rotary import NAME, Turned
+    from trainer.step import clear_gradients, micro_step
+
+    def gradients(stepper: Any) -> Any:
+        clear_gradients(stepper.parameters)
+        scaler, stepper.scaler = stepper.scaler, None
+        for row in ([0, 1], [2, 3]):
+            micro_step(stepper, batches(tiny_model, data, [[one] for one in row]), scale=1e-2)
+        stepper.scaler = scaler
+        return torch.cat([one.grad.flatten() for one in stepper.parameters])
+
+    def as_the_libraries(stepper: Any, model: Any) -> Any:
+        stepper.halves = None
+        for module in model.modules():
+            if "RMSNorm" in type(module).__name__:
+                del module.forward  # raises where it was not replaced
+        for name in {type(module).__module__ for module in model.modules()}:
+            if isinstance(found := vars(sys.modules[name]).get(NAME), Turned):
+                setattr(sys.modules[name], NAME, found.plain)
+        return gradients(stepper)
+
+    exact = as_the_libraries(*stepper_of(tiny_model, "fp32", make_job))
+    used: list[int] = []
+    own, _Kernels.forward = _Kernels.forward, staticmethod(lambda *given: used.append(1) or own(*given))
+    try:
+        stepper, model = stepper_of(tiny_model, precision, make_job)
+        used.clear()
+        ours = gradients(stepper)
+    finally:
+        _Kernels.forward = staticmethod(own)
+    assert len(used) > 4, "the fused kernels were not used"
+    assert (stepper.halves is not None) == (precision != "fp32")
+    theirs = as_the_libraries(stepper, model)
+    wrong, plain = (float((one - exact).norm() / exact.norm()) for one in (ours, theirs))
+    assert wrong < (1e-4 if precision == "fp32" else 1.3 * plain)

@@ -245,6 +245,30 @@ def _keys(bench: Bench) -> set[str]:
         return {key.partition(".")[0] for (key,) in db.execute("SELECT key FROM measurements")}
 
 
+def test_every_module_that_a_step_is_made_of_counts_as_timed_code() -> None:
+    """A part of the step left out of the list would let old measurements stand for new code."""
+    import ast
+    from importlib import resources
+
+    from planner.reuse import TIMED_SOURCES
+
+    found: set[str] = set()
+    waiting = ["step.py", "model.py"]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        for node in ast.walk(ast.parse(resources.files("trainer").joinpath(name).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "trainer":
+                waiting += [f"{alias.name}.py" for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trainer."):
+                waiting.append(f"{str(node.module).removeprefix('trainer.')}.py")
+    untimed = {"job.py", "tokens.py"}  # what a run is and what it learns from: in the key by their values
+    assert {"norms.py", "rotary.py", "halves.py", "lean.py"} <= found
+    assert found - untimed == {name for package, name in TIMED_SOURCES if package == "trainer"} & found
+
+
 def test_micro_batches_outside_of_what_was_measured_are_measured(bench: Bench) -> None:
     bench.plan(tokens_per_example=200)
     for tokens, starts in ((200, False), (150, False), (201, True)):

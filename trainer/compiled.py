@@ -53,6 +53,7 @@ def compile_layers(stepper: steps.Stepper, job: Job, data: TokenizedDataset) -> 
     from trainer.lean import TOLERANCES
 
     require_compiler(job)
+    stepper.halves = None  # compiled layers cast as they go
     layers = [module for module in stepper.model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         return "its layers are not known as such"

@@ -8,7 +8,7 @@ A onto the input's gradient. Weights, names and files are peft's own.
 
 from __future__ import annotations
 
-import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class _LoraLinear(torch.autograd.Function):
         result.addmm_(low, b.t(), alpha=scaling)
         ctx.save_for_backward(flat, weight, a, b, low)
         ctx.scaling = scaling
-        return result.reshape(*x.shape[:-1], -1)
+        return result.reshape(*x.shape[:-1], result.shape[-1])  # also of no rows, as the lean loss asks for
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -40,11 +40,46 @@ class _LoraLinear(torch.autograd.Function):
         to_low = gradient @ b  # (tokens, rank), not yet scaled: each product with it scales as it goes
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = (gradient @ weight).addmm_(to_low, a, alpha=ctx.scaling).reshape(*upstream[0].shape[:-1], -1)
+            to_x = (gradient @ weight).addmm_(to_low, a, alpha=ctx.scaling)
+            to_x = to_x.reshape(*upstream[0].shape[:-1], flat.shape[-1])
         # With beta 0 the first argument gives nothing but its shape.
         to_a = torch.addmm(a, to_low.t(), flat, beta=0, alpha=ctx.scaling).to(ctx.kept_as)
         to_b = torch.addmm(b, gradient.t(), low, beta=0, alpha=ctx.scaling).to(ctx.kept_as)
         return to_x, None, None, to_a, to_b, None
+
+
+@dataclass(slots=True, eq=False)
+class FusedLayer:
+    """The forward of one adapter layer; `plain` is peft's own, for whatever is not plain training."""
+
+    layer: Any
+    plain: Any
+    halves: tuple[torch.Tensor, torch.Tensor] | None = None  # rounded copies of A and B, while `trainer.halves` says so
+
+    def matrices(self) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+        """A, (rank, inputs), and B, (outputs, rank), as they train."""
+        name = self.layer.active_adapters[0]
+        return self.layer.lora_A[name].weight, self.layer.lora_B[name].weight
+
+    def __call__(self, x: torch.Tensor, *positional: Any, **named: Any) -> torch.Tensor:
+        layer = self.layer
+        # Without gradients nothing is saved for later and peft's own way costs the same.
+        if not torch.is_grad_enabled() or positional or named or layer.disable_adapters or layer.merged:
+            return self.plain(layer, x, *positional, **named)  # type: ignore[no-any-return]
+        weight, bias, scaling = layer.base_layer.weight, layer.base_layer.bias, layer.scaling[layer.active_adapters[0]]
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            # As autocast does for each product. It finds nothing left to cast inside, so it need not be switched off.
+            dtype = torch.get_autocast_dtype(kind)
+            if x.dtype != dtype:
+                x = x.to(dtype)
+            if weight.dtype != dtype:
+                weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+            return _LoraLinear.apply(x, weight, bias, *(self.halves or self.matrices()), scaling)
+        a, b = self.matrices()
+        if not x.dtype == weight.dtype == a.dtype == b.dtype:
+            return self.plain(layer, x)  # type: ignore[no-any-return]
+        return _LoraLinear.apply(x, weight, bias, a, b, scaling)
 
 
 def fuse_adapters(model: Any) -> int:
@@ -58,7 +93,7 @@ def fuse_adapters(model: Any) -> int:
     fused = 0
     for module in model.modules():
         if isinstance(module, Linear) and _is_plain(module):
-            module.forward = functools.partial(_forward, module, type(module).forward)
+            module.forward = FusedLayer(module, type(module).forward)
             fused += 1
     return fused
 
@@ -76,24 +111,3 @@ def _is_plain(layer: Any) -> bool:
         and layer.lora_B[name].bias is None
         and not layer.base_layer.weight.requires_grad
     )
-
-
-def _forward(layer: Any, plain: Any, x: torch.Tensor, *positional: Any, **named: Any) -> torch.Tensor:
-    # Without gradients nothing is saved for later and peft's own way costs the same.
-    if not torch.is_grad_enabled() or positional or named or layer.disable_adapters or layer.merged:
-        return plain(layer, x, *positional, **named)  # type: ignore[no-any-return]
-    name = layer.active_adapters[0]
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    weight, bias, scaling = layer.base_layer.weight, layer.base_layer.bias, layer.scaling[name]
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        # As autocast does for each product. It finds nothing left to cast inside, so it need not be switched off there.
-        dtype = torch.get_autocast_dtype(kind)
-        if x.dtype != dtype:
-            x = x.to(dtype)
-        if weight.dtype != dtype:
-            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        return _LoraLinear.apply(x, weight, bias, a, b, scaling)
-    if not x.dtype == weight.dtype == a.dtype == b.dtype:
-        return plain(layer, x)  # type: ignore[no-any-return]
-    return _LoraLinear.apply(x, weight, bias, a, b, scaling)

@@ -92,6 +92,8 @@ def load_model(job: Job, *, need_weights: bool) -> LoadedModel:
     import torch
 
     from trainer.fused import fuse_adapters
+    from trainer.norms import fuse_norms
+    from trainer.rotary import fuse_rotary
 
     quiet_libraries()
     files = inspect_model(job.model)
@@ -128,6 +130,9 @@ def load_model(job: Job, *, need_weights: bool) -> LoadedModel:
             parameter.data = parameter.data.float()
     if job.base_precision not in ("4bit", "8bit"):
         model.to(job.device)
+    if not job.compile:  # compiling fuses the models' own lines
+        fuse_norms(model)
+        fuse_rotary(model)
     model.train()
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return LoadedModel(model, num_parameters, trainable, "loaded" if files.has_weights else "random")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from trainer.job import Loss
 if TYPE_CHECKING:
     import torch
 
+    from trainer.halves import HalfCopies
     from trainer.lean import LeanHead
 
 BUCKET_ELEMENTS = 8 * 1024 * 1024  # 32 MiB of fp32 exchanged between processes at once
@@ -30,6 +32,7 @@ class Stepper:
     max_grad_norm: float
     scaler: torch.amp.GradScaler | None = None
     head: LeanHead | None = None  # where the model is cut for the lean loss; None: the plain loss
+    halves: HalfCopies | None = None  # of the adapters, in half precision
     lean_refused: str | None = None  # why the lean loss is not used although it was asked for
 
 
@@ -75,6 +78,11 @@ def make_stepper(
             stepper.lean_refused = found
         else:
             stepper.head = found
+    if precision in ("fp16", "bf16"):
+        from trainer.halves import half_copies
+
+        # The lean loss takes the gradients of what trains behind its cut itself, in the parameters and not in copies.
+        stepper.halves = half_copies(model, precision, without=stepper.head.trained if stepper.head else ())
     return stepper
 
 
@@ -160,12 +168,13 @@ def micro_step(stepper: Stepper, batch: MicroBatch, *, scale: float) -> torch.Te
         import torch
 
         gradient_scale = stepper.scaler.scale(torch.tensor(scale or 1.0, device=stepper.device))
-    with autocast(stepper.device, stepper.precision):
-        loss = token_losses(stepper.model, batch, head=stepper.head, gradient_scale=gradient_scale)
-    scaled = loss * scale
-    if stepper.scaler is not None:
-        scaled = stepper.scaler.scale(scaled)
-    scaled.backward()
+    with contextlib.nullcontext() if stepper.halves is None else stepper.halves.in_place():
+        with autocast(stepper.device, stepper.precision):
+            loss = token_losses(stepper.model, batch, head=stepper.head, gradient_scale=gradient_scale)
+        scaled = loss * scale
+        if stepper.scaler is not None:
+            scaled = stepper.scaler.scale(scaled)
+        scaled.backward()
     return loss.detach()
 
 
