@@ -179,7 +179,8 @@ def _table(options: Options, settings: Settings, given: dict[str, Any]) -> None:
         from planner.explain import explain_text
 
         out("\n" + explain_text(comparison, width=width(), ascii_only=ascii_only()))
-    command = run_command(comparison, same_options(given))
+    has_twin = any(row.tuned_from is not None for row in comparison.report.rows)  # else as written is the fastest known
+    command = run_command(comparison, same_options(given | {"tuned": given["tuned"] and has_twin}))
     if command:
         out(f"\nStart it:\n  {command}")
 
@@ -361,9 +362,9 @@ def _remember(record: RunRecord, folder: Path) -> None:
 def tune_command(names: tuple[str, ...], **given: Any) -> None:
     """Find the fastest way to train on the same batches: split, packing, loss, attention, threads.
 
-    Times for about three times --budget, and starts about a dozen processes on top. What it finds is kept: plan shows
-    the tuned twins from then on, and plan --run PRESET --tuned runs one. Every change leaves the gradient of a step as
-    it is, up to rounding.
+    Times for about three times --budget, and loads the model about a dozen times on top. What it finds is kept: plan
+    shows the tuned twins from then on, and plan --run PRESET --tuned runs one. Every change leaves the gradient of a
+    step as it is, up to rounding.
 
     \b
     Examples:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from planner.nursery import Child, Nursery
 from presets import jsonio
 from presets.errors import MeasurementError
 from trainer.job import Job
@@ -93,14 +94,15 @@ ProberFactory = Callable[[Job], Prober]
 class ProcessProber:
     """A worker process, spoken to in JSON lines. `stop` ends it; so does the end of this process, however it comes."""
 
-    def __init__(self, job: Job, data_dir: Path, scratch: Path | None = None) -> None:
+    def __init__(self, job: Job, data_dir: Path, scratch: Path | None = None, nursery: Nursery | None = None) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # the worker's stderr: shown only if it dies, closed by stop
-        self._process = subprocess.Popen(
+        forked = None if nursery is None else nursery.start(self._log)
+        self._process: Child = forked or subprocess.Popen(
             [sys.executable, "-P", "-m", "planner.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env=_environment(),
+            env=worker_environment(),
             encoding="utf-8",
         )
         self._send(
@@ -112,9 +114,9 @@ class ProcessProber:
         )
 
     @classmethod
-    def factory(cls, data_dir: Path, scratch: Path | None = None) -> ProberFactory:
+    def factory(cls, data_dir: Path, scratch: Path | None = None, nursery: Nursery | None = None) -> ProberFactory:
         """What `measure` calls to start a worker for a job; `data_dir` holds the saved TokenizedDataset."""
-        return lambda job: cls(job, data_dir, scratch)
+        return lambda job: cls(job, data_dir, scratch, nursery)
 
     @property
     def pid(self) -> int:
@@ -211,7 +213,7 @@ class ProcessProber:
         return MeasurementError(f"the worker process ended by itself (exit code {code}).{last}")
 
 
-def _environment() -> dict[str, str]:
+def worker_environment() -> dict[str, str]:
     """This environment, with the worker's import path where the packages are not installed but run from a checkout."""
     environment = dict(os.environ)
     root = str(Path(__file__).resolve().parent.parent)

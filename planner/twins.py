@@ -14,7 +14,8 @@ from pathlib import Path
 from planner.history import History
 from planner.measure import Progress
 from planner.measurement import StepSignature
-from planner.prober import ProberFactory
+from planner.nursery import nursery
+from planner.prober import ProberFactory, ProcessProber, worker_environment
 from planner.reuse import Keys
 from planner.tune import tune
 from planner.twin import Twin, Wanted
@@ -84,15 +85,17 @@ def find_twins(
     for one in wanted:
         groups.setdefault(StepSignature.of(one.job), []).append(one)
     found: dict[str, Twin] = {}
-    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder, nursery(worker_environment()) as nearby:
         saved = Path(folder) / "data"
         saved.mkdir()
         data.save(saved)
+        # A search starts ten workers and more, and their starts are no part of what it finds.
+        forked = ProcessProber.factory(saved, nursery=nearby)
         for members in groups.values():
             twins = tune(
                 members,
                 data,
-                factory(saved),
+                forked if factory == ProcessProber.factory else factory(saved),
                 budget_seconds=budget_seconds / len(groups),
                 quantized=quantized,
                 progress=progress,

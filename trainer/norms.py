@@ -2,8 +2,8 @@
 
 Models write the norm out (to fp32, square, mean, root, two products, and back): in bf16 some 30 kernels forward and
 backward on a GPU, where launching them sets the pace of small micro-batches, and on a CPU as many passes over the
-activations. With CUDA, PyTorch's fused kernels take one and two; on a CPU the few lines below take a third of the time (1.9 ms
-instead of 5.8 for 1,024 tokens x 576, forward and backward; two cores of an AMD EPYC, torch 2.13, 2026-11-26).
+activations. With CUDA, PyTorch's fused kernels take one and two; on a CPU the few lines below take a third of the time
+(1.9 ms instead of 5.8 for 1,024 tokens x 576, forward and backward; two cores of an AMD EPYC, torch 2.13, 2026-11-26).
 """
 
 from __future__ import annotations
