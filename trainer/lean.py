@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+
+from trainer.entropy import cross_entropy
 
 # Bytes of one chunk's logits in fp32; its gradient and the softmax are as large again. Few enough to stay small beside
 # the weights of a large vocabulary, many enough rows for a matrix product to be worth its name.
@@ -64,10 +65,7 @@ class LeanHead:
 
     def losses(self, states: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
         """Cross-entropy of one chunk, in fp32 (fp64 for a double model)."""
-        logits = self.logits(states)
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
-        return F.cross_entropy(logits, targets, reduction=reduction)
+        return cross_entropy(self.logits(states), targets, reduction=reduction)
 
     def chunks(self, count: int) -> list[slice]:
         return [slice(at, at + self.chunk_rows) for at in range(0, count, self.chunk_rows)]

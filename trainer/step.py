@@ -128,8 +128,7 @@ def token_losses(
         head: where the model is cut for the lean loss; None makes all logits at once.
         gradient_scale: of the lean loss, see `trainer.lean.lean_losses`.
     """
-    import torch
-    import torch.nn.functional as F
+    from trainer.entropy import cross_entropy
 
     arguments = model_arguments(model, batch)
     if head is not None:
@@ -147,9 +146,7 @@ def token_losses(
     logits = model(**arguments).logits
     # Selected, not indexed: each position is taken once, and adding rows back needs no sorting of them on a GPU.
     chosen = logits.reshape(-1, logits.shape[-1]).index_select(0, batch.predicts)
-    if chosen.dtype in (torch.float16, torch.bfloat16):
-        chosen = chosen.float()
-    return F.cross_entropy(chosen, batch.targets, reduction=reduction)
+    return cross_entropy(chosen, batch.targets, reduction=reduction)
 
 
 def micro_step(stepper: Stepper, batch: MicroBatch, *, scale: float) -> torch.Tensor:
