@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from planner.options import BriefHelp, measure_settings, same_options, with_options
-from planner.terminal import measuring_bar, open_history, out, out_json, say, settings_of
+from planner.terminal import measuring_bar, open_history, out, out_json, say, settings_of, width
 
 if TYPE_CHECKING:
     from planner.advise import Advice
@@ -173,24 +174,32 @@ def _advice_text(found: Advice, tail: str, begin: datetime, until: datetime | No
     from planner.figures import clock, duration, duration_range
     from presets.text import printable
 
+    limit = max(40, min(width() or 110, 110))
+
+    def wrapped(text: str, indent: int) -> str:
+        return textwrap.fill(
+            text, limit, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+        )
+
     lines = [] if until is None else [f"By {clock(until, begin)}, started {clock(begin, begin)}:\n"]
     row = found.row
     sampled = bool(found.extra)
     if row is None:
-        lines.append(f"{found.why[0][0].upper()}{found.why[0][1:]}.")
+        lines.append(wrapped(f"{found.why[0][0].upper()}{found.why[0][1:]}.", 0))
     else:
-        lines.append(printable(row.name))
-        lines += [f"  why      {text}" if not number else f"           {text}" for number, text in enumerate(found.why)]
+        told = [("why" if not number else "", text) for number, text in enumerate(found.why)]
         if not sampled:
             span = duration_range(row.seconds_low, row.seconds_high)
-            lines.append(f"  time     {duration(row.seconds)} ({span}), measured here")
+            told.append(("time", f"{duration(row.seconds)} ({span}), measured here"))
             done = clock(begin + timedelta(seconds=row.seconds or 0.0), begin)
             latest = clock(latest_minute(begin, row.seconds_high or row.seconds or 0.0), begin)
-            lines.append(f"  done     {done}, at the latest {latest}, started {clock(begin, begin)}")
-        lines += [f"  note     {printable(note)}" for note in (row.note or "").split("\n") if note]
+            told.append(("done", f"{done}, at the latest {latest}, started {clock(begin, begin)}"))
+        told += [("note", printable(note)) for note in (row.note or "").split("\n") if note]
+        lines.append(printable(row.name))
+        lines += [wrapped(f"  {title:<8} {text}", 11) for title, text in told]
     if found.given_up:
         lines.append("\nPassed over:")
-        lines += [f"  {printable(text)}" for text in found.given_up]
+        lines += [wrapped(f"  {printable(text)}", 4) for text in found.given_up]
     command = found.command(tail)
     if command:
         lines.append(f"\nStart it:\n  {command}")

@@ -117,6 +117,22 @@ def test_where_nothing_is_done_in_time_the_nearest_is_named() -> None:
     assert "'iterate', done by Wed 18:20" in found.why[0]
 
 
+def test_long_notes_and_reasons_are_wrapped_and_the_command_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from planner import commands_choice
+
+    monkeypatch.setattr(commands_choice, "width", lambda: 60)
+    long = "this machine is not steady: its speed jumped between two levels while it was timed, and the range is widened"
+    found = by(400.0, (row("recommended", 1.0, note=f"{long}\n{long}"), row("baseline", 900.0)))
+    text = commands_choice._advice_text(found, " --dataset " + "d" * 80, NOW, NOW + timedelta(hours=400))
+    told, command = text.split("Start it:")
+    assert max(len(line) for line in told.splitlines()) <= 60
+    notes = told[told.index("  note") :].splitlines()
+    assert notes[0].startswith("  note     this machine")
+    assert notes[1].startswith(" " * 11)
+    assert " ".join(told.split()).count(long) == 2
+    assert "d" * 80 in command
+
+
 def test_what_does_not_fit_is_no_choice() -> None:
     rows = (row("baseline", 1, fits=False, error="does not fit"), row("recommended", 2))
     found = by(5, rows)

@@ -76,7 +76,7 @@ def test_the_predicted_peak_is_that_of_the_run(
         "--output",
         str(tmp_path / "run"),
     ]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
     done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "run" / "record.json").read_text(encoding="utf-8"))

@@ -178,7 +178,7 @@ class TestTwoProcesses:
     def test_sigterm_to_the_launcher_stops_both_with_a_checkpoint_and_a_resume_ends_the_same(
         self, make_run: Any
     ) -> None:
-        changes = {**SAME, "num_devices": 2, "num_epochs": 12, "lora_dropout": 0.1}
+        changes = {**SAME, "num_devices": 2, "num_epochs": 5, "lora_dropout": 0.1}
         whole, stopped = make_run("whole", **changes), make_run("stopped", **changes)
         train(whole)
         launcher = start(stopped)
@@ -193,12 +193,12 @@ class TestTwoProcesses:
         record = RunRecord.read(stopped / "record.json")
         assert record.status == "stopped", stopped.with_suffix(".log").read_text()
         done = record.actual.num_steps
-        assert 3 <= done < 84
+        assert 3 <= done < 35
         newest = sorted((stopped / "checkpoints").glob("step-*"))[-1]
         assert newest.name == f"step-{done:06d}"
         resumed = train(stopped, resume=True)
-        assert resumed.actual.num_steps == 84
-        assert [line["step"] for line in metrics(stopped)] == list(range(1, 85))
+        assert resumed.actual.num_steps == 35
+        assert [line["step"] for line in metrics(stopped)] == list(range(1, 36))
         # A sum of two gradients has no order that could differ: the same bytes, as on one process.
         ours, theirs = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (stopped, whole)]
         assert ours == theirs

@@ -1,8 +1,8 @@
 """Cross-entropy with nothing as large as the logits but its own log-probabilities, which become the gradient in place.
 
-PyTorch's own keeps the log-probabilities, fills a tensor of their size with zeros but for the targets, makes a third one
-out of both, and for half-precision logits a fourth and a fifth for the conversions: with a vocabulary of 100,000 and
-more these are the largest tensors of a step.
+PyTorch's own keeps the log-probabilities, fills a tensor of their size with zeros but for the targets, makes a third
+one out of both, and for half-precision logits a fourth and a fifth for the conversions: with a vocabulary of 100,000
+and more these are the largest tensors of a step.
 """
 
 from __future__ import annotations
