@@ -199,13 +199,19 @@ def _seen(rounds: list[dict[str, Any]], device: str) -> list[Entry]:
 
 
 def verdict(rounds: list[dict[str, Any]], device: str) -> dict[str, Any]:
-    """Ratios ours / theirs, one a round: at equal settings against the faster peer, and best setting against best."""
+    """Ratios ours / theirs, one a round: at equal settings against the faster peer, and best setting against best.
+
+    Which is the best is told within rounds too: by the median of its rate over the round's geometric mean.
+    """
 
     def rate(one: dict[str, Any], entry: Entry) -> float:
         return float(one["results"][entry.name]["tokens_per_second"])
 
+    entries = _seen(rounds, device)
+    pace = [statistics.geometric_mean(rate(one, entry) for entry in entries) for one in rounds] if entries else []
+
     def median(entry: Entry) -> float:
-        return statistics.median(rate(one, entry) for one in rounds)
+        return statistics.median(rate(one, entry) / typical for one, typical in zip(rounds, pace, strict=True))
 
     def summary(ours: Entry, theirs: Entry) -> dict[str, Any]:
         ratios = [rate(one, ours) / rate(one, theirs) for one in rounds]
@@ -219,7 +225,6 @@ def verdict(rounds: list[dict[str, Any]], device: str) -> dict[str, Any]:
         }
 
     equal = []
-    entries = _seen(rounds, device)
     for micro in EQUAL[device]:
         at = [entry for entry in entries if entry.is_equal and entry.micro == micro]
         ours, theirs = ([entry for entry in at if (entry.who == base.OURS) == side] for side in (True, False))
