@@ -121,7 +121,7 @@ def test_long_notes_and_reasons_are_wrapped_and_the_command_is_not(monkeypatch: 
     from planner import commands_choice
 
     monkeypatch.setattr(commands_choice, "width", lambda: 60)
-    long = "this machine is not steady: its speed jumped between two levels while it was timed, and the range is widened"
+    long = "this machine is not steady: its speed jumped between two levels while it was timed; the range is widened"
     found = by(400.0, (row("recommended", 1.0, note=f"{long}\n{long}"), row("baseline", 900.0)))
     text = commands_choice._advice_text(found, " --dataset " + "d" * 80, NOW, NOW + timedelta(hours=400))
     told, command = text.split("Start it:")
