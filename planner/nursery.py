@@ -41,11 +41,10 @@ class Nursery:
         self._connection = ours
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "planner.nursery", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
+                [sys.executable, "-P", "-m", "planner.nursery"],
+                stdin=theirs,  # the one channel that every way of starting a process passes on
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
                 env=environment,
             )
 
@@ -197,5 +196,5 @@ def _become_worker(given: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    with socket.socket(fileno=int(sys.argv[1])) as own:
+    with socket.socket(fileno=0) as own:
         serve(own)

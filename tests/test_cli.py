@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from presets.errors import MeasurementError
+
 PYTHON = sys.executable  # itself, where a test is about how a process starts
 pytestmark = pytest.mark.usefixtures("preloaded")
 
@@ -239,13 +241,33 @@ def test_a_run_from_plan_to_adapter_then_check_chat_and_merge(
     refused(plan("merge", "run", cwd=tmp_path), "exists")
 
 
-def test_a_folder_called_trainer_in_the_working_directory_is_not_run(
-    tmp_path: Path, tiny_model: Path, chat_file: Path, monkeypatch: pytest.MonkeyPatch
+def test_folders_called_as_ours_in_the_working_directory_are_not_run(
+    tmp_path: Path, make_job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each kind of process of ours, started from nothing, gets far enough to say what is wrong with its input."""
+    from planner.launch import command
+    from planner.prober import ProcessProber
+
     monkeypatch.setattr(sys, "executable", PYTHON)
-    (tmp_path / "trainer").mkdir()
-    (tmp_path / "trainer" / "__init__.py").write_text("raise SystemExit('the wrong trainer')")
-    arguments = ["--run", "baseline", "--model", str(tiny_model), "--dataset", str(chat_file), "--limit", "30"]
-    result = plan(*arguments, "--budget", "0.5", "--samples", "0", "--output", "run", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    monkeypatch.chdir(tmp_path)
+    for name in ("trainer", "planner", "presets"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "job.json").write_text("{}")
+    listed = plan("presets", cwd=tmp_path)
+    assert listed.returncode == 0, listed.stderr
+    assert "recommended" in listed.stdout
+    trained = subprocess.run(
+        command(tmp_path / "run", make_job()), capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert trained.returncode != 0
+    assert "job.json" in trained.stderr
+    assert "the wrong one" not in trained.stderr
+    worker = ProcessProber(make_job(), tmp_path / "nothing")
+    with pytest.raises(MeasurementError, match="cannot be read"):
+        worker.load()
+    worker.stop()
+    # The same without -P: the defect that this guards against would show.
+    naked = subprocess.run([PYTHON, "-m", "planner.cli", "presets"], capture_output=True, text=True, check=False)
+    assert "the wrong one" in naked.stderr

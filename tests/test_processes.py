@@ -22,6 +22,8 @@ from trainer.batching import BatchPlan
 from trainer.job import EvaluationSpec, Job
 from trainer.record import RunRecord
 
+PYTHON = sys.executable  # itself, where a test is about how processes start and end
+
 launched = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform == "win32", reason="torch's launcher needs libuv on Windows"),
@@ -126,11 +128,16 @@ def hostile_default_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("hostile_default_config")
+@pytest.mark.usefixtures("preloaded")
 class TestTwoProcesses:
     pytestmark = launched
 
-    def test_they_give_the_losses_the_adapter_and_the_record_of_one(self, make_run: Any) -> None:
+    def test_they_give_the_losses_the_adapter_and_the_record_of_one(
+        self, make_run: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         from trainer.loop import train as train_here
+
+        monkeypatch.setattr(sys, "executable", PYTHON)  # once from nothing, as a user's launcher starts them
 
         one, two = make_run("one", **SAME), make_run("two", num_devices=2, **SAME)
         alone, together = train_here(one), train(two)
@@ -344,5 +351,5 @@ def test_a_run_that_was_told_to_stop_ends_with_its_signals_code(
         f"os.kill(os.getppid(), {int(number)})\n"
         "time.sleep(20)\n"
     )
-    found = launch.start([sys.executable, "-c", code, *([launch.LAUNCHER] if is_launcher else [])])
+    found = launch.start([PYTHON, "-c", code, *([launch.LAUNCHER] if is_launcher else [])])
     assert found == (128 + number if expected is None else expected)
