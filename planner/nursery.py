@@ -42,7 +42,7 @@ class Nursery:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "planner.nursery"],
-                stdin=theirs,  # the one channel that every way of starting a process passes on
+                stdin=theirs.fileno(),  # the one channel that every way of starting a process passes on
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=environment,
