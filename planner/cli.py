@@ -179,8 +179,7 @@ def _table(options: Options, settings: Settings, given: dict[str, Any]) -> None:
         from planner.explain import explain_text
 
         out("\n" + explain_text(comparison, width=width(), ascii_only=ascii_only()))
-    has_twin = any(row.tuned_from is not None for row in comparison.report.rows)  # else as written is the fastest known
-    command = run_command(comparison, same_options(given | {"tuned": given["tuned"] and has_twin}))
+    command = run_command(comparison, same_options(given | {"tuned": False}), tuned=given["tuned"])
     if command:
         out(f"\nStart it:\n  {command}")
 

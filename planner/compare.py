@@ -226,13 +226,19 @@ def _measure_all(
     return found, measured_at
 
 
-def run_command(comparison: Comparison, argv_tail: str) -> str | None:
-    """The command that starts the recommended row, or the only one there is; None where it does not fit or may not."""
+def run_command(comparison: Comparison, argv_tail: str, *, tuned: bool) -> str | None:
+    """The command that starts the recommended row, or the only one there is; None where it does not fit or may not.
+
+    Args:
+        argv_tail: the options of data and model.
+        tuned: as its twin, where it has one: else as written is the fastest known.
+    """
     rows = [row for row in comparison.report.rows if row.tuned_from is None]
     wanted = [row for row in rows if row.name == DEFAULT_PRESET] or (rows if len(rows) == 1 else [])
     if not wanted or not wanted[0].fits or wanted[0].blocked_by:
         return None
-    return f"plan --run {shlex.quote(wanted[0].run_name)}{argv_tail}"
+    has_twin = any(row.tuned_from == wanted[0].name for row in comparison.report.rows)
+    return f"plan --run {shlex.quote(wanted[0].run_name)}{' --tuned' if tuned and has_twin else ''}{argv_tail}"
 
 
 def predicted_of(comparison: Comparison, candidate: Candidate) -> Predicted:

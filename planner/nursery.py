@@ -2,7 +2,9 @@
 
 Starting a worker takes 7 to 15 s, nearly all of it imports; forked from here it takes a fraction of one. Only where
 starts are not what is measured: a plan's workers still come from nothing, since their starts are in the table.
-Linux only: elsewhere forking a process that has such libraries is not safe. No CUDA is touched before the fork.
+Not multiprocessing's fork server: that runs the calling program's main module again in each child, and `planner.plan`
+is called from people's own scripts. Linux only: elsewhere forking a process that has such libraries is not safe. No
+CUDA is touched before the fork.
 """
 
 from __future__ import annotations

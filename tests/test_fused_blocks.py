@@ -129,13 +129,17 @@ def test_norms_of_another_kind_are_left_alone() -> None:
         def forward(self, x: Any) -> Any:
             return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps).detach()
 
+    class GatedRMSNorm(CentredRMSNorm):  # cannot be called without a gate
+        def forward(self, x: Any, gate: Any) -> Any:  # type: ignore[override]
+            return super().forward(x) * gate
+
     class TrueRMSNorm(CentredRMSNorm):
         def forward(self, x: Any) -> Any:
             return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
 
-    kinds = [CentredRMSNorm, LooseRMSNorm, BiasedRMSNorm, SolidRMSNorm, torch.nn.LayerNorm, TrueRMSNorm]
+    kinds = [CentredRMSNorm, LooseRMSNorm, BiasedRMSNorm, SolidRMSNorm, GatedRMSNorm, torch.nn.LayerNorm, TrueRMSNorm]
     made = [kind(8) if kind is torch.nn.LayerNorm else kind() for kind in kinds]
-    assert [fuse_norms(one) for one in made] == [0, 0, 0, 0, 0, 1]
+    assert [fuse_norms(one) for one in made] == [0, 0, 0, 0, 0, 0, 1]
 
 
 def test_partial_rotation_and_other_arguments_go_to_the_model_s_own_function() -> None:
@@ -168,3 +172,15 @@ def test_checkpointing_gives_the_same_gradients(adapter: str) -> None:
     fuse_rotary(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert difference(plain, gradients(model)[1]) < 2e-5
+
+
+def test_running_out_of_memory_while_comparing_is_no_difference() -> None:
+    import torch
+
+    from trainer.alike import gives_the_same
+
+    def full() -> list[Any]:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        gives_the_same(full, full, torch.float32, "a norm")

@@ -24,7 +24,7 @@ class HalfCopies:
 
     def __init__(self, layers: list[FusedLayer], dtype: torch.dtype) -> None:
         self.layers = layers
-        self.own = [matrix for layer in layers for matrix in layer.matrices()]
+        self.own: list[torch.Tensor] = [matrix for layer in layers for matrix in layer.matrices()]
         self.copies = [matrix.detach().to(dtype).requires_grad_() for matrix in self.own]
         self._wide = [torch.empty_like(matrix) for matrix in self.own]  # gradients on their way home
 
@@ -32,7 +32,7 @@ class HalfCopies:
     def in_place(self) -> Iterator[None]:
         """Within it the layers multiply the copies; at its end the gradients are added to the matrices' own."""
         with torch.no_grad():
-            torch._foreach_copy_(self.copies, [matrix.detach() for matrix in self.own])
+            torch._foreach_copy_(self.copies, self.own)
         try:
             for layer, a, b in zip(self.layers, self.copies[::2], self.copies[1::2], strict=True):
                 layer.halves = (a, b)

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from trainer.alike import TOLERANCES, gives_the_same
+
 NAME = "apply_rotary_pos_emb"
-# As in trainer.norms: half precisions round each product and the sum, here two of the three.
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 SHAPE = (2, 3, 5, 8)  # rows, heads, width and head size of what is compared
 
 
@@ -97,16 +97,10 @@ def _agrees(plain: Callable[..., Any], device: str, dtype: torch.dtype) -> bool:
     given = [random(rows, heads, width, size), random(rows, 1, width, size)]
     turns = [random(rows, width, size), random(rows, width, size)]
     upstream = [random(*one.shape) for one in given]
-    found = []
-    for function in (plain, Turned(plain)):
+
+    def numbers(function: Callable[..., Any]) -> list[torch.Tensor]:
         leaves = [one.clone().requires_grad_() for one in given]
-        try:
-            with torch.enable_grad():
-                results = list(function(*leaves, *turns))
-                gradients = torch.autograd.grad(results, leaves, upstream)
-            found.append([one.detach().double() for one in (*results, *gradients)])
-        except (RuntimeError, TypeError, ValueError, IndexError):  # a function of another kind under that name
-            return False
-    return all(
-        float((one - other).norm()) <= TOLERANCES[dtype] * float(one.norm()) for one, other in zip(*found, strict=True)
-    )
+        results = list(function(*leaves, *turns))
+        return [*results, *torch.autograd.grad(results, leaves, upstream)]
+
+    return gives_the_same(lambda: numbers(Turned(plain)), lambda: numbers(plain), dtype, NAME)

@@ -78,11 +78,10 @@ def make_stepper(
             stepper.lean_refused = found
         else:
             stepper.head = found
-    if precision in ("fp16", "bf16"):
-        from trainer.halves import half_copies
+    from trainer.halves import half_copies
 
-        # The lean loss takes the gradients of what trains behind its cut itself, in the parameters and not in copies.
-        stepper.halves = half_copies(model, precision, without=stepper.head.trained if stepper.head else ())
+    # The lean loss takes the gradients of what trains behind its cut itself, in the parameters and not in copies.
+    stepper.halves = half_copies(model, precision, without=stepper.head.trained if stepper.head else ())
     return stepper
 
 
