@@ -44,6 +44,7 @@ sys.path.insert(0, str(REPOSITORY / "bench"))
 import common  # noqa: E402
 
 FIRST_STEPS = 5
+TOLD = ("not steady", "other programs", "first time", "first steps", "whole windows", "timed for", "was spent")
 VERSIONED = ("torch", "transformers", "peft", "accelerate", "numpy")
 
 
@@ -203,6 +204,7 @@ def run_pair(case: Case, model: Path, arguments: argparse.Namespace, folder: Pat
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [one for one in steps if "seconds" in one]
+    log = (folder / "train.log").read_text(encoding="utf-8").splitlines()
     predicted, actual = record["predicted"], record["actual"]
     return {
         "started": datetime.fromtimestamp(begun, UTC).isoformat(timespec="seconds"),
@@ -210,12 +212,12 @@ def run_pair(case: Case, model: Path, arguments: argparse.Namespace, folder: Pat
         "predicted": predicted,
         "actual": actual,
         "predicted_parts": json.loads((folder / "estimate.json").read_text(encoding="utf-8")).get("parts"),
-        "first_steps": [[one["seconds"], one["planned_seconds"]] for one in steps[:FIRST_STEPS]],
+        "step_seconds": [round(one["seconds"], 4) for one in steps],
+        "planned_step_seconds": [round(one["planned_seconds"], 4) for one in steps],
+        "checkpoint_seconds": [float(line.split()[-2]) for line in log if "checkpoint of step" in line],
         "rivals": rivals(folder, steps, predicted, flops),
         "matmul_flops": flops,
-        "notes": [
-            line.strip() for line in done.stdout.splitlines() if "not steady" in line or "other programs" in line
-        ],
+        "notes": [line.strip() for line in done.stdout.splitlines() if any(part in line for part in TOLD)],
     }
 
 

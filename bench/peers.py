@@ -3,8 +3,9 @@
     python bench/peers.py --rounds 3 --out bench/results/peers-DATE.json
 
 Every round runs each contestant once, in a process of its own and in shuffled order, so that a change of the machine's
-speed meets all alike; what counts is the ratio within a round. Seconds run from the end of the third optimizer step to
-the end of the last one, loading and first shapes left out; tokens are those of the examples, without padding.
+speed meets all alike; what counts is the ratio within a round. Seconds run from the end of the third optimizer step
+(on a GPU of the sixth) to the end of the last one, loading and first shapes left out; tokens are those of the examples,
+without padding.
 
 Two questions: at equal settings (micro-batch x accumulation, padded, plain loss), and each trainer at the best of the
 settings tried for it. TRL's packing puts the documents of a row under one causal mask unless FlashAttention is there:
@@ -19,8 +20,10 @@ call with the same --out adds rounds.
 from __future__ import annotations
 
 import argparse
+import collections
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -40,7 +43,7 @@ sys.path.insert(0, str(REPOSITORY / "bench"))
 import common  # noqa: E402
 import same_loss as base  # noqa: E402
 
-SKIPPED_STEPS = 3  # shapes met for the first time, allocator, caches
+SKIPPED_STEPS = {"cpu": 3, "cuda": 6}  # shapes met for the first time, allocator, caches
 MOST_TOKENS = 1024
 MODEL = "Llama-shaped, 4 layers, hidden 256, 8 heads (4 key-value), 4,096-word vocabulary, random weights"
 GLOBAL_BATCH_SIZES = {"cpu": base.GLOBAL_BATCH_SIZE, "cuda": 32}
@@ -256,18 +259,20 @@ def _print(result: dict[str, Any], device: str) -> None:
 # -- workers -----------------------------------------------------------------------------------------------------------
 
 
-def _write(folder: Path, marks: list[tuple[float, int]]) -> None:
+def _write(arguments: argparse.Namespace, marks: list[tuple[float, int]]) -> None:
     """`marks`: (clock, tokens so far) at the end of each optimizer step."""
-    if len(marks) <= SKIPPED_STEPS:
-        raise SystemExit(f"peers: {len(marks)} steps are too few, {SKIPPED_STEPS} are left out: give more --rows")
-    (begin, before), (end, after) = marks[SKIPPED_STEPS - 1], marks[-1]
+    skipped = SKIPPED_STEPS[arguments.device]
+    if len(marks) <= skipped:
+        raise SystemExit(f"peers: {len(marks)} steps are too few, {skipped} are left out: give more --rows")
+    (begin, before), (end, after) = marks[skipped - 1], marks[-1]
     result = {
         "tokens": after - before,
         "seconds": end - begin,
         "tokens_per_second": (after - before) / (end - begin),
         "steps": len(marks),
+        "step_seconds": [round(after - before, 4) for (before, _), (after, _) in itertools.pairwise(marks)],
     }
-    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    (arguments.folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 def _job(entry: Entry, arguments: argparse.Namespace) -> Any:
@@ -322,7 +327,7 @@ def _ours(entry: Entry, arguments: argparse.Namespace) -> None:
 
     watched.step = watched_step
     loop.train(run)
-    _write(arguments.folder, marks)
+    _write(arguments, marks)
 
 
 def _theirs(entry: Entry, arguments: argparse.Namespace) -> None:
@@ -402,22 +407,30 @@ def _theirs(entry: Entry, arguments: argparse.Namespace) -> None:
         )
     tokens = 0
     marks: list[tuple[float, int]] = []
-    training_step = trainer.training_step
+    training_step, collate = trainer.training_step, trainer.data_collator
+    collated: collections.deque[int] = collections.deque()  # counted on the host: a GPU would have to be waited for
 
-    def watched_step(model: Any, inputs: Any, *more: Any, **named: Any) -> Any:
-        nonlocal tokens
+    def watched_collate(*given: Any, **named: Any) -> Any:
+        inputs = collate(*given, **named)
         mask = inputs.get("attention_mask")
-        tokens += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
-        return training_step(model, inputs, *more, **named)
+        collated.append(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
+        return inputs
+
+    def watched_step(*given: Any, **named: Any) -> Any:
+        nonlocal tokens
+        tokens += collated.popleft()
+        return training_step(*given, **named)
 
     class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            if arguments.device == "cuda":
+                torch.cuda.synchronize()  # as the log line of each step would a moment later
             marks.append((time.perf_counter(), tokens))
 
-    trainer.training_step = watched_step
+    trainer.training_step, trainer.data_collator = watched_step, watched_collate
     trainer.add_callback(Watch())
     trainer.train()
-    _write(arguments.folder, marks)
+    _write(arguments, marks)
 
 
 if __name__ == "__main__":

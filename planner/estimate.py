@@ -19,9 +19,11 @@ from planner.measurement import (
     RowVerdict,
     StepSignature,
 )
+from planner.prober import SaveReply
 from planner.steadiness import judge
 from presets.errors import MeasurementError
 from trainer.batching import MicroShapes
+from trainer.disk import LEAST_KEPT
 from trainer.job import Job
 from trainer.planning import checkpoint_interval, evaluation_steps, needs_loss
 from trainer.record import CostModel
@@ -261,6 +263,7 @@ def fixed_seconds(
         evaluation = 0.0
     elif samples.evaluation:
         evaluation = _forward_seconds(data, row.plan.evaluation, samples) * evaluations_and_checkpoints(row)[0]
+        evaluation += samples.evaluation_once
     if needs_loss(row.job.preset):
         # The run scores every training example with the model before it can make its batch plan.
         training = np.setdiff1d(np.arange(len(data)), row.plan.evaluation)
@@ -274,17 +277,23 @@ def fixed_seconds(
         per_token = (samples.answer_seconds - first) / max(1, samples.answer_tokens - 1)
         per_answer = first + per_token * (spec.max_new_tokens - 1)
         answers = 2 * spec.num_samples * per_answer  # before and after
-    checkpoints = evaluations_and_checkpoints(row)[1]
     return FixedSeconds(
         start=None if load is None else load.start_seconds + load.import_seconds,
         load=None if load is None else load.load_seconds,
         compile=None if load is None else load.compile_seconds,
         data=data_seconds,
         evaluation=evaluation,
-        checkpoints=None if samples.save is None else samples.save.checkpoint_seconds * checkpoints,
+        checkpoints=None if samples.save is None else _checkpoint_seconds(row, samples.save),
         save=None if samples.save is None else samples.save.adapter_seconds,
         samples=answers,
     )
+
+
+def _checkpoint_seconds(row: PlannedRow, saved: SaveReply) -> float:
+    """Seconds of all checkpoints of a run, and of removing those that are not kept."""
+    written = evaluations_and_checkpoints(row)[1]
+    removed = max(0, written - max(LEAST_KEPT, row.job.keep_checkpoints))
+    return saved.checkpoint_seconds * written + saved.removal_seconds * removed
 
 
 def _forward_seconds(data: TokenizedDataset, examples: IntArray, samples: FixedSamples) -> float:

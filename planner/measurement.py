@@ -124,6 +124,7 @@ class FixedSamples:
     """Seconds of what a run does beside its steps. None or empty: not measured."""
 
     evaluation: tuple[MicroSample, ...] = ()  # batches of held-out examples
+    evaluation_once: float = 0.0  # by which a process's first evaluation takes longer than a later one
     save: SaveReply | None = None
     answer_seconds: float | None = None  # one sample answer, of `answer_tokens` tokens at most
     answer_tokens: int = 0

@@ -65,10 +65,11 @@ class PeakReply:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveReply:
-    """Seconds of one checkpoint and of saving the adapter (or the whole model)."""
+    """Seconds of one checkpoint, of saving the adapter (or the whole model) and of taking an old checkpoint away."""
 
     checkpoint_seconds: float
     adapter_seconds: float
+    removal_seconds: float = 0.0
 
 
 class Prober(Protocol):

@@ -73,6 +73,7 @@ class FakeDevice:
     slow_first: int = 0  # micro-steps of each worker that take three times as long
     variants: int = 0  # kernels, each for some shapes, that a worker loads when it first meets such a shape
     variant_seconds: float = 0.0  # that loading one takes
+    loading_evaluation: float = 0.0  # more seconds of a batch of held-out examples, its first time in a process
     drift: float = 0.0  # slower by this share every minute
     spikes: float = 0.0  # share of the timings that take `spike_factor` times as long
     spike_factor: float = 3.0
@@ -162,6 +163,7 @@ class FakeProber:
         self.speed = device.half_speed_up if job.precision in ("fp16", "bf16") else 1.0
         self.slow_left = device.slow_first
         self.known: set[int] = set()  # kernels that are loaded
+        self.evaluated: set[tuple[int, ...]] = set()  # batches
         self.held = 0
         self.stopped = False
         device.alive += 1
@@ -245,11 +247,17 @@ class FakeProber:
 
     def evaluate(self, batches: list[list[int]]) -> list[float]:
         self._note("evaluate")
-        return [self.device.cost([[example] for example in batch]) / 3 for batch in batches]
+        taken = []
+        for batch in batches:
+            rows = [[example] for example in batch]
+            loading = self.device.loading_evaluation if tuple(batch) not in self.evaluated else 0.0
+            self.evaluated.add(tuple(batch))
+            taken.append(self.device.cost(rows) / 3 + loading)
+        return taken
 
     def save(self) -> SaveReply:
         self._note("save")
-        return SaveReply(checkpoint_seconds=0.2, adapter_seconds=0.1)
+        return SaveReply(checkpoint_seconds=0.2, adapter_seconds=0.1, removal_seconds=0.03)
 
     def answer(self, examples: list[int], max_new_tokens: int) -> float:
         self._note("answer")

@@ -17,8 +17,10 @@ from planner.estimate import (
     mean_micro_seconds,
 )
 from planner.estimator import fit_cost
+from planner.fixed import EVALUATION_BATCHES
 from planner.measure import measure, with_references
 from planner.measurement import MicroSample, PlannedRow, Round
+from trainer.evaluate import evaluation_batches
 from trainer.record import CostModel
 from trainer.tokens import TokenizedDataset
 
@@ -114,10 +116,25 @@ def test_fixed_parts_are_counted_as_often_as_the_run_does_them() -> None:
     evaluations, checkpoints = evaluations_and_checkpoints(row)
     assert evaluations == 5
     assert one.fixed.start == 4.5
-    assert one.fixed.checkpoints == pytest.approx(0.2 * checkpoints)
+    assert row.job.keep_checkpoints == 2
+    assert one.fixed.checkpoints == pytest.approx(0.2 * checkpoints + 0.03 * (checkpoints - 2))
     assert one.fixed.evaluation is not None
     assert one.fixed.data is None
     assert one.fixed.samples is None  # no tokenizer: unknown, not nothing
+
+
+def test_what_a_gpu_s_first_evaluation_takes_longer_is_counted_once() -> None:
+    """Kernels are loaded for each shape, once; the run evaluates five times."""
+    row = make_row(make_job(device="cuda"), DATA)
+    plain, slow = (
+        estimates(FakeDevice(LENGTHS, loading_evaluation=seconds), [row])[0].fixed.evaluation for seconds in (0.0, 0.7)
+    )
+    assert plain is not None
+    assert slow is not None
+    batches = len(evaluation_batches(DATA, row.plan.evaluation))
+    loaded = min(EVALUATION_BATCHES, batches) - 1  # the largest was met by the memory probe
+    assert loaded > 0
+    assert slow == pytest.approx(plain + loaded * 0.7)
 
 
 def test_the_speed_factor_compares_the_same_batches_at_fp32() -> None:

@@ -74,6 +74,7 @@ def test_a_worker_loads_times_and_reports_memory(prober: ProcessProber) -> None:
     saved = prober.save()
     assert saved.checkpoint_seconds > 0
     assert saved.adapter_seconds > 0
+    assert 0 < saved.removal_seconds < saved.checkpoint_seconds + 1
 
 
 @pytest.mark.slow

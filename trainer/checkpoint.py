@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from presets import jsonio
-from presets.errors import RunError
+from presets.errors import NonFiniteLossError, RunError
 from trainer.disk import LEAST_KEPT, sync, sync_tree, told_in_one_line
 from trainer.sums import NAME as SUMS
 from trainer.sums import changed_since, write_sums
@@ -110,6 +110,22 @@ def save_checkpoint(folder: Path, stepper: Stepper, progress: Progress, random_s
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return target
+
+
+def require_finite(stepper: Stepper, step: int) -> None:
+    """Never write a checkpoint that no resume could go on from. Every process asks: all hold the same weights.
+
+    Raises:
+        NonFiniteLossError: a weight that trains is NaN or infinite after so many steps.
+    """
+    import torch
+
+    whole = torch.stack([torch.isfinite(parameter.detach()).all() for parameter in stepper.parameters])
+    if not bool(whole.all()):
+        raise NonFiniteLossError(
+            f"step {step}: weights have become NaN or infinite. No checkpoint is written of them, "
+            "and the last one is kept. Lower the learning rate, or use fp32."
+        )
 
 
 def load_checkpoint(path: Path, stepper: Stepper, rank: int) -> Progress:
@@ -214,13 +230,16 @@ def rotate(folder: Path, keep: int, best: int | None) -> None:
     spared = whole[-max(LEAST_KEPT, keep) :]
     for path in checkpoints[: checkpoints.index(spared[0])] if spared else ():
         if number_of(path) != best:
-            _remove(path)
+            remove(path)
     for leftover in folder.glob(".step-*.tmp"):  # of a process that was killed while writing or removing
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _remove(path: Path) -> None:
-    """Renamed first, so that a kill in the middle does not leave half a checkpoint under a whole one's name."""
+def remove(path: Path) -> None:
+    """Take a checkpoint away.
+
+    Renamed first, so that a kill in the middle does not leave half a checkpoint under a whole one's name.
+    """
     aside = path.with_name(f".{path.name}.old.tmp")
     try:
         shutil.rmtree(aside, ignore_errors=True)

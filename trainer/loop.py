@@ -548,18 +548,6 @@ def _require_finite_gradient(run: Run, grad_norm: float) -> None:
     )
 
 
-def _require_finite_weights(run: Run) -> None:
-    """Never write a checkpoint that no resume could go on from. Every process asks: all hold the same weights."""
-    import torch
-
-    whole = torch.stack([torch.isfinite(parameter.detach()).all() for parameter in run.stepper.parameters])
-    if not bool(whole.all()):
-        raise NonFiniteLossError(
-            f"step {run.progress.windows_done}: weights have become NaN or infinite. No checkpoint is written of them, "
-            "and the last one is kept. Lower the learning rate, or use fp32."
-        )
-
-
 def _discard_and_stop(run: Run, random_state: dict[str, Any], number: int) -> None:
     """Save the open window's start, and leave."""
     run.stop_signal = number  # it may have come to another process
@@ -572,7 +560,7 @@ def _discard_and_stop(run: Run, random_state: dict[str, Any], number: int) -> No
 def _checkpoint(run: Run, random_state: dict[str, Any]) -> None:
     begun = time.perf_counter()
     with run.clock.part("checkpoints"):
-        _require_finite_weights(run)
+        ckpt.require_finite(run.stepper, run.progress.windows_done)
         run.progress = replace(run.progress, wall_seconds=run.wall_before + seconds_since_process_start())
         states = _gather_random(run, random_state)
         if run.is_main:
