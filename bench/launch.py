@@ -188,6 +188,10 @@ def _load(model: str, device: str, precision: str) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from trainer.kernels import avoid_plans_for_each_shape
+
+    if device == "cuda":
+        avoid_plans_for_each_shape()  # for the Trainer's way as well
     torch.manual_seed(0)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa")

@@ -11,6 +11,9 @@ Two questions: at equal settings (micro-batch x accumulation, padded, plain loss
 settings tried for it. TRL's packing puts the documents of a row under one causal mask unless FlashAttention is there:
 without it its documents see each other. It stands in the table all the same, as the fastest that it offers.
 
+On a GPU the peers, like ours, run without cuDNN's attention, which costs them most of their time where the rows' widths
+differ; with it, as PyTorch chooses by itself, they stand in the table too.
+
 `--device cuda` compares in bf16 on a model of the shape that --shape names (bench/accuracy.py), with random weights.
 
 Written after each contestant, an unfinished round apart from the others and without a part in the verdict; a second
@@ -60,11 +63,13 @@ class Entry:
     is_grouped: bool = False  # the peers' grouping by length, over the whole data
     is_lean: bool = False
     is_equal: bool = False  # takes part in the comparison at equal settings
+    has_plans: bool = False  # with cuDNN's attention, PyTorch's own choice on Hopper, which builds a plan a shape
 
     @property
     def name(self) -> str:
         parts = [base.TITLES[self.who], f"packed {self.packed}" if self.packed else f"micro {self.micro}"]
         parts += ["grouped"] * self.is_grouped + ["lean loss"] * self.is_lean
+        parts += ["cuDNN"] * self.has_plans
         return ", ".join(parts)
 
 
@@ -88,6 +93,8 @@ def _entries(device: str) -> tuple[Entry, ...]:
         *(Entry(base.SFT, micro, is_grouped=True) for micro in (16, 32)),
         *(Entry(base.SFT, packed=tokens) for tokens in (8192, 16384)),
         *(Entry(base.OURS, micro, is_lean=True) for micro in (16, 32)),
+        Entry(base.SFT, 4, has_plans=True),
+        Entry(base.SFT, 32, is_grouped=True, has_plans=True),
     )
 
 
@@ -333,7 +340,11 @@ def _ours(entry: Entry, arguments: argparse.Namespace) -> None:
 def _theirs(entry: Entry, arguments: argparse.Namespace) -> None:
     import torch
 
+    from trainer.kernels import avoid_plans_for_each_shape
+
     torch.set_num_threads(arguments.threads)
+    if arguments.device == "cuda" and not entry.has_plans:
+        avoid_plans_for_each_shape()
     import transformers
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model

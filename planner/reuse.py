@@ -44,8 +44,8 @@ TIMED_SOURCES = (
     ("trainer", "step.py"), ("trainer", "model.py"), ("trainer", "collate.py"), ("trainer", "evaluate.py"),
     ("trainer", "lean.py"), ("trainer", "fused.py"), ("trainer", "documents.py"), ("trainer", "agreement.py"),
     ("trainer", "arrangement.py"), ("trainer", "grouped.py"), ("trainer", "halves.py"), ("trainer", "norms.py"),
-    ("trainer", "rotary.py"), ("trainer", "entropy.py"), ("trainer", "alike.py"), ("trainer", "checkpoint.py"),
-    ("trainer", "feed.py"), ("trainer", "compiled.py"), ("trainer", "process.py"),
+    ("trainer", "rotary.py"), ("trainer", "kernels.py"), ("trainer", "entropy.py"), ("trainer", "alike.py"),
+    ("trainer", "checkpoint.py"), ("trainer", "feed.py"), ("trainer", "compiled.py"), ("trainer", "process.py"),
     ("planner", "worker.py"), ("planner", "prober.py"), ("planner", "measurement.py"),
     ("planner", "strata.py"),
 )  # fmt: skip
