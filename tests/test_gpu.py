@@ -153,3 +153,26 @@ def test_norms_rotary_positions_and_copies_of_adapters_give_the_libraries_gradie
     theirs = as_the_libraries(stepper, model)
     wrong, plain = (float((one - exact).norm() / exact.norm()) for one in (ours, theirs))
     assert wrong < (1e-4 if precision == "fp32" else 1.3 * plain)
+
+
+def test_attention_of_grouped_heads_in_fp32_holds_no_square_of_the_tokens(tiny_model: Path, make_job: Any) -> None:
+    from trainer import kernels
+
+    stepper_of(tiny_model, "fp32", make_job)  # settles the kernels of the process
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+    class Module:
+        num_key_value_groups = 4
+        is_causal = True
+
+    tokens = 2048
+    query, key, value = (torch.randn(1, heads, tokens, 64, device="cuda", requires_grad=True) for heads in (16, 4, 4))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = kernels.attention(Module(), query, key, value, None)[0]
+    held = torch.cuda.memory_allocated() - before
+    result.sum().backward()
+    square = 16 * tokens * tokens * 4  # bytes of one head's scores, all heads
+    assert held < square / 4
+    assert torch.cuda.max_memory_allocated() - before < square

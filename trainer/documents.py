@@ -27,19 +27,19 @@ NAME = "documents"
 def register() -> None:
     """Make `NAME` known to transformers; once is enough."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
+    from trainer import kernels
     from trainer.grouped import in_groups
 
     def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **named: Any) -> tuple[Any, None]:
         documents = named.pop("documents", None)
         if documents is None or attention_mask is not None:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, **named)
+            return kernels.attention(module, query, key, value, attention_mask, **named)
         if not getattr(module, "is_causal", True):
             raise ValueError("attention that is not causal cannot be done document by document")
         attend = in_groups if isinstance(documents, Arrangement) else _one_by_one
-        return attend(sdpa_attention_forward, documents, module, query, key, value, named), None
+        return attend(kernels.attention, documents, module, query, key, value, named), None
 
     def mask(*positional: Any, **named: Any) -> Any:
         # transformers forbids the shortcut to plain causal attention exactly where documents (or images) share a row.

@@ -1,21 +1,76 @@
-"""Which of PyTorch's attention kernels a process may take on a GPU."""
+"""Which of PyTorch's attention kernels a process takes on a GPU. For the whole process, in worker and trainer."""
 
 from __future__ import annotations
 
-import logging
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+_grouped = {"half": True, "full": True}  # whether a fused kernel takes fewer key-value heads, by precision
+
+
+def settle_kernels() -> None:
+    """Take kernels that suit micro-batches of many shapes; called where a model is loaded onto a GPU."""
+    import torch
+
+    avoid_plans_for_each_shape()
+    if torch.version.hip is None:  # AMD's kernels are others
+        # Asked once and kept: where layers are compiled, a question to the driver would break their graph.
+        _grouped.update(half=torch.cuda.get_device_capability() >= (8, 0), full=False)
+    register()
 
 
 def avoid_plans_for_each_shape() -> None:
     """Leave out cuDNN's attention, which builds a plan for each new shape, forward and backward.
 
-    PyTorch asks it first on Hopper and Blackwell. Micro-batches of text come in hundreds of shapes, and few come
-    twice: on an H200 a 1 B model's micro-step of 16 x 480 tokens took 91 ms over and over again, and about
-    300 ms among micro-steps of other widths (torch 2.11, 2026-11-26); others saw 0.44 s forward and 0.55 s backward for
-    each new shape on a B200 (modelscope/FunASR#3704). FlashAttention's kernels, next in PyTorch's order, need no plan.
-    For the whole process: called where a model is loaded, in worker and trainer.
+    PyTorch asks it first on Hopper and Blackwell. Micro-batches of text come in hundreds of shapes, and few come twice:
+    on an H200 a width not met before cost 0.13 s, one met before 0.001 s, and packed rows of a 1 B model trained 26,000
+    tokens a second instead of 64,000 (torch 2.11, 2026-11-26); on a B200 others saw a second for each shape
+    (modelscope/FunASR#3704). FlashAttention's kernels, next in PyTorch's order, need no plan.
     """
     import torch
 
-    if torch.cuda.is_available() and torch.backends.cuda.cudnn_sdp_enabled():
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        logging.getLogger(__name__).debug("attention: without cuDNN's kernels")
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+@functools.cache
+def register() -> None:
+    """Make `attention` what transformers calls "sdpa"; once is enough."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("sdpa", attention)
+
+
+def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **named: Any) -> tuple[Any, None]:
+    """transformers' "sdpa", but that key-value heads are repeated where no kernel takes fewer of them than query heads.
+
+    Only FlashAttention and cuDNN do: in fp32, and on cards before Ampere (an RTX 2080 Ti), PyTorch is left with plain
+    products that hold tokens x tokens for each head to the backward pass. Of repeated heads the memory-efficient kernel
+    makes, for 1,024 tokens and 32 heads in fp32 on an H200, 0.8 ms and 64 MiB of 1.4 ms and 536 (2026-11-26).
+
+    Args:
+        query: (rows, heads, tokens, head size); key and value: (rows, key-value heads, tokens, head size).
+        attention_mask: where there is one, transformers repeats the heads by itself.
+
+    Returns:
+        (rows, tokens, heads, head size), None.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    times = query.shape[1] // key.shape[1]
+    if attention_mask is None and times > 1 and has_no_grouped_kernel(query):
+        module = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # one without groups
+        key, value = (_repeated(tensor, times) for tensor in (key, value))
+    found: tuple[Any, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **named)
+    return found
+
+
+def has_no_grouped_kernel(query: Any) -> bool:
+    """Whether no fused kernel on this GPU takes fewer key-value heads than query heads, in the query's precision."""
+    return query.device.type == "cuda" and not _grouped["half" if query.dtype.itemsize == 2 else "full"]
+
+
+def _repeated(tensor: Any, times: int) -> Any:
+    """(rows, heads, tokens, size) -> (rows, heads * times, tokens, size), each head `times` times in a row."""
+    rows, heads, tokens, size = tensor.shape
+    return tensor[:, :, None].expand(rows, heads, times, tokens, size).reshape(rows, heads * times, tokens, size)

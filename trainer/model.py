@@ -92,13 +92,13 @@ def load_model(job: Job, *, need_weights: bool) -> LoadedModel:
     import torch
 
     from trainer.fused import fuse_adapters
-    from trainer.kernels import avoid_plans_for_each_shape
+    from trainer.kernels import settle_kernels
     from trainer.norms import fuse_norms
     from trainer.rotary import fuse_rotary
 
     quiet_libraries()
     if job.device == "cuda":
-        avoid_plans_for_each_shape()
+        settle_kernels()
     files = inspect_model(job.model)
     if need_weights and not files.has_weights:
         raise ModelError(
