@@ -27,6 +27,7 @@ from planner.measurement import (
 )
 from planner.memory import SAME_SHAPE, MemoryProbe
 from planner.prober import DoesNotFit, ProberFactory
+from planner.standing import Standing
 from planner.steadiness import split_warmup
 from planner.strata import Kind, Strata, keys, make_strata
 from presets.errors import MeasurementError, PlanError
@@ -79,6 +80,7 @@ def measure(
     meter: Meter | None = None,
     with_fixed: bool = True,
     optional: frozenset[str] = frozenset(),
+    standing: Standing | None = None,
     seed: int = 0,
 ) -> Measurements:
     """Time the step signatures of some rows over their own batch plans.
@@ -90,6 +92,7 @@ def measure(
         progress: told what is being done and the share of the budget spent.
         with_fixed: also time what a run does beside its steps.
         optional: names of rows that may be left out where they are plainly slower than others.
+        standing: workers that earlier calls left; this one leaves its own there.
         meter: asked after each round what else went on; see planner.conditions.
 
     Raises:
@@ -106,6 +109,7 @@ def measure(
         meter,
         with_fixed,
         optional,
+        standing,
         seed,
     ).measure()
 
@@ -125,6 +129,7 @@ class _Measuring:
         meter: Meter | None,
         with_fixed: bool,
         optional: frozenset[str],
+        standing: Standing | None,
         seed: int,
     ) -> None:
         if not rows:
@@ -136,6 +141,7 @@ class _Measuring:
         self.clock = clock
         self.meter = meter
         self.with_fixed = with_fixed
+        self.standing = standing
         self.tell = progress or (lambda text, share: None)
         self.random = np.random.default_rng([seed, 0x4D])
         self.notes: list[str] = []
@@ -171,6 +177,8 @@ class _Measuring:
     def measure(self) -> Measurements:
         together = False
         try:
+            if self.standing is not None:
+                self.standing.give(self.groups)
             for group in self.groups:
                 self.memory.probe(group)
                 if self.with_fixed:
@@ -196,9 +204,15 @@ class _Measuring:
                         group.is_postponed = False
                         group.close()
                     self._one_after_another(postponed)
-        finally:
+        except BaseException:
             for group in self.groups:
                 group.close()
+            raise
+        for group in self.groups:
+            if self.standing is None:
+                group.close()
+            else:
+                self.standing.keep(group)
         errors = [group.error for group in self.groups if group.error is not None]
         if errors and len(errors) == len(self.groups):
             raise MeasurementError(errors[0])

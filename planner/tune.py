@@ -24,9 +24,11 @@ import numpy as np
 
 from planner.estimate import Estimate, estimate
 from planner.estimator import Estimator, plan_work
+from planner.group import Group
 from planner.measure import Progress, measure
 from planner.measurement import Measurements, PlannedRow, StepSignature
 from planner.prober import DoesNotFit, ProberFactory
+from planner.standing import Standing
 from planner.student import t_quantile
 from planner.twin import Change, Link, Twin, Wanted
 from presets.errors import MeasurementError, PlanError, SettingsError
@@ -120,13 +122,17 @@ class _Tuning:
         self.seed = seed
         self.refused: list[str] = []
         self.plans: dict[tuple[object, ...], PlannedRow] = {}
+        self.standing = Standing()
         self.variants: dict[str, tuple[str, tuple[Change, ...]]] = {}  # row -> preset and changes
 
     def tune(self) -> tuple[Twin, ...]:
-        layouts = self._layouts()
-        best = self._first_stage(layouts)
-        steps = self._second_stage(best)
-        return self._third_stage(best, steps)
+        try:
+            layouts = self._layouts()
+            best = self._first_stage(layouts)
+            steps = self._second_stage(best)
+            return self._third_stage(best, steps)
+        finally:
+            self.standing.close()
 
     # --- 1: layouts ---------------------------------------------------------------------------------------------------
 
@@ -152,16 +158,18 @@ class _Tuning:
         """Why packing is not for this model; asked of the model itself."""
         if self.progress:
             self.progress("check: packed rows against separate ones", 0.0)
-        prober = None
+        group = Group(StepSignature.of(job), [])
+        self.standing.give([group])
         try:
-            prober = self.factory(job)
-            prober.load()
-            return prober.packing_refused(packed_length)
+            if group.prober is None:
+                group.prober = self.factory(job)
+                group.load = group.prober.load()
+            return group.prober.packing_refused(packed_length)
         except (PlanError, DoesNotFit) as reason:
-            return str(reason)
+            group.error = str(reason)
+            return group.error
         finally:
-            if prober is not None:
-                prober.stop()
+            self.standing.keep(group)
 
     def _first_stage(self, layouts: list[Change]) -> dict[str, list[Timed]]:
         """The layouts of each preset, the fastest first; as written is among them."""
@@ -206,11 +214,14 @@ class _Tuning:
         if job.loss == "plain":
             found.append(Change(name="lean loss", loss="lean"))
         other = Change(name="attention", attention="eager" if preset.attention == "sdpa" else "sdpa")
-        reason = self._ask_packing(other.applied(job), job.packed_length or preset.max_length) if job.packing else None
-        if reason is None:
-            found.append(other)
-        else:
-            self.refused.append(f"{other.text} with packing: {reason}")
+        # Eager attention knows no documents: it does the whole packed row, tokens x tokens, under a mask.
+        if not (job.packing and other.attention == "eager"):
+            asked = other.applied(job)
+            reason = self._ask_packing(asked, job.packed_length or preset.max_length) if job.packing else None
+            if reason is None:
+                found.append(other)
+            else:
+                self.refused.append(f"{other.text} with packing: {reason}")
         if preset.gradient_checkpointing:
             found.append(Change(name="checkpointing", gradient_checkpointing=False))
         if job.device == "cpu":
@@ -373,6 +384,7 @@ class _Tuning:
             clock=self.clock or time.perf_counter,
             with_fixed=False,
             optional=frozenset(row.name for row in rows if " + " in row.name),  # never what is as written
+            standing=self.standing,
             seed=self.seed,
         )
 

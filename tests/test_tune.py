@@ -66,9 +66,9 @@ def device_of(**changes: Any) -> Device:
 
 
 def tuned(
-    device: Device, *names: str, data: TokenizedDataset = DATA, budget: float = 90.0, **job: Any
+    device: Device, /, *names: str, data: TokenizedDataset = DATA, budget: float = 90.0, **job: Any
 ) -> tuple[Twin, ...]:
-    baseline = make_job("baseline")
+    baseline = make_job("baseline", device=job.get("device", "cpu"))
     wanted = [Wanted(name=name, job=make_job(name, **job), baseline=baseline) for name in names or ("recommended",)]
     return tune(wanted, data, device.factory, budget_seconds=budget, clock=device.clock, seed=device.seed)
 
@@ -162,6 +162,36 @@ def test_memory_bounds_the_search_and_runs_out_at_most_once_a_step() -> None:
 def test_where_a_preset_as_written_does_not_fit_it_is_an_error_that_says_so() -> None:
     with pytest.raises(MeasurementError, match=r"'recommended' as written cannot be timed"):
         tuned(device_of(fits_padded_tokens=4))
+
+
+@pytest.mark.parametrize(("on", "at_most"), [("cuda", 4), ("cpu", 99)])
+def test_a_search_on_a_gpu_starts_each_worker_once(on: str, at_most: int) -> None:
+    """As written, in fp32 as the baseline has it, with the lean loss, with the other attention."""
+    device = device_of(base=0.2, per_token=1e-5, per_token_width=0.0, lean_factor=0.9, memory=64 << 30)
+    (twin,) = tuned(device, device=on, precision="fp16", base_precision="fp16", budget=300.0)
+    assert twin.changes
+    loads = sum(command == "load" for _, command in device.log)
+    assert 3 <= loads <= at_most
+    assert on == "cuda" or loads > 4
+    assert device.alive == 0
+
+
+def test_workers_end_with_a_search_that_fails() -> None:
+    device = device_of(base=0.2, broken=("fp32",))
+    with pytest.raises(MeasurementError):
+        tuned(device, device="cuda", precision="fp16", base_precision="fp16")
+    assert device.alive == 0
+
+
+def test_eager_attention_is_not_tried_with_packed_rows() -> None:
+    device = device_of(base=0.2, per_token=1e-5, per_token_width=0.0, eager_factor=0.5)
+    (twin,) = tuned(device)
+    assert twin.changes[0].packed_length is not None
+    assert all(change.attention is None for change in twin.changes)
+    device = device_of(base=0.2, per_token=1e-5, per_token_width=0.0, eager_factor=0.5)
+    device.packing_refused = "it leaks"
+    (twin,) = tuned(device, budget=300.0)
+    assert any(change.attention == "eager" for change in twin.changes)
 
 
 def test_presets_with_the_same_step_share_a_search() -> None:
