@@ -81,11 +81,37 @@ def test_a_run_fed_by_the_thread_ends_with_the_same_adapter(
     make_run: Any, monkeypatch: pytest.MonkeyPatch, micro: int
 ) -> None:
     """The thread is used on a GPU only; here it is made to work on the CPU."""
-    from trainer import loop
+    from trainer import loop, window
 
     plain, ahead = (make_run(name, micro=micro, lora_dropout=0.1) for name in ("plain", "ahead"))
     loop.train(plain)
-    monkeypatch.setattr(loop, "feed", lambda parts, data, device: one_ahead(lambda rows: collate(rows, data), parts))
+    monkeypatch.setattr(window, "feed", lambda parts, data, device: one_ahead(lambda rows: collate(rows, data), parts))
     loop.train(ahead)
     name = "adapter/adapter_model.safetensors"
     assert (plain / name).read_bytes() == (ahead / name).read_bytes()
+
+
+def test_windows_share_one_feed_that_makes_the_next_window_s_first_micro_batch_ahead(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer import loop, window
+
+    made: list[int] = []
+    begun: list[int] = []  # micro-batches made when a window began
+
+    def fed(parts: Any, data: Any, device: str) -> Any:
+        return one_ahead(lambda rows: made.append(1) or collate(rows, data), parts)
+
+    real = window._micro_steps
+
+    def watched(run: Any) -> Any:
+        begun.append(len(made))
+        return real(run)
+
+    monkeypatch.setattr(window, "feed", fed)
+    monkeypatch.setattr(window, "_micro_steps", watched)
+    record = loop.train(make_run(micro=4))
+    assert record is not None
+    per_window = sum(made) // len(begun)
+    assert begun[0] == 0
+    assert begun[1:] == [number * per_window + 1 for number in range(1, len(begun))]

@@ -99,7 +99,7 @@ def stopped_after(run: Path, window: int) -> None:
     class Killed(BaseException):
         pass
 
-    real = loop._window
+    real = loop.run_window
 
     def window_or_end(state: Any, random_state: Any) -> None:
         if state.progress.windows_done == window:
@@ -107,7 +107,7 @@ def stopped_after(run: Path, window: int) -> None:
         real(state, random_state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_window", window_or_end)
+        patch.setattr(loop, "run_window", window_or_end)
         with pytest.raises(Killed):
             loop.train(run)
 

@@ -277,7 +277,7 @@ class TestTwoProcesses:
 
 
 def test_news_are_exchanged_about_every_five_seconds_and_more_seldom_only_by_degrees() -> None:
-    from trainer.loop import next_interval
+    from trainer.window import next_interval
 
     assert next_interval(1, 0.001) == 2
     assert next_interval(64, 0.1) == 50  # 5 s of them

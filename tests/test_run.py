@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 
 from presets.errors import ModelError, NonFiniteLossError, OutOfMemoryError, RunError
-from trainer import loop, outputs
+from trainer import loop, outputs, window
 from trainer.batching import BatchPlan
+from trainer.collate import collate
+from trainer.feed import one_ahead
 from trainer.job import EvaluationSpec
 from trainer.loop import Stopped, train
 from trainer.record import RunRecord
@@ -325,7 +327,11 @@ def test_weights_that_are_not_finite_are_never_written_as_a_checkpoint(make_run:
     assert not (run / "adapter").exists()
 
 
-def test_running_out_of_memory_halves_the_micro_batch_keeps_the_global_batch_and_says_so(make_run: Any) -> None:
+@pytest.mark.parametrize("is_ahead", [False, True], ids=["in turn", "made ahead"])
+def test_running_out_of_memory_halves_the_micro_batch_keeps_the_global_batch_and_says_so(
+    make_run: Any, is_ahead: bool
+) -> None:
+    """What a thread has made ahead, as on a GPU, is of the size that did not fit: it must not be trained on."""
     whole, run = (
         make_run("whole", micro=4, gradient_accumulation_steps=8),
         make_run("run", micro=4, gradient_accumulation_steps=8),
@@ -346,6 +352,10 @@ def test_running_out_of_memory_halves_the_micro_batch_keeps_the_global_batch_and
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.steps, "micro_step", small_card)
+        if is_ahead:
+            patch.setattr(
+                window, "feed", lambda parts, data, device: one_ahead(lambda rows: collate(rows, data), parts)
+            )
         record = train(run)
     assert record.actual.micro_batch_split == 2
     assert record.actual.num_examples == 72
@@ -427,10 +437,10 @@ def test_fp16_gives_up_once_there_is_no_scale_left_to_take_away() -> None:
         assert not result.applied
         steps += 1
         if stepper.scaler.get_scale() >= 1.0:
-            loop._require_finite_gradient(run, float(result.grad_norm))
+            window._require_finite_gradient(run, float(result.grad_norm))
     assert steps == 17, "from 65,536 to below 1, halved each time"
     with pytest.raises(NonFiniteLossError, match=r"^step 7: the norm of the gradient is nan"):
-        loop._require_finite_gradient(run, float("nan"))
+        window._require_finite_gradient(run, float("nan"))
 
 
 def test_without_a_scaler_too_an_infinite_gradient_leaves_the_weights() -> None:

@@ -75,7 +75,7 @@ def stopped(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
     from trainer import loop
 
     run: Path = make_run()
-    monkeypatch.setattr(loop, "_window", lambda run, state: loop._discard_and_stop(run, state, 15))
+    monkeypatch.setattr(loop, "run_window", lambda run, state: loop._discard_and_stop(run, state, 15))
     with pytest.raises(loop.Stopped):
         loop.train(run)
     assert look_at(run).state == "stopped"
@@ -91,7 +91,7 @@ def test_a_resume_takes_the_record_of_the_stop_away(stopped: Path, monkeypatch: 
         seen.append(look_at(stopped).state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "_window", first_window)
+    monkeypatch.setattr(loop, "run_window", first_window)
     with pytest.raises(KeyboardInterrupt):
         loop.train(stopped, resume=True)
     assert seen == ["starting"]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import shutil
 import signal
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,13 @@ from trainer import checkpoint as ckpt
 from trainer import step as steps
 from trainer.agreement import NO_COMPANY, settle_packing
 from trainer.batching import BatchPlan
-from trainer.collate import MicroBatch
 from trainer.compiled import compile_layers
 from trainer.data import load_tokenizer, prepare_data
 from trainer.disk import bytes_to_write, require_room, told_in_one_line
 from trainer.evaluate import EvaluationResult
-from trainer.feed import feed
 from trainer.folder import is_main_process, refuse_links, sole_writer
 from trainer.job import Job
-from trainer.model import LoadedModel, is_out_of_memory, load_model
+from trainer.model import LoadedModel, load_model
 from trainer.monitor import Monitor
 from trainer.outputs import held_out_loss, save_result, write_record, write_samples
 from trainer.planning import (
@@ -44,12 +41,9 @@ from trainer.process import seconds_since_process_start, settle_garbage, suspend
 from trainer.record import RunRecord, read_predicted
 from trainer.run import Clock, Run
 from trainer.scoring import example_losses
-from trainer.tokens import FloatArray, IntArray, TokenizedDataset
+from trainer.tokens import FloatArray, TokenizedDataset
 from trainer.trackers import check_tracker, start_trackers
-
-# With several processes: longest wait, about, until each knows that one was told to stop or ran out of memory. The
-# launcher kills processes that are still there 30 s after a signal, and the checkpoint has to be written by then.
-ASK_SECONDS = 5.0
+from trainer.window import StopAsked, run_window
 
 
 class Stopped(Exception):
@@ -95,6 +89,7 @@ def _train_in(folder: Path, *, resume: bool, owns_process: bool) -> RunRecord | 
             _leave_together(run)
         raise
     finally:
+        run.drop_batches()
         if run.monitor is not None:
             run.monitor.close()
         run.accelerator.end_training()
@@ -335,7 +330,10 @@ def _train(run: Run) -> RunRecord | None:
     every = checkpoint_interval(job, plan.num_steps)
     while run.progress.windows_done < plan.num_steps:
         random_state = ckpt.random_state(run.accelerator.process_index)
-        _window(run, random_state)
+        try:
+            run_window(run, random_state)
+        except StopAsked as asked:
+            _discard_and_stop(run, random_state, asked.signal_number)
         done = run.progress.windows_done
         if done in evaluate_at:
             _evaluate_and_keep_best(run)
@@ -346,206 +344,6 @@ def _train(run: Run) -> RunRecord | None:
     with run.clock.part("save"):
         save_result(run)
     return write_record(run, "finished", after, error=None)
-
-
-def _window(run: Run, random_state: dict[str, Any]) -> None:
-    """One optimizer step: micro-steps over this process's share, then the update; in parts if memory runs out."""
-    begun = time.perf_counter()
-    while (losses := _micro_steps(run, random_state)) is None:
-        _split_further(run, random_state)
-    progress = run.progress
-    window = progress.windows_done
-    targets = int(run.supervised[window])
-    gathered = run.accelerator.gather(losses) if run.job.num_devices > 1 else losses
-    values = gathered.double().cpu().numpy()  # waits for the device
-    _require_finite(run, values)
-    if run.job.num_devices > 1:
-        steps.add_up_gradients(run.stepper.parameters)
-    result = steps.optimizer_step(run.stepper, float(run.rates[min(progress.applied_steps, len(run.rates) - 1)]))
-    steps.synchronize(run.stepper.device)
-    grad_norm = float(result.grad_norm)
-    _require_finite_gradient(run, grad_norm)
-    seconds = time.perf_counter() - begun
-    paused = run.monitor.paused(window + 1, seconds) if run.monitor is not None else 0.0
-    run.paused_seconds += paused
-    tokens = int(run.data.lengths[run.plan.documents_of_window(window)].sum())
-    loss = float(values.sum())
-    rate = float(run.rates[min(progress.applied_steps, len(run.rates) - 1)])
-    run.progress = replace(
-        progress,
-        windows_done=window + 1,
-        applied_steps=progress.applied_steps + int(result.applied),
-        skipped_steps=progress.skipped_steps + int(not result.applied),
-        tokens=progress.tokens + tokens,
-        train_seconds=progress.train_seconds + seconds - paused,
-        loss_sum=progress.loss_sum + loss,
-        loss_tokens=progress.loss_tokens + targets,
-    )
-    if run.monitor is not None:
-        run.monitor.step(
-            window + 1,
-            seconds,
-            {
-                "loss": loss / targets if targets else None,
-                "learning_rate": rate,
-                "grad_norm": grad_norm,
-                "applied": result.applied,
-                "tokens_per_second": tokens / seconds,
-                "memory_bytes": _memory_now(run.stepper.device),
-            },
-            paused=paused,
-        )
-    if paused:
-        run.tell(f"step {window + 1}: stood still for {paused:,.0f} s; they are left out of the pace")
-
-
-def _micro_steps(run: Run, random_state: dict[str, Any]) -> Any:
-    """Forward and backward over this process's micro-batches of the open window; their token losses, (num_micro,).
-
-    None where memory ran out, on this process or on another. A stop signal discards the window, and resume repeats it.
-    """
-    import torch
-
-    plan, alone = run.plan, run.job.num_devices == 1
-    window = run.progress.windows_done
-    first, last = int(plan.window_offsets[window]), int(plan.window_offsets[window + 1])
-    mine = range(first + run.accelerator.process_index, last, plan.num_devices)
-    targets = int(run.supervised[window])
-    scale = 1 / targets if targets else 0.0
-    parts = [_parts(plan.rows_of_micro_batch(micro), run.progress.split) for micro in mine]
-    losses: list[Any] = []
-    failed, unasked, asked_at = False, 0, time.perf_counter()
-    with contextlib.closing(feed((rows for micro in parts for rows in micro), run.data, run.stepper.device)) as batches:
-        for number, micro in enumerate(parts, start=1):
-            if alone and run.stop_signal:
-                _discard_and_stop(run, random_state, run.stop_signal)
-            if not failed:
-                loss = _micro_batch(run, itertools.islice(batches, len(micro)), scale)
-                failed = loss is None
-                losses.append(loss)
-            if alone and failed:
-                return None
-            unasked += 1
-            # A process that failed comes here as often as the others: a different number of exchanges would hang the
-            # run.
-            if not alone and (unasked >= run.ask_every or number == len(parts)):
-                steps.synchronize(run.stepper.device)
-                news = _exchange_news(run, failed=failed, seconds=time.perf_counter() - asked_at)
-                if news.stop_signal:
-                    _discard_and_stop(run, random_state, news.stop_signal)
-                if news.out_of_memory:
-                    return None
-                run.ask_every = next_interval(run.ask_every, news.seconds / unasked)
-                unasked, asked_at = 0, time.perf_counter()
-    return torch.stack(losses)
-
-
-def _micro_batch(run: Run, parts: Iterable[MicroBatch], scale: float) -> Any:
-    """Forward and backward of one planned micro-batch, in as many parts as it takes; None where memory ran out."""
-    total: Any = None
-    try:
-        for batch in parts:
-            loss = steps.micro_step(run.stepper, batch, scale=scale)
-            total = loss if total is None else total + loss
-    except (RuntimeError, MemoryError) as reason:
-        if not is_out_of_memory(reason):
-            raise
-        return None
-    return total
-
-
-@dataclass(frozen=True, slots=True)
-class _News:
-    """What at least one of the processes has to say in the middle of a window."""
-
-    out_of_memory: bool
-    stop_signal: int  # 0: none
-    seconds: float  # that the slowest took since the last exchange
-
-
-def _exchange_news(run: Run, *, failed: bool, seconds: float) -> _News:
-    """The same answer on every process, so that all of them do the same next."""
-    import torch
-    import torch.distributed as dist
-
-    news = torch.tensor([float(failed), float(run.stop_signal), seconds], device=run.accelerator.device)
-    dist.all_reduce(news, op=dist.ReduceOp.MAX)
-    any_failed, stop_signal, slowest = news.tolist()
-    return _News(bool(any_failed), int(stop_signal), slowest)
-
-
-def next_interval(every: int, seconds_per_micro_step: float) -> int:
-    """Micro-steps to the next exchange of news: about ASK_SECONDS of them, and at most twice as many as before.
-
-    It is computed from exchanged numbers only, so that every process waits at the same micro-steps.
-    """
-    fitting = ASK_SECONDS / seconds_per_micro_step if seconds_per_micro_step > 0 else float("inf")
-    return max(1, int(min(fitting, 2 * every)))
-
-
-def _parts(rows: list[IntArray], split: int) -> list[list[IntArray]]:
-    """A planned micro-batch in at most `split` parts of whole rows."""
-    size = max(1, -(-len(rows) // split))
-    return [rows[start : start + size] for start in range(0, max(1, len(rows)), size)]
-
-
-def _split_further(run: Run, random_state: dict[str, Any]) -> None:
-    """After running out of memory: halve what is executed at once; the plan and the global batch stay."""
-    import torch
-
-    job, progress = run.job, run.progress
-    steps.clear_gradients(run.stepper.parameters)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    rows = -(-job.micro_batch_size // progress.split)
-    if rows <= 1:
-        raise OutOfMemoryError(
-            f"step {progress.windows_done + 1}: out of memory at micro-batch {rows}. What helps: a shorter max_length, "
-            "gradient_checkpointing = true, base_precision 4bit, or closing other programs on this device. "
-            "The last checkpoint is kept: 'plan --resume' goes on from it."
-        )
-    ckpt.restore_random_state(random_state)
-    split = progress.split * 2
-    run.progress = replace(progress, split=split)
-    note = (
-        f"step {progress.windows_done + 1}: out of memory; micro-batches of {rows} are now executed as "
-        f"{-(-job.micro_batch_size // split)}, with twice the accumulation. The global batch stays the same."
-    )
-    run.tell(note)
-
-
-def _require_finite(run: Run, values: FloatArray) -> None:
-    """Stop at a NaN or infinite loss, before it reaches the weights, and name the examples."""
-    bad = np.flatnonzero(~np.isfinite(values))
-    if not len(bad):
-        return
-    plan, window = run.plan, run.progress.windows_done
-    first = int(plan.window_offsets[window])
-    per_process = len(values) // run.job.num_devices
-    examples: list[int] = []
-    for index in bad.tolist():
-        micro = first + (index % per_process) * run.job.num_devices + index // per_process
-        examples += [int(example) for row in plan.rows_of_micro_batch(micro) for example in row]
-    named = ", ".join(str(example) for example in examples[:10]) + (" ..." if len(examples) > 10 else "")
-    raise NonFiniteLossError(
-        f"step {window + 1}: the loss is not a number (example(s) {named} of the data, counted from 0). No weight was "
-        "changed by it and the last checkpoint is kept. Look at these examples, or lower the learning rate"
-        + (", or use bf16 or fp32 instead of fp16." if run.job.precision == "fp16" else ".")
-    )
-
-
-def _require_finite_gradient(run: Run, grad_norm: float) -> None:
-    """Stop where the gradient overflowed although the loss did not.
-
-    With fp16 that is the loss scaler's to mend, as long as there is a scale left to take away.
-    """
-    scaler = run.stepper.scaler
-    if np.isfinite(grad_norm) or (scaler is not None and scaler.get_scale() >= 1.0):
-        return
-    raise NonFiniteLossError(
-        f"step {run.progress.windows_done + 1}: the norm of the gradient is {grad_norm}, although the loss is finite. "
-        "No weight was changed by it and the last checkpoint is kept. Lower the learning rate, or use fp32."
-    )
 
 
 def _discard_and_stop(run: Run, random_state: dict[str, Any], number: int) -> None:
@@ -597,13 +395,3 @@ def _evaluate_and_keep_best(run: Run) -> EvaluationResult | None:
             run.progress = replace(progress, best_eval_loss=result.loss, best_step=progress.windows_done)
     _checkpoint(run, ckpt.random_state(run.accelerator.process_index))
     return result
-
-
-def _memory_now(device: str) -> int:
-    if device.startswith("cuda"):
-        import torch
-
-        return int(torch.cuda.max_memory_reserved())
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.batching import BatchPlan
 from trainer.checkpoint import Progress
+from trainer.collate import MicroBatch
 from trainer.job import Job
 from trainer.monitor import Monitor
 from trainer.record import Predicted
@@ -57,10 +58,17 @@ class Run:
     slept_before: float = 0.0  # seconds of the machine's sleep before this process
     stop_signal: int = 0
     ask_every: int = 1  # micro-steps between two exchanges of news, with several processes
+    batches: Generator[MicroBatch] | None = None  # that are still to come, as `progress` has it; see trainer.window
 
     @property
     def is_main(self) -> bool:
         return bool(self.accelerator.is_main_process)
+
+    def drop_batches(self) -> None:
+        """Let go of what was made ahead; what comes next is made anew."""
+        if self.batches is not None:
+            self.batches.close()
+            self.batches = None
 
     def say(self, text: str) -> None:
         if self.monitor is not None:
