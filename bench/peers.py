@@ -95,6 +95,7 @@ def _entries(device: str) -> tuple[Entry, ...]:
         *(Entry(base.OURS, micro, is_lean=True) for micro in (16, 32)),
         Entry(base.SFT, 4, has_plans=True),
         Entry(base.SFT, 32, is_grouped=True, has_plans=True),
+        Entry(base.OURS, packed=20480, is_lean=True),  # a whole window
     )
 
 

@@ -40,6 +40,7 @@ CPU_MICRO_BATCHES = (1, 2, 4, 8)
 GPU_MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 PACKED_ROWS = (1, 2, 4, 8)  # times the longest example, rounded up to a power of two
 MOST_PACKED_TOKENS = {"cpu": 4096, "cuda": 32768, "mps": 8192}
+WINDOW_MULTIPLE = 256  # tokens, to which a window's longest row is rounded up
 WORTH = 0.02  # a change that saves less than this of the time is not kept: it would not be seen in a run
 LEAST_ROUNDS = 3  # from fewer, no gain can be told from chance
 TOO_SHORT = "what the time did not suffice to tell from chance: give more with --budget"
@@ -146,6 +147,8 @@ class _Tuning:
         longest = int(self.data.lengths.max())
         least = 1 << max(5, math.ceil(math.log2(max(2, longest))))
         lengths = [least * rows for rows in PACKED_ROWS if least * rows <= MOST_PACKED_TOKENS[first.device]]
+        if first.device == "cuda" and not first.packing:
+            lengths = sorted({*lengths, *self._whole_windows(MOST_PACKED_TOKENS[first.device])})
         if lengths and not first.packing:
             reason = self._ask_packing(first, lengths[-1])
             if reason is None:
@@ -153,6 +156,20 @@ class _Tuning:
             else:
                 self.refused.append(f"packing: {reason}")
         return found
+
+    def _whole_windows(self, most: int) -> set[int]:
+        """Tokens of rows that each hold a window as a whole, of each preset where they are not too long.
+
+        A window that is little longer than a row leaves a second, nearly empty one, which costs a GPU a third of a full
+        one or more: launching its kernels takes as long. On an H200 windows took 0.20 to 0.23 s as one row, and 0.31 to
+        0.34 s as a row of up to 16,384 tokens and a rest (a 1 B model, 2026-11-26).
+        """
+        found = set()
+        for wanted in self.wanted:
+            plan = self._row(wanted.name, wanted.job).plan
+            longest = int(plan.per_window(self.data.lengths).max())
+            found.add(-(-longest // WINDOW_MULTIPLE) * WINDOW_MULTIPLE)
+        return {tokens for tokens in found if tokens <= most}
 
     def _ask_packing(self, job: Job, packed_length: int) -> str | None:
         """Why packing is not for this model; asked of the model itself."""

@@ -176,6 +176,19 @@ def test_a_search_on_a_gpu_starts_each_worker_once(on: str, at_most: int) -> Non
     assert device.alive == 0
 
 
+def test_on_a_gpu_rows_that_hold_a_whole_window_are_tried() -> None:
+    """Where a micro-step costs much by itself, one a window is the best; a row a power of two long leaves rests."""
+    device = device_of(base=0.2, per_token=1e-6, per_token_width=0.0, optimizer=0.001, memory=64 << 30)
+    (twin,) = tuned(device, device="cuda", precision="fp16", base_precision="fp16", budget=300.0)
+    packed = twin.changes[0].packed_length
+    assert packed is not None
+    job = make_job("recommended", device="cuda", precision="fp16", base_precision="fp16")
+    plan = plan_job(stand_in(twin.job(job)), DATA).plan
+    assert plan.num_micro_batches == plan.num_steps
+    longest = int(plan.per_window(LENGTHS).max())
+    assert longest <= packed < longest + 256
+
+
 def test_workers_end_with_a_search_that_fails() -> None:
     device = device_of(base=0.2, broken=("fp32",))
     with pytest.raises(MeasurementError):
