@@ -6,8 +6,8 @@
 #   bash bench/gpu_check.sh 3    fp16, bf16 and packing are right; then this trainer beside TRL and Transformers' Trainer
 #
 # Importing the libraries takes a bare machine 10 to 20 s a process: the benches fork theirs from one that has them.
-# Seen on an H100 and an H200 (2026-11-26): launching kernels sets the pace of small micro-batches, some 5 to 13 ms a layer,
-# whatever its width, and the first ten seconds of a process are slower while kernels are loaded.
+# Seen on an H200 (2026-11-26): launching kernels sets the pace below some 8,000 tokens a micro-step (about 4 ms a layer), and
+# the first seconds of a process are slower while kernels are loaded. A search for both presets takes a minute or two.
 #
 # PYTHON names the interpreter, GSM8K the data (a JSONL file with question and answer), WORK a folder for models that the
 # stages share; in memory by default, since writing 16 GB to a disk makes the first checkpoints slow.
@@ -61,7 +61,7 @@ case "$stage" in
     taught=()
     [ -f "$work/headline/taught/config.json" ] && taught=(--model "$work/headline/taught")
     bench/preloaded.py bench/launch.py --device "$device" "${taught[@]}" --out "$out/launch-$device-$day.json"
-    bench/preloaded.py bench/peers.py --device "$device" --rounds "${ROUNDS:-2}" --rows "${ROWS:-264}" "${taught[@]}" \
+    bench/preloaded.py bench/peers.py --device "$device" --rounds "${ROUNDS:-2}" --rows "${ROWS:-520}" "${taught[@]}" \
       --out "$out/peers-$device-$day.json"
     exit "$tested"
     ;;
