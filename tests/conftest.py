@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -95,3 +96,17 @@ def make_run(tmp_path: Path, make_job: Callable[..., Any]) -> Callable[..., Path
         return folder
 
     return make
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Any:
+    """A `planned.Bench` with the bundled model's shape and an empty history."""
+    from planned import Bench
+
+    from presets.demo import demo_folder
+
+    model = tmp_path / "model"
+    model.mkdir()
+    shutil.copy(demo_folder() / "config.json", model)
+    (tmp_path / "home").mkdir()
+    return Bench(home=tmp_path / "home", model=model)

@@ -81,7 +81,7 @@ def test_what_another_plan_holds_is_not_counted_as_room(card: Card) -> None:
 
 
 def test_the_card_s_free_memory_is_asked_for_anew_by_each_plan(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By it a stored "it fits" is measured again: tests/test_history.py."""
+    """By it a stored "it fits" is measured again: tests/test_reuse.py."""
 
     class NVMLError(Exception):
         pass

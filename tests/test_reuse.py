@@ -1,0 +1,284 @@
+"""What an earlier measurement may answer for, and what it may not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import fakes
+import pytest
+from planned import FACTS, NOW, Bench
+
+from planner import reuse
+from planner.candidates import MeasureSettings
+from planner.estimate import HEAP_GROWTH
+from planner.figures import ago
+from planner.table import measured_text
+
+
+def test_a_plan_is_answered_from_an_earlier_measurement_and_says_how_old_it_is(bench: Bench) -> None:
+    first = bench.plan()
+    assert bench.starts > 0
+    assert {row.basis for row in first.report.rows} == {"measured"}
+    second = bench.plan(minutes=3)
+    assert bench.starts == 0
+    assert any("measured 3 min ago" in line for line in bench.said)
+    text = measured_text(second.report, now=NOW + timedelta(minutes=3))
+    assert "Measured 3 min ago on this device, not now: all rows. --fresh measures again." in text
+    for row, before in zip(json.loads(second.report.to_json())["rows"], first.report.rows, strict=True):
+        assert row["basis"] == "cached"
+        assert datetime.fromisoformat(row["measured_at"]) == NOW
+        assert row["seconds_per_step"] == before.seconds_per_step
+        assert row["peak_memory_bytes"] == before.peak_memory_bytes
+        assert "measured_at" not in before.to_plain()
+
+
+def test_another_dataset_and_other_settings_of_the_same_step_reuse_a_measurement(bench: Bench, tmp_path: Path) -> None:
+    bench.plan("1000")
+    fewer = bench.plan("300")
+    assert bench.starts == 0
+    assert fewer.estimates["baseline"].num_steps == 19
+    truth = fakes.FakeDevice(fewer.candidates[0].data.lengths).true_seconds(fewer.candidates[0].planned.plan)
+    assert fewer.estimates["baseline"].train_seconds == pytest.approx(truth, rel=0.02)
+    for options in ({"learning_rate": 1e-4}, {"seed": 7}, {"epochs": 2}, {"gradient_accumulation_steps": 8}):
+        bench.plan("300", **options)
+        assert bench.starts == 0, options
+    bench.plan(names=("aggressive",))
+    assert bench.starts == 0
+    shutil.copytree(bench.model, tmp_path / "the same under another name")
+    bench.plan(model=str(tmp_path / "the same under another name"))
+    assert bench.starts == 0
+
+
+def test_fresh_measures_again_and_replaces(bench: Bench) -> None:
+    before = bench.plan().estimates["baseline"].train_seconds
+    bench.device = {"base": 0.02, "per_token": 0.0008, "per_token_width": 4e-7, "optimizer": 0.04}
+    assert bench.plan().estimates["baseline"].train_seconds == pytest.approx(before)
+    assert bench.plan(fresh=True, minutes=5).estimates["baseline"].train_seconds == pytest.approx(2 * before, rel=0.01)
+    assert bench.starts > 0
+    after = bench.plan(minutes=6)
+    assert bench.starts == 0
+    assert after.estimates["baseline"].train_seconds == pytest.approx(2 * before, rel=0.01)
+    assert datetime.fromisoformat(after.report.rows[0].measured_at or "") == NOW + timedelta(minutes=5)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"name": "another"}, {"memory_bytes": 8 << 30}, {"driver": "1.1"}, {"num_devices": 2}, {"capability": (9, 0)}],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_device_or_driver_is_measured_itself(bench: Bench, facts: dict[str, Any]) -> None:
+    bench.plan()
+    bench.plan(facts=replace(FACTS, **facts))
+    assert bench.starts > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_length": 512}, {"attention": "eager"}, {"gradient_checkpointing": True}, {"num_threads": 1},
+        {"micro_batch_size": 2}, {"packing": True},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_another_step_is_measured_itself(bench: Bench, options: dict[str, Any]) -> None:
+    bench.plan()
+    bench.plan(**options)
+    assert bench.starts > 0
+
+
+def test_other_versions_other_code_and_another_model_are_measured(bench: Bench, monkeypatch: Any) -> None:
+    bench.plan()
+    version, digest = reuse._version, reuse._source_digest
+    for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "training-planner"):
+        with monkeypatch.context() as patched:
+            patched.setattr(reuse, "_version", lambda of, name=name: "0.0.0" if of == name else version(of))
+            assert reuse.Keys(FACTS).of_measurement(fakes.make_job(model=str(bench.model))) not in _keys(bench)
+    with monkeypatch.context() as patched:
+        patched.setattr(reuse, "_source_digest", lambda sources: digest(sources) + "x")
+        bench.plan()
+        assert bench.starts > 0
+    with monkeypatch.context() as patched:
+        patched.setenv("OMP_NUM_THREADS", "13")
+        bench.plan()
+        assert bench.starts > 0
+    config = json.loads((bench.model / "config.json").read_text())
+    (bench.model / "config.json").write_text(json.dumps({**config, "transformers_version": "0", "_name_or_path": "x"}))
+    bench.plan()
+    assert bench.starts == 0
+    (bench.model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 17}))
+    bench.plan()
+    assert bench.starts > 0
+    (bench.model / "model.safetensors").write_bytes(b"")
+    bench.plan()
+    assert bench.starts > 0
+
+
+def _keys(bench: Bench) -> set[str]:
+    with sqlite3.connect(bench.history.path) as db:
+        return {key.partition(".")[0] for (key,) in db.execute("SELECT key FROM measurements")}
+
+
+def test_every_module_that_a_step_is_made_of_counts_as_timed_code() -> None:
+    """A part of the step left out of the list would let old measurements stand for new code."""
+    import ast
+    from importlib import resources
+
+    from planner.reuse import TIMED_SOURCES
+
+    found: set[str] = set()
+    waiting = ["step.py", "model.py"]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        for node in ast.walk(ast.parse(resources.files("trainer").joinpath(name).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "trainer":
+                waiting += [f"{alias.name}.py" for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trainer."):
+                waiting.append(f"{str(node.module).removeprefix('trainer.')}.py")
+    untimed = {"job.py", "tokens.py"}  # what a run is and what it learns from: in the key by their values
+    assert {"norms.py", "rotary.py", "halves.py", "lean.py"} <= found
+    assert found - untimed == {name for package, name in TIMED_SOURCES if package == "trainer"} & found
+
+
+def test_micro_batches_outside_of_what_was_measured_are_measured(bench: Bench) -> None:
+    bench.plan(tokens_per_example=200)
+    for tokens, starts in ((200, False), (150, False), (201, True)):
+        bench.plan(tokens_per_example=tokens)
+        assert bool(bench.starts) == starts, tokens
+        assert any("lies outside" in line for line in bench.said) == starts
+    # Far shorter ones than any that was timed: the fit would have to reach too far.
+    bench.plan(tokens_per_example=20)
+    assert bench.starts > 0
+    assert any("too far from those that were timed" in line for line in bench.said)
+
+
+def test_memory_measured_without_accumulation_does_not_stand_for_a_plan_that_accumulates(bench: Bench) -> None:
+    bench.plan(names=("baseline",), gradient_accumulation_steps=1)
+    bench.plan(names=("baseline",), gradient_accumulation_steps=4)
+    assert bench.starts > 0
+    bench.plan(names=("baseline",), gradient_accumulation_steps=1)  # the other way it does
+    assert bench.starts == 0
+
+
+def peak_of(tokens: int) -> int:
+    """Bytes that are shown where the device took a MiB a token and the heap of a run grows on."""
+    return round(HEAP_GROWTH * (tokens << 20))
+
+
+def test_memory_of_a_longer_micro_batch_is_said_to_be_that(bench: Bench) -> None:
+    bench.plan(tokens_per_example=200)
+    found = bench.plan(tokens_per_example=150)
+    assert any("memory is that of a longer micro-batch (200 tokens)" in note.lower() for note in found.report.notes)
+    assert found.report.rows[0].peak_memory_bytes == peak_of(200)
+
+
+def test_a_measurement_of_other_data_does_not_push_out_that_of_this(bench: Bench) -> None:
+    first = bench.plan(tokens_per_example=200)
+    bench.plan(tokens_per_example=400)
+    assert bench.starts > 0
+    again = bench.plan(tokens_per_example=200)
+    assert bench.starts == 0
+    assert again.report.rows[0].seconds_per_step == first.report.rows[0].seconds_per_step
+    assert again.report.rows[0].peak_memory_bytes == peak_of(200)  # its own, where the other's is 400
+    other = bench.plan(tokens_per_example=300)  # never measured: the latest stands for it
+    assert bench.starts == 0
+    assert other.report.rows[0].peak_memory_bytes == peak_of(400)
+
+
+def test_what_did_not_fit_is_remembered_until_more_memory_is_free(bench: Bench) -> None:
+    bench.device = {"fits_padded_tokens": 300}
+    found = bench.plan(tokens_per_example=400)
+    assert found.report.rows[0].fits is False
+    found = bench.plan(tokens_per_example=500)
+    assert bench.starts == 0
+    assert found.report.rows[0].fits is False
+    assert found.report.rows[0].seconds is None
+    bench.plan(tokens_per_example=500, facts=replace(FACTS, free_bytes=9 << 30))
+    assert bench.starts > 0
+    bench.plan(tokens_per_example=250)
+    assert bench.starts > 0
+
+
+def test_what_fitted_is_measured_again_where_less_memory_is_free_now(bench: Bench) -> None:
+    bench.plan(tokens_per_example=200)  # 200 MiB on this device
+    bench.plan(tokens_per_example=200, facts=replace(FACTS, free_bytes=201 << 20))
+    assert bench.starts == 0
+    bench.plan(tokens_per_example=200, facts=replace(FACTS, free_bytes=199 << 20))
+    assert bench.starts > 0
+
+
+def test_a_sharper_measurement_than_the_stored_one_is_made(bench: Bench) -> None:
+    bench.plan(measuring=MeasureSettings(precision_target=0.05))  # ended by precision: no noise
+    bench.plan(measuring=MeasureSettings(precision_target=0.05, budget_seconds=600))
+    assert bench.starts == 0
+    bench.plan(measuring=MeasureSettings(precision_target=0.02))
+    assert bench.starts > 0
+    assert any("sharper" in line for line in bench.said)
+    bench.plan(measuring=MeasureSettings(precision_target=0.05))
+    assert bench.starts == 0
+
+
+def test_a_measurement_that_failed_is_not_kept(bench: Bench) -> None:
+    bench.device = {"broken": ("bf16",)}
+    with_bf16 = replace(FACTS, supports_bf16=True)
+    bench.plan(precision="bf16", facts=with_bf16)  # its fp32 reference works
+    assert len(_keys(bench)) == 1
+    bench.device = {}
+    found = bench.plan(precision="bf16", facts=with_bf16)
+    assert bench.starts > 0
+    assert found.report.rows[0].seconds is not None
+    assert found.report.rows[0].speed_factor == pytest.approx(2.0, rel=0.05)
+    again = bench.plan(precision="bf16", facts=with_bf16)
+    assert bench.starts == 0
+    assert again.report.rows[0].speed_factor == found.report.rows[0].speed_factor
+
+
+def test_a_stored_measurement_of_another_form_is_measured_again(bench: Bench) -> None:
+    bench.plan()
+    for content in ("{}", "no JSON", '{"measured_at": 3}'):
+        with sqlite3.connect(bench.history.path) as db:
+            db.execute("UPDATE measurements SET content = ?", (content,))
+        bench.plan()
+        assert bench.starts > 0
+
+
+def test_the_key_of_a_hub_model_comes_from_what_was_fetched(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert reuse.model_shape("some/model") is None
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text('{"hidden_size": 8}')
+    found = reuse.model_shape("some/model")
+    assert found is not None
+    assert found["config"] == {"hidden_size": 8}
+
+
+def test_a_phase_that_the_data_never_reaches_is_said_with_the_plan(bench: Bench) -> None:
+    from planner.table import measured_text
+
+    said = "of 3 (GA 32, from step 501) is never reached: the data ends at step 7"
+    report = bench.plan(names=("progressive",)).report
+    assert said in (report.rows[0].note or "")
+    assert said in " ".join(measured_text(report, now=NOW, width=110, ascii_only=True).split())
+
+
+def test_ages_are_told_in_their_largest_unit() -> None:
+    for seconds, text in (
+        (-5, "0 s"),
+        (59, "59 s"),
+        (185, "3 min"),
+        (7200, "2 h"),
+        (47.5 * 3600, "47 h"),
+        (9e5, "10 d"),
+    ):
+        assert ago(NOW, NOW + timedelta(seconds=seconds)) == f"{text} ago"
