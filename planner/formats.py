@@ -42,6 +42,7 @@ ul { padding-left: 1.2rem; } li { margin: .25rem 0; overflow-wrap: anywhere; }
 figure { margin: 1rem 0; overflow-x: auto; } figure svg { width: 100%; min-width: 32rem; height: auto; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; margin: .5rem 0; }
 dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; }
+h3 { font-size: 1rem; margin: 1.25rem 0 .25rem; } .said dd { white-space: pre-wrap; }
 @media (max-width: 40rem) { body { padding: 1rem; } dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } }
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from datetime import datetime
@@ -19,6 +20,7 @@ from presets.errors import RunError
 
 # Grey is readable on white and on black; the page's own colours cannot reach into the drawing.
 AXES, LINE, SOFT, MARK = "#7d8590", "#2f81f7", "#9ec5fe", "#e8790a"
+NO_ANSWER = "(an empty answer)"
 NO_CHARTS = "Charts need matplotlib: pip install matplotlib."
 
 
@@ -52,6 +54,7 @@ def run_page(view: RunView, *, now: datetime) -> str:
         body += [f"<h2>{title}</h2><figure>{chart}</figure>" for title, chart in _charts(view)]
     if record is not None and record.actual.breakdown is not None:
         body += ["<h2>Where the time went</h2>", _breakdown_table(view)]
+    body += _answers(view.folder)
     body += ["<h2>Settings</h2>", definitions(_settings(view))]
     if record is not None:
         body += ["<h2>Versions</h2>", definitions(sorted(record.versions.items()))]
@@ -93,6 +96,34 @@ def _breakdown_table(view: RunView) -> str:
         if seconds > 0
     ]
     return _table(("part", "predicted", "actual", "share"), rows)
+
+
+def _answers(folder: Path) -> list[str]:
+    """Sample answers on held-out examples, before training and, where the run got so far, after it."""
+    before, after = (_samples(folder / f"samples-{when}.json") for when in ("before", "after"))
+    if not before:
+        return []
+    later = {one["example"]: one["answer"] for one in after}
+    found = ["<h2>Sample answers</h2>"]
+    for one in before:
+        said = [("prompt", one["prompt"]), ("before", one["answer"]), ("after", later.get(one["example"]))]
+        facts = definitions(
+            [
+                (name, None if text is None else text.strip() or NO_ANSWER)
+                for name, text in (*said, ("expected", one["expected"]))
+            ]
+        )
+        found.append(f'<h3>Example {escaped(one["example"])}</h3><div class="said">{facts}</div>')
+    return found
+
+
+def _samples(path: Path) -> list[dict[str, str]]:
+    """Its answers, every field a text; none where there is no such file, or it is not one of ours."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return [{name: str(one[name]) for name in ("example", "prompt", "answer", "expected")} for one in found]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _merged(parts: dict[str, float]) -> dict[str, float]:
@@ -202,8 +233,11 @@ def _draw(fill: Any) -> str:
         axes = figure.add_subplot()
         axes.patch.set_alpha(0)
         fill(axes)
+        for line in axes.get_lines():
+            if len(line.get_path()) == 1:  # a line of one point is nothing
+                line.set_marker("o")
         axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         for side in ("left", "bottom"):

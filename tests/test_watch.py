@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -232,6 +233,28 @@ def test_the_page_has_curves_figures_and_settings_and_needs_nothing(folder: Path
     assert "<script" not in text
     assert not re.search(r'(src|href)="?https?:', text)
     assert write_report(folder).read_text(encoding="utf-8")[:500] == text[:500]
+
+
+def test_the_page_shows_answers_before_and_after_as_text(folder: Path) -> None:
+    def write(when: str, answers: dict[int, str]) -> None:
+        samples = [
+            {"example": number, "prompt": f"what is {number}?", "answer": answer, "expected": "<i>seven</i>"}
+            for number, answer in answers.items()
+        ]
+        (folder / f"samples-{when}.json").write_text(json.dumps(samples), encoding="utf-8")
+
+    assert "Sample answers" not in run_page(look_at(folder), now=NOW)
+    write("before", {3: "who knows", 8: "<script>alert(1)</script>\nand \x1b[31mmore"})
+    text = run_page(look_at(folder), now=NOW)
+    assert "<dt>before</dt><dd>who knows</dd><dt>expected</dt><dd>&lt;i&gt;seven" in text  # while it trains
+    write("after", {3: "it is\n  seven"})
+    text = run_page(look_at(folder), now=NOW)
+    assert "<dt>after</dt><dd>it is\n  seven</dd>" in text
+    assert text.count("<dt>after</dt>") == 1
+    assert "<script" not in text
+    assert "\x1b" not in text
+    (folder / "samples-before.json").write_text('[{"example": 1}]', encoding="utf-8")
+    assert "Sample answers" not in run_page(look_at(folder), now=NOW)
 
 
 def test_without_matplotlib_the_page_says_how_to_get_its_charts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
