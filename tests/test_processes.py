@@ -41,7 +41,7 @@ SAME = {"gradient_accumulation_steps": 8, "micro": 2, "sample_size": 49, "evalua
 WITH_ACCIDENT = """
 import os, signal, sys
 from pathlib import Path
-from trainer import __main__ as entry, loop
+from trainer import __main__ as entry, loop, window
 
 rank, run = int(os.environ["RANK"]), Path(sys.argv[1]).parent
 real, count = loop.steps.micro_step, 0
@@ -56,7 +56,7 @@ def micro_step(stepper, batch, *, scale):
     return real(stepper, batch, scale=scale)
 
 loop.steps.micro_step = micro_step
-loop.ASK_SECONDS = {ask_seconds}
+window.ASK_SECONDS = {ask_seconds}
 sys.exit(entry.main())
 """
 
