@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +66,30 @@ def test_with_a_mask_the_library_repeats_the_heads_itself(monkeypatch: pytest.Mo
 
 def test_a_cpu_keeps_its_groups() -> None:
     assert not kernels.has_no_grouped_kernel(torch.zeros(1, 1, 1, 1))
+
+
+def test_it_is_decided_by_the_precision_that_attention_casts_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast with fp32 weights the queries come in fp32; FlashAttention takes the groups all the same."""
+    monkeypatch.setattr(kernels, "_grouped", {"half": True, "full": False})
+    query = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    assert kernels.has_no_grouped_kernel(query)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+    assert not kernels.has_no_grouped_kernel(query)
+    query.dtype = torch.float64  # which autocast leaves alone
+    assert kernels.has_no_grouped_kernel(query)
+
+
+def test_repeating_heads_breaks_no_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "has_no_grouped_kernel", lambda query: True)
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    parts = [torch.randn(2, heads, 9, 8) for heads in (4, 2, 2)]
+
+    def attend(query: Any, key: Any, value: Any) -> Any:
+        return kernels.attention(module, query, key, value, None)[0]
+
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*parts), attend(*parts))
 
 
 def test_a_card_before_ampere_has_no_grouped_kernel_in_any_precision(monkeypatch: pytest.MonkeyPatch) -> None:

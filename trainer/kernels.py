@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
 from typing import Any
 
 _grouped = {"half": True, "full": True}  # whether a fused kernel takes fewer key-value heads, by precision
@@ -59,15 +58,32 @@ def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any
 
     times = query.shape[1] // key.shape[1]
     if attention_mask is None and times > 1 and has_no_grouped_kernel(query):
-        module = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # one without groups
+        module = _Ungrouped(getattr(module, "is_causal", True))
         key, value = (_repeated(tensor, times) for tensor in (key, value))
     found: tuple[Any, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **named)
     return found
 
 
+class _Ungrouped:
+    """A module without groups, as far as transformers looks at it. No SimpleNamespace: it breaks a compiled graph."""
+
+    def __init__(self, is_causal: bool) -> None:
+        self.is_causal = is_causal
+
+
 def has_no_grouped_kernel(query: Any) -> bool:
-    """Whether no fused kernel on this GPU takes fewer key-value heads than query heads, in the query's precision."""
-    return query.device.type == "cuda" and not _grouped["half" if query.dtype.itemsize == 2 else "full"]
+    """Whether no fused kernel on this GPU takes fewer key-value heads than query heads, in the precision it will have.
+
+    That is autocast's where it is on: with fp32 weights rotary positions leave queries in fp32, which attention casts.
+    """
+    import torch
+
+    kind = query.device.type
+    if kind != "cuda":
+        return False
+    is_cast = query.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if is_cast else query.dtype
+    return not _grouped["half" if dtype.itemsize == 2 else "full"]
 
 
 def _repeated(tensor: Any, times: int) -> Any:
