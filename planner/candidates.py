@@ -125,19 +125,25 @@ class Search:
     clock: Callable[[], float]
 
     def twins(self, wanted: list[Wanted], data: TokenizedDataset) -> dict[str, Twin]:
-        with self.shown(self.say) as progress:
-            return find_twins(
-                wanted,
-                data,
-                self.factory,
-                history=self.history,
-                keys=self.keys,
-                budget_seconds=TUNE_BUDGETS * self.measuring.budget_seconds,
-                quantized=self.measuring.quantized,
-                now=self.now,
-                progress=progress,
-                clock=self.clock,
-            )
+        try:
+            with self.shown(self.say) as progress:
+                return find_twins(
+                    wanted,
+                    data,
+                    self.factory,
+                    history=self.history,
+                    keys=self.keys,
+                    budget_seconds=TUNE_BUDGETS * self.measuring.budget_seconds,
+                    quantized=self.measuring.quantized,
+                    fresh=self.measuring.fresh,
+                    now=self.now,
+                    progress=progress,
+                    clock=self.clock,
+                )
+        except KeyboardInterrupt:
+            if self.history is not None and not self.measuring.fresh:
+                self.say("the search was interrupted: the same command goes on after the last stage that was ended")
+            raise
 
 
 def baseline_job(

@@ -363,7 +363,7 @@ def tune_command(names: tuple[str, ...], **given: Any) -> None:
 
     Times for about three times --budget, and loads the model about a dozen times on top. What it finds is kept: plan
     shows the tuned twins from then on, and plan --run PRESET --tuned runs one. Every change leaves the gradient of a
-    step as it is, up to rounding.
+    step as it is, up to rounding. An interrupted search goes on when the same command is given again within a day.
 
     \b
     Examples:

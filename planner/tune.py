@@ -18,19 +18,20 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from planner.estimate import Estimate, estimate
 from planner.estimator import Estimator, plan_work
 from planner.group import Group
+from planner.halfway import Halfway, Layout, common_steps, usable
 from planner.measure import Progress, measure
 from planner.measurement import Measurements, PlannedRow, StepSignature
 from planner.prober import DoesNotFit, ProberFactory
 from planner.standing import Standing
 from planner.student import t_quantile
-from planner.twin import Change, Link, Twin, Wanted
+from planner.twin import Change, Link, Twin, Wanted, changed
 from presets.errors import MeasurementError, PlanError, SettingsError
 from trainer.job import Job
 from trainer.planning import plan_job, stand_in
@@ -54,7 +55,8 @@ class Timed:
     job: Job
     changes: tuple[Change, ...]
     seconds: float
-    replicates: FloatArray  # (rounds,) the loop's seconds as each round alone would have it, the last round last
+    # (rounds,) the loop's seconds as each round alone would have it, the last round last; none of an earlier search
+    replicates: FloatArray = field(default_factory=lambda: np.zeros(0))
 
 
 def is_faster(new: FloatArray, old: FloatArray) -> bool:
@@ -83,6 +85,8 @@ def tune(
     progress: Progress | None = None,
     clock: Callable[[], float] | None = None,
     seed: int = 0,
+    earlier: Sequence[Halfway] = (),
+    keep: Callable[[list[Halfway]], None] | None = None,
 ) -> tuple[Twin, ...]:
     """The tuned twin of each preset.
 
@@ -90,11 +94,13 @@ def tune(
         wanted: presets with the same step as written (adapter, precision, model): they share every timing.
         budget_seconds: bounds the seconds spent timing, over all three stages.
         quantized: also try 8-bit and 4-bit bases, which are not the same training.
+        earlier: what an interrupted search found; its stages are not repeated where it knows each wanted preset.
+        keep: told after each stage but the last what is found so far, one for each preset.
 
     Raises:
         MeasurementError: nothing could be measured as written, so there is nothing to compare with.
     """
-    return _Tuning(wanted, data, factory, budget_seconds, quantized, progress, clock, seed).tune()
+    return _Tuning(wanted, data, factory, budget_seconds, quantized, progress, clock, seed, keep).tune(earlier)
 
 
 class _Tuning:
@@ -110,6 +116,7 @@ class _Tuning:
         progress: Progress | None,
         clock: Callable[[], float] | None,
         seed: int,
+        keep: Callable[[list[Halfway]], None] | None,
     ) -> None:
         if not wanted:
             raise MeasurementError("there is nothing to tune: no configuration was given.")
@@ -121,19 +128,58 @@ class _Tuning:
         self.progress = progress
         self.clock = clock
         self.seed = seed
+        self.keep = keep
         self.refused: list[str] = []
         self.plans: dict[tuple[object, ...], PlannedRow] = {}
         self.standing = Standing()
         self.variants: dict[str, tuple[str, tuple[Change, ...]]] = {}  # row -> preset and changes
 
-    def tune(self) -> tuple[Twin, ...]:
+    def tune(self, earlier: Sequence[Halfway]) -> tuple[Twin, ...]:
         try:
-            layouts = self._layouts()
-            best = self._first_stage(layouts)
-            steps = self._second_stage(best)
+            best, steps = self._interrupted(earlier)
+            if not best:
+                best = self._first_stage(self._layouts())
+                self._keep(best, None)
+            if steps is None:
+                steps = self._second_stage(best)
+                if TOO_SHORT not in self.refused:
+                    self._keep(best, steps)
             return self._third_stage(best, steps)
         finally:
             self.standing.close()
+
+    def _interrupted(self, earlier: Sequence[Halfway]) -> tuple[dict[str, list[Timed]], list[Change] | None]:
+        """Layouts and changes of the step that an earlier search found before it was interrupted."""
+        found = usable(earlier, self.wanted)
+        if not found:
+            return {}, None
+        by_name = {one.preset: one for one in earlier if one.preset in found}
+        for one in by_name.values():
+            self.refused += one.refused
+        steps = common_steps(by_name)
+        if self.progress:
+            stages = "layouts" if steps is None else "layouts, steps"
+            self.progress(f"{stages}: known from a search that was interrupted", 0.0)
+        best = {
+            name: [Timed(job=job, changes=layout.changes, seconds=layout.seconds) for job, layout in layouts]
+            for name, layouts in found.items()
+        }
+        return best, None if steps is None else list(steps)
+
+    def _keep(self, best: dict[str, list[Timed]], steps: list[Change] | None) -> None:
+        if self.keep is None:
+            return
+        self.keep(
+            [
+                Halfway(
+                    preset=name,
+                    layouts=tuple(Layout(changes=one.changes, seconds=one.seconds) for one in timed),
+                    steps=None if steps is None else tuple(steps),
+                    refused=tuple(dict.fromkeys(self.refused)),
+                )
+                for name, timed in best.items()
+            ]
+        )
 
     # --- 1: layouts ---------------------------------------------------------------------------------------------------
 
@@ -366,10 +412,8 @@ class _Tuning:
         rows = []
         for name, variants in asked.items():
             for changes in variants:
-                job = jobs[name]
                 try:
-                    for change in changes:
-                        job = change.applied(job)
+                    job = changed(jobs[name], changes)
                 except SettingsError:
                     continue  # this global batch has no such split
                 rows.append(self._row(_row_name(name, changes), job))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from trainer.job import Job
@@ -62,6 +63,17 @@ class Change:
         return f"base in {self.base_precision}"
 
 
+def changed(job: Job, changes: Sequence[Change]) -> Job:
+    """The job with all of these changes.
+
+    Raises:
+        SettingsError: the global batch cannot be split so.
+    """
+    for change in changes:
+        job = change.applied(job)
+    return job
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Link:
     """One link of the chain from the baseline to the twin."""
@@ -97,9 +109,7 @@ class Twin:
 
     def job(self, job: Job) -> Job:
         """The tuned job of this preset's job as written."""
-        for change in self.changes:
-            job = change.applied(job)
-        return job
+        return changed(job, self.changes)
 
     @property
     def text(self) -> str:

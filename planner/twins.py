@@ -8,9 +8,10 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from planner.halfway import Halfway
 from planner.history import History
 from planner.measure import Progress
 from planner.measurement import StepSignature
@@ -25,9 +26,12 @@ from trainer.job import Job
 from trainer.tokens import TokenizedDataset
 
 FORM = 1  # of what is stored: another one is searched again
+HALFWAY_FOR = timedelta(days=1)  # what an interrupted search found is gone on with for so long
 
 
-def twin_key(keys: Keys, job: Job, data: TokenizedDataset, *, quantized: bool = False) -> str | None:
+def twin_key(
+    keys: Keys, job: Job, data: TokenizedDataset, *, quantized: bool = False, what: str = "twin"
+) -> str | None:
     """Under which a job's twin is kept: machine, versions, model shape, step, preset and the lengths of the data.
 
     A search that may quantize keeps its twins apart: nobody gets another training who did not ask for it.
@@ -42,7 +46,7 @@ def twin_key(keys: Keys, job: Job, data: TokenizedDataset, *, quantized: bool = 
         parts.append("grouped by length")
     sha = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     sha.update(data.lengths.tobytes())
-    return f"twin {sha.hexdigest()[:32]}"
+    return f"{what} {sha.hexdigest()[:32]}"
 
 
 def known_twin(
@@ -61,6 +65,51 @@ def known_twin(
     return twin if min(twin.seconds, twin.written_seconds, twin.baseline_seconds) > 0 else None
 
 
+class _Kept:
+    """What a search finds before its end, in the history."""
+
+    def __init__(
+        self,
+        history: History | None,
+        keys: Keys,
+        wanted: Sequence[Wanted],
+        data: TokenizedDataset,
+        quantized: bool,
+        budget_seconds: float,
+        now: datetime,
+    ) -> None:
+        self._history = history
+        self._budget = budget_seconds
+        self._now = now
+        self._keys = {
+            one.name: key
+            for one in wanted
+            if (key := twin_key(keys, one.job, data, quantized=quantized, what="halfway")) is not None
+        }
+
+    def found(self) -> list[Halfway]:
+        """Of an earlier search that was interrupted, and not long ago: the machine may be another one by now."""
+        if self._history is None:
+            return []
+        read = []
+        for stored in self._history.measurements(self._keys.values()).values():
+            try:
+                one = jsonio.from_json(Halfway, stored)
+                age = self._now - datetime.fromisoformat(one.found_at).astimezone(UTC)
+            except (PlanError, ValueError):  # of another form than today's: searched again
+                continue
+            if timedelta(0) <= age <= HALFWAY_FOR and one.budget_seconds >= self._budget:
+                read.append(one)
+        return read
+
+    def keep(self, found: list[Halfway]) -> None:
+        at = self._now.isoformat(timespec="seconds")
+        dated = (replace(one, budget_seconds=self._budget, found_at=at) for one in found)
+        contents = {self._keys[one.preset]: jsonio.to_json(one) for one in dated if one.preset in self._keys}
+        if self._history is not None and contents:
+            self._history.keep_measurements(contents)
+
+
 def find_twins(
     wanted: Sequence[Wanted],
     data: TokenizedDataset,
@@ -70,13 +119,18 @@ def find_twins(
     keys: Keys,
     budget_seconds: float,
     quantized: bool = False,
+    fresh: bool = False,
     now: datetime,
     progress: Progress | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Twin]:
     """Search for the twins of some presets over the same data, and keep them. By preset.
 
-    Presets with the same step share their search, so eight presets take little longer than one.
+    Presets with the same step share their search, so eight presets take little longer than one. A search that was
+    interrupted goes on after the last stage that it ended.
+
+    Args:
+        fresh: do not go on with what an interrupted search found.
 
     Raises:
         MeasurementError: a preset cannot be timed as written.
@@ -92,6 +146,7 @@ def find_twins(
         # A search starts ten workers and more, and their starts are no part of what it finds.
         forked = ProcessProber.factory(saved, nursery=nearby)
         for members in groups.values():
+            kept = _Kept(history, keys, members, data, quantized, budget_seconds, now)
             twins = tune(
                 members,
                 data,
@@ -100,6 +155,8 @@ def find_twins(
                 quantized=quantized,
                 progress=progress,
                 clock=clock,
+                earlier=() if fresh else kept.found(),
+                keep=kept.keep,
             )
             jobs = {one.name: one.job for one in members}
             contents = {}

@@ -102,7 +102,9 @@ def _build(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _build_dataclass(hint, value, path, problems)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType) and value is not None:
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
         nested = [
             option for option in arguments if dataclasses.is_dataclass(option) or typing.get_origin(option) is tuple
         ]

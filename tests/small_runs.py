@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +78,29 @@ def small_job(tiny: Path, chats: Path, base: str = "recommended", **changes: Any
             **changes,
         }
     )
+
+
+def adapter_bytes(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+class StopAfter:
+    """Sends this process a signal at the n-th micro-step, as a user or a scheduler would."""
+
+    def __init__(self, monkeypatch: Any, count: int, number: int = signal.SIGTERM) -> None:
+        from trainer import loop
+
+        self.left = count
+        real = loop.steps.micro_step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), number)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(loop.steps, "micro_step", step)

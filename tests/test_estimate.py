@@ -9,7 +9,9 @@ import pytest
 from fakes import FakeDevice, chat_lengths, make_data, make_job, make_row
 
 from planner.estimate import (
+    EAGER_HEAP_GROWTH,
     HEAP_GROWTH,
+    PACKED_HEAP_GROWTH,
     Estimate,
     accumulation_saving,
     estimate,
@@ -37,11 +39,19 @@ def estimates(
 
 def test_a_cpu_s_heap_grows_on_in_a_run_and_a_gpu_s_blocks_do_not() -> None:
     device = FakeDevice(LENGTHS)
-    rows = [make_row(make_job(), DATA, "cpu"), make_row(make_job(device="cuda"), DATA, "cuda")]
-    on_cpu, on_gpu = estimates(device, rows)
+    rows = [
+        make_row(make_job(), DATA, "cpu"),
+        make_row(make_job(device="cuda"), DATA, "cuda"),
+        make_row(make_job(attention="eager"), DATA, "eager"),
+        make_row(make_job(packing=True, packed_length=4096), DATA, "packed"),
+    ]
+    on_cpu, on_gpu, eager, packed = estimates(device, rows)
     longest = int(LENGTHS.max()) * device.bytes_per_token
     assert on_gpu.peak_memory_bytes == longest
     assert on_cpu.peak_memory_bytes == round(HEAP_GROWTH * longest)
+    assert eager.peak_memory_bytes == round(EAGER_HEAP_GROWTH * longest)
+    fullest = int(rows[-1].plan.micro_shapes(LENGTHS).padded_tokens.max()) * device.bytes_per_token
+    assert packed.peak_memory_bytes == round(PACKED_HEAP_GROWTH * fullest)
 
 
 def test_accumulation_earns_no_credit_that_it_has_not() -> None:

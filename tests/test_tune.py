@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +291,108 @@ def test_a_twin_is_kept_for_this_data_and_machine_only(tmp_path: Path) -> None:
     assert known_twin(history, Keys(replace(facts, driver="2")), job, DATA) is None
     assert known_twin(history, Keys(facts), replace(job, micro_batch_size=2), DATA) is None
     assert known_twin(history, Keys(facts), make_job("aggressive", model=job.model), DATA) is None
+
+
+class Searches:
+    """The same command given several times, on a fake device and with a history of its own."""
+
+    def __init__(self, home: Path) -> None:
+        from planner.hardware import DeviceFacts
+        from presets.demo import demo_folder
+
+        self.model = str(demo_folder())
+        self.facts = DeviceFacts(name="Fake", kind="cpu", memory_bytes=8 << 30, free_bytes=4 << 30, driver="1")
+        self.history = History(home=home)
+        self.device = device_of()
+
+    def search(
+        self,
+        *names: str,
+        stop_at: str | None = None,
+        budget: float = 300.0,
+        fresh: bool = False,
+        later: timedelta = timedelta(0),
+    ) -> tuple[dict[str, Twin], list[str]]:
+        """The twins and what was told; told `stop_at`, the user presses Ctrl-C."""
+        told: list[str] = []
+
+        def progress(text: str, _share: float) -> None:
+            told.append(text)
+            if stop_at is not None and text.startswith(stop_at):
+                raise KeyboardInterrupt
+
+        self.device = device_of(base=0.2, per_token=1e-4, per_token_width=0.0, lean_factor=0.8, memory=64 << 30)
+        baseline = make_job("baseline", model=self.model)
+        twins: dict[str, Twin] = {}
+        try:
+            twins = find_twins(
+                [Wanted(name=name, job=make_job(name, model=self.model), baseline=baseline) for name in names],
+                DATA,
+                lambda folder: self.device.factory,
+                history=self.history,
+                keys=Keys(self.facts),
+                budget_seconds=budget,
+                fresh=fresh,
+                now=datetime(2026, 1, 1, tzinfo=UTC) + later,
+                progress=progress,
+                clock=self.device.clock,
+            )
+        except KeyboardInterrupt:
+            assert stop_at is not None
+        return twins, told
+
+    def stages(self, told: list[str]) -> list[str]:
+        """The stages that were timed."""
+        return [one for one in ("layouts", "steps", "the chain") if any(t.startswith(f"{one}: timing") for t in told)]
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "left"),
+    [
+        ("layouts: timing", ["layouts", "steps", "the chain"]),
+        ("steps: timing", ["steps", "the chain"]),
+        ("the chain: timing", ["the chain"]),
+    ],
+)
+def test_an_interrupted_search_goes_on_after_the_last_stage_that_it_ended(
+    tmp_path: Path, stop_at: str, left: list[str]
+) -> None:
+    whole, _ = Searches(tmp_path / "other").search("recommended", "aggressive")
+    searches = Searches(tmp_path)
+    assert searches.search("recommended", "aggressive", stop_at=stop_at)[0] == {}
+    assert searches.device.alive == 0
+    found, told = searches.search("recommended", "aggressive")
+    assert searches.stages(told) == left
+    for name, twin in whole.items():
+        assert found[name].changes == twin.changes
+        assert found[name].speedup == pytest.approx(twin.speedup, rel=0.02)
+        assert found[name].refused == twin.refused
+
+
+def test_one_of_the_presets_of_an_interrupted_search_goes_on_alone(tmp_path: Path) -> None:
+    searches = Searches(tmp_path)
+    searches.search("recommended", "aggressive", stop_at="the chain: timing")
+    _, told = searches.search("aggressive")
+    assert searches.stages(told) == ["the chain"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"fresh": True}, {"budget": 301.0}, {"later": timedelta(days=2)}, {"names": ("recommended", "aggressive")}],
+    ids=["fresh", "more time", "days later", "another preset"],
+)
+def test_a_search_begins_anew_where_it_should(tmp_path: Path, changes: dict[str, Any]) -> None:
+    searches = Searches(tmp_path)
+    searches.search("recommended", stop_at="the chain: timing")
+    _, told = searches.search(*changes.pop("names", ("recommended",)), **changes)
+    assert searches.stages(told) == ["layouts", "steps", "the chain"]
+
+
+def test_what_the_time_did_not_suffice_for_is_searched_again(tmp_path: Path) -> None:
+    searches = Searches(tmp_path)
+    searches.search("recommended", stop_at="the chain: timing", budget=40.0)
+    _, told = searches.search("recommended", budget=40.0)
+    assert searches.stages(told) == ["steps", "the chain"]
 
 
 def test_a_changed_job_is_split_as_the_twin_says() -> None:

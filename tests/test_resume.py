@@ -1,0 +1,206 @@
+"""How a run stops and goes on: the same bytes, whenever it was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import StopAfter, adapter_bytes, metrics
+
+from trainer import outputs
+from trainer.job import EvaluationSpec
+from trainer.loop import Stopped, train
+from trainer.record import RunRecord
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 17, 40, 71])  # in the first window, mid-window, at and after boundaries
+def test_a_stopped_and_resumed_run_ends_with_the_same_bytes(make_run: Any, monkeypatch: Any, stop_at: int) -> None:
+    whole, stopped = make_run("whole", lora_dropout=0.1), make_run("stopped", lora_dropout=0.1)
+    train(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        StopAfter(patch, stop_at)
+        with pytest.raises(Stopped) as caught:
+            train(stopped)
+    assert caught.value.signal_number == signal.SIGTERM
+    assert RunRecord.read(stopped / "record.json").status == "stopped"
+    record = train(stopped, resume=True)
+    assert adapter_bytes(stopped) == adapter_bytes(whole)
+    assert record.actual.num_examples == 72
+    assert [line["step"] for line in metrics(stopped)] == list(range(1, 10))
+    losses = [[line["loss"] for line in metrics(run)] for run in (whole, stopped)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "stop_at"),
+    [
+        ("prioritized", {"gradient_accumulation_steps": 8}, 50),  # in epoch 2
+        ("two-stage", {}, 75),  # between the stages and in stage 2
+        ("progressive", {}, 20),
+    ],
+)
+def test_resume_is_exact_across_epochs_stages_and_changes_of_accumulation(
+    make_run: Any, base: str, changes: dict[str, Any], stop_at: int
+) -> None:
+    import dataclasses
+
+    from presets.schema import load_preset
+
+    preset = load_preset(base)
+    if base == "two-stage":
+        phases = (
+            dataclasses.replace(preset.phases[0], gradient_accumulation_steps=8),
+            dataclasses.replace(preset.phases[1], gradient_accumulation_steps=4, sample_size=20),
+        )
+        changes = {"phases": phases}
+    elif base == "progressive":
+        sizes = ((8, 2), (4, 4), (2, None))
+        phases = tuple(
+            dataclasses.replace(phase, gradient_accumulation_steps=size, num_steps=steps)
+            for phase, (size, steps) in zip(preset.phases, sizes, strict=True)
+        )
+        changes = {"phases": phases}
+    whole, stopped = make_run("whole", base=base, **changes), make_run("stopped", base=base, **changes)
+    train(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        StopAfter(patch, stop_at, signal.SIGINT)
+        with pytest.raises(Stopped):
+            train(stopped)
+    train(stopped, resume=True)
+    assert adapter_bytes(stopped) == adapter_bytes(whole)
+
+
+def test_resume_repeats_the_open_window_from_its_own_start(make_run: Any) -> None:
+    run = make_run()
+    with pytest.MonkeyPatch.context() as patch:
+        StopAfter(patch, 20)  # in the third window of eight micro-steps
+        with pytest.raises(Stopped):
+            train(run)
+    state = json.loads((run / "checkpoints" / "step-000002" / "state.json").read_text())
+    assert state["progress"]["windows_done"] == 2
+
+
+def test_what_was_found_before_training_is_not_found_anew_by_a_resume(make_run: Any) -> None:
+    run = make_run()
+    with pytest.MonkeyPatch.context() as patch:
+        StopAfter(patch, 50)
+        with pytest.raises(Stopped):
+            train(run)
+    loss_before = RunRecord.read(run / "record.json").actual.eval_loss_before
+    path = run / "samples-before.json"
+    answers = json.loads(path.read_text())
+    answers[0]["answer"] = "of the untrained model"
+    path.write_text(json.dumps(answers))
+    record = train(run, resume=True)
+    assert record.actual.eval_loss_before == loss_before
+    assert "of the untrained model" in (run / "samples.md").read_text()
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(make_run: Any) -> None:
+    whole, run = make_run("whole"), make_run("run")
+    train(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        StopAfter(patch, 50)
+        with pytest.raises(Stopped):
+            train(run)
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    record = train(run, resume=True)
+    assert any("damaged" in note and "set aside" in note for note in record.notes)
+    assert (newest.parent / f"damaged-{newest.name}").is_dir()
+    assert adapter_bytes(run) == adapter_bytes(whole)
+
+
+def test_a_checkpoint_is_set_aside_where_one_of_its_number_was_before(make_run: Any) -> None:
+    whole, run = make_run("whole"), make_run("run")
+    train(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        StopAfter(patch, 50)
+        with pytest.raises(Stopped):
+            train(run)
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    earlier = newest.with_name(f"damaged-{newest.name}")
+    earlier.mkdir()
+    (earlier / "state.json").write_text("of an earlier time")
+    (newest / "state.json").write_text("{")
+    train(run, resume=True)
+    assert (earlier / "state.json").read_text() == "{"
+    assert (earlier / "model.safetensors").is_file()
+    assert adapter_bytes(run) == adapter_bytes(whole)
+
+
+def test_the_best_checkpoint_outlives_the_rotation_and_a_resume(make_run: Any, monkeypatch: Any) -> None:
+    from trainer.evaluate import EvaluationResult
+
+    run = make_run(evaluation=EvaluationSpec(times_during_training=9), keep_checkpoints=1)
+    scripted = iter([5.0, 4.0, 3.0, 3.5, 3.4, 3.6, 3.3, 3.2, 3.1, 3.05, 3.05, 3.05])
+    monkeypatch.setattr(
+        outputs, "evaluate", lambda *_, **__: EvaluationResult(loss=next(scripted), num_examples=8, num_tokens=80)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        StopAfter(patch, 37)  # in the fifth window: the best one is of the second
+        with pytest.raises(Stopped):
+            train(run)
+    assert kept(run) == ["step-000002", "step-000003", "step-000004"]
+    record = train(run, resume=True)
+    assert (record.actual.best_step, record.actual.best_eval_loss) == (2, 3.0)
+    assert kept(run) == ["step-000002", "step-000008", "step-000009"]
+
+
+def kept(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
+@pytest.mark.parametrize(
+    ("number", "twice", "code"), [(signal.SIGTERM, False, 143), (signal.SIGINT, False, 130), (signal.SIGINT, True, 130)]
+)
+def test_the_first_signal_saves_and_exits_with_its_code_and_the_second_leaves_at_once(
+    make_run: Any, number: int, twice: bool, code: int
+) -> None:
+    run = make_run(num_epochs=200)
+    slow = (
+        "import sys, time, trainer.loop as loop, trainer.__main__ as entry\n"
+        "real = loop._checkpoint\n"
+        "def checkpoint(*arguments):\n"
+        "    if arguments[0].stop_signal: (arguments[0].folder / 'saving').touch(); time.sleep(float(sys.argv.pop()))\n"
+        "    return real(*arguments)\n"
+        "loop._checkpoint = checkpoint\n"
+        "sys.exit(entry.main())\n"
+    )
+    pause = "60" if twice else "0"
+    # The pause stands for a slow disk: the second signal must not wait for the checkpoint.
+    argv = [sys.executable, "-P", "-c", slow.replace("sys.argv.pop()", f"'{pause}'"), str(run / "job.json")]
+    child = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics_so_far(run)) > 2, child)
+        child.send_signal(number)
+        if twice:
+            wait_for(lambda: (run / "saving").exists(), child)
+            child.send_signal(number)
+        assert child.wait(timeout=50) == code
+    finally:
+        child.kill()
+    if twice:
+        assert not (run / "record.json").exists()
+    else:
+        assert RunRecord.read(run / "record.json").status == "stopped"
+        assert list((run / "checkpoints").glob("step-*"))
+
+
+def metrics_so_far(run: Path) -> list[str]:
+    return (run / "metrics.jsonl").read_text().splitlines()
+
+
+def wait_for(condition: Any, child: Any) -> None:
+    while not condition():
+        assert child.poll() is None, "the run ended by itself"
+        time.sleep(0.05)
