@@ -20,7 +20,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Halfway:
-    """What the stages before the last one found for one preset. Kept in the history until the twin is.
+    """What the stages before the last one found for one preset. Kept in the history for a day.
 
     It decides only what the last stage times: that one times its whole chain itself, the baseline included.
     """

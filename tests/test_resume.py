@@ -20,6 +20,14 @@ from trainer.loop import Stopped, train
 from trainer.record import RunRecord
 
 
+def stop(run: Path, count: int) -> None:
+    """Train up to the signal at the micro-step of this number."""
+    with pytest.MonkeyPatch.context() as patch:
+        StopAfter(patch, count)
+        with pytest.raises(Stopped):
+            train(run)
+
+
 @pytest.mark.parametrize("stop_at", [1, 3, 17, 40, 71])  # in the first window, mid-window, at and after boundaries
 def test_a_stopped_and_resumed_run_ends_with_the_same_bytes(make_run: Any, monkeypatch: Any, stop_at: int) -> None:
     whole, stopped = make_run("whole", lora_dropout=0.1), make_run("stopped", lora_dropout=0.1)
@@ -79,20 +87,14 @@ def test_resume_is_exact_across_epochs_stages_and_changes_of_accumulation(
 
 def test_resume_repeats_the_open_window_from_its_own_start(make_run: Any) -> None:
     run = make_run()
-    with pytest.MonkeyPatch.context() as patch:
-        StopAfter(patch, 20)  # in the third window of eight micro-steps
-        with pytest.raises(Stopped):
-            train(run)
+    stop(run, 20)  # in the third window of eight micro-steps
     state = json.loads((run / "checkpoints" / "step-000002" / "state.json").read_text())
     assert state["progress"]["windows_done"] == 2
 
 
 def test_what_was_found_before_training_is_not_found_anew_by_a_resume(make_run: Any) -> None:
     run = make_run()
-    with pytest.MonkeyPatch.context() as patch:
-        StopAfter(patch, 50)
-        with pytest.raises(Stopped):
-            train(run)
+    stop(run, 50)
     loss_before = RunRecord.read(run / "record.json").actual.eval_loss_before
     path = run / "samples-before.json"
     answers = json.loads(path.read_text())
@@ -106,10 +108,7 @@ def test_what_was_found_before_training_is_not_found_anew_by_a_resume(make_run: 
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(make_run: Any) -> None:
     whole, run = make_run("whole"), make_run("run")
     train(whole)
-    with pytest.MonkeyPatch.context() as patch:
-        StopAfter(patch, 50)
-        with pytest.raises(Stopped):
-            train(run)
+    stop(run, 50)
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     weights = newest / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
@@ -122,10 +121,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(mak
 def test_a_checkpoint_is_set_aside_where_one_of_its_number_was_before(make_run: Any) -> None:
     whole, run = make_run("whole"), make_run("run")
     train(whole)
-    with pytest.MonkeyPatch.context() as patch:
-        StopAfter(patch, 50)
-        with pytest.raises(Stopped):
-            train(run)
+    stop(run, 50)
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     earlier = newest.with_name(f"damaged-{newest.name}")
     earlier.mkdir()
@@ -145,10 +141,7 @@ def test_the_best_checkpoint_outlives_the_rotation_and_a_resume(make_run: Any, m
     monkeypatch.setattr(
         outputs, "evaluate", lambda *_, **__: EvaluationResult(loss=next(scripted), num_examples=8, num_tokens=80)
     )
-    with pytest.MonkeyPatch.context() as patch:
-        StopAfter(patch, 37)  # in the fifth window: the best one is of the second
-        with pytest.raises(Stopped):
-            train(run)
+    stop(run, 37)  # in the fifth window: the best one is of the second
     assert kept(run) == ["step-000002", "step-000003", "step-000004"]
     record = train(run, resume=True)
     assert (record.actual.best_step, record.actual.best_eval_loss) == (2, 3.0)
