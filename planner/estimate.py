@@ -44,8 +44,8 @@ TIMER_SECONDS = 1e-6  # what reading the clock adds to each timed call
 # grow in place and showed nothing of the kind: within 0.3 % in three of four pairs, 1.1 % in the fourth.
 HEAP_GROWTH = 1.016
 # Packed rows are nearly all of the largest size, each of other documents, and eager attention holds squares of hundreds
-# of sizes: the heap grows for longer than a worker can watch. Medians of six pairs each (1.02 to 1.08; 0.98 to 1.14), all
-# that bench/results/accuracy-*.json hold up to 2a7bc24, what was added to their predictions taken off again.
+# of sizes: the heap grows for longer than a worker can watch. Medians of six pairs each (1.02 to 1.08; 0.98 to 1.14),
+# all that bench/results/accuracy-*.json hold up to 2a7bc24, what was added to their predictions taken off again.
 PACKED_HEAP_GROWTH = 1.055
 EAGER_HEAP_GROWTH = 1.088
 ONE_OFF_TOLD = 0.02  # of the loop: what the first steps of a process take longer is then worth a note
