@@ -4,9 +4,10 @@
 
 The contestants share weights, data and precision (bf16 on a GPU; fp32 on a CPU): our micro-step as it is and over
 layers as peft and transformers have them, each with the plain and the lean loss, as it is but for one of the parts
-(norms, rotary positions, copies of the adapters), and what Transformers' Trainer calls (an attention mask, labels, the
-model's own loss) over the libraries' own layers. Quoted are medians of ratios within a turn. Beside them stand the
-kernels that one micro-step launches and how long the GPU was busy with them: the rest of the time it waited.
+(norms, rotary positions, copies of the adapters, adapters with one input together, gated MLPs), and what Transformers'
+Trainer calls (an attention mask, labels, the model's own loss) over the libraries' own layers. Quoted are medians of
+ratios within a turn. Beside them stand the kernels that one micro-step launches and how long the GPU was busy with
+them: the rest of the time it waited.
 
 Without --model, a model of 16 layers so narrow that a CPU, too, spends its time on calls and not on arithmetic.
 """
@@ -33,31 +34,35 @@ import common  # noqa: E402
 
 NARROW = accuracy.Shape("llama", 64, 128, 16, 4, 2)
 TRAINERS = "the Trainer's way"
-PARTS = ("adapters", "norms", "rotary", "copies")  # of trainer.fused, norms, rotary, halves
+PARTS = ("adapters", "norms", "rotary", "copies", "siblings", "mlps")  # fused, norms, rotary, halves, siblings, gated
 
 
 class Parts:
     """The same model with some of our layers and the rest as the libraries have them: no weight is held twice."""
 
     def __init__(self, model: Any) -> None:
-        from trainer.fused import FusedLayer, fuse_adapters
+        from trainer.fused import fuse_adapters
+        from trainer.gated import fuse_mlps
         from trainer.norms import fuse_norms
         from trainer.rotary import NAME, Turned, fuse_rotary
+        from trainer.siblings import join_siblings, siblings_of
 
-        print(f"{fuse_adapters(model)} adapters, {fuse_norms(model)} norms, {fuse_rotary(model)} rotary functions")
-        self._forwards = [
-            (
-                module,
-                vars(module)["forward"],
-                "adapters" if isinstance(vars(module)["forward"], FusedLayer) else "norms",
-            )
-            for module in model.modules()
-            if "forward" in vars(module)
-        ]
+        self._forwards = []
+        for part, fuse in (("adapters", fuse_adapters), ("norms", fuse_norms), ("mlps", fuse_mlps)):
+            before = set(map(id, self._replaced(model)))
+            print(f"{fuse(model)} {part}")
+            new = [module for module in self._replaced(model) if id(module) not in before]
+            self._forwards += [(module, vars(module)["forward"], part) for module in new]
+        print(f"{fuse_rotary(model)} rotary functions, {join_siblings(model)} groups of adapters with one input")
+        self._siblings = siblings_of(model)
         names = {type(module).__module__ for module in model.modules()}
         found = [(sys.modules[name], vars(sys.modules[name]).get(NAME)) for name in names]
         self._turned = [(module, function) for module, function in found if isinstance(function, Turned)]
         self._name = NAME
+
+    @staticmethod
+    def _replaced(model: Any) -> list[Any]:
+        return [module for module in model.modules() if "forward" in vars(module)]
 
     def switch(self, on: set[str]) -> None:
         for module, forward, part in self._forwards:
@@ -67,6 +72,9 @@ class Parts:
                 vars(module).pop("forward", None)
         for module, function in self._turned:
             setattr(module, self._name, function if "rotary" in on else function.plain)
+        for group in self._siblings:
+            for layer in group.layers:
+                layer.siblings = group if "siblings" in on else None
 
 
 def main() -> int:

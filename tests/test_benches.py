@@ -45,7 +45,7 @@ def test_a_micro_step_is_compared_with_the_trainer_s_way(tmp_path: Path) -> None
     done = run(str(BENCH / "launch.py"), "--turns", "2", "--out", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
-    assert len(found["contestants"]) == 9
+    assert len(found["contestants"]) == 11
     assert all(len(one["seconds"]) == 2 and min(one["seconds"]) > 0 for one in found["contestants"].values())
     assert found["contestants"]["the Trainer's way"]["over_trainers_way"] == 1.0
 

@@ -92,9 +92,11 @@ def load_model(job: Job, *, need_weights: bool) -> LoadedModel:
     import torch
 
     from trainer.fused import fuse_adapters
+    from trainer.gated import fuse_mlps
     from trainer.kernels import settle_kernels
     from trainer.norms import fuse_norms
     from trainer.rotary import fuse_rotary
+    from trainer.siblings import join_siblings
 
     quiet_libraries()
     if job.device == "cuda":
@@ -136,6 +138,8 @@ def load_model(job: Job, *, need_weights: bool) -> LoadedModel:
     if not job.compile:  # compiling fuses the models' own lines
         fuse_norms(model)
         fuse_rotary(model)
+        fuse_mlps(model)
+        join_siblings(model)
     model.train()
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return LoadedModel(model, num_parameters, trainable, "loaded" if files.has_weights else "random")

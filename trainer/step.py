@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trainer import documents
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from trainer.halves import HalfCopies
     from trainer.lean import LeanHead
+    from trainer.siblings import Siblings
 
 BUCKET_ELEMENTS = 8 * 1024 * 1024  # 32 MiB of fp32 exchanged between processes at once
 
@@ -33,6 +34,7 @@ class Stepper:
     scaler: torch.amp.GradScaler | None = None
     head: LeanHead | None = None  # where the model is cut for the lean loss; None: the plain loss
     halves: HalfCopies | None = None  # of the adapters, in half precision
+    siblings: list[Siblings] = field(default_factory=list)  # adapter layers with the same input
     lean_refused: str | None = None  # why the lean loss is not used although it was asked for
 
 
@@ -79,9 +81,11 @@ def make_stepper(
         else:
             stepper.head = found
     from trainer.halves import half_copies
+    from trainer.siblings import siblings_of
 
     # The lean loss takes the gradients of what trains behind its cut itself, in the parameters and not in copies.
     stepper.halves = half_copies(model, precision, without=stepper.head.trained if stepper.head else ())
+    stepper.siblings = siblings_of(model)
     return stepper
 
 
@@ -164,13 +168,17 @@ def micro_step(stepper: Stepper, batch: MicroBatch, *, scale: float) -> torch.Te
         import torch
 
         gradient_scale = stepper.scaler.scale(torch.tensor(scale or 1.0, device=stepper.device))
-    with contextlib.nullcontext() if stepper.halves is None else stepper.halves.in_place():
-        with autocast(stepper.device, stepper.precision):
-            loss = token_losses(stepper.model, batch, head=stepper.head, gradient_scale=gradient_scale)
-        scaled = loss * scale
-        if stepper.scaler is not None:
-            scaled = stepper.scaler.scale(scaled)
-        scaled.backward()
+    try:
+        with contextlib.nullcontext() if stepper.halves is None else stepper.halves.in_place():
+            with autocast(stepper.device, stepper.precision):
+                loss = token_losses(stepper.model, batch, head=stepper.head, gradient_scale=gradient_scale)
+            scaled = loss * scale
+            if stepper.scaler is not None:
+                scaled = stepper.scaler.scale(scaled)
+            scaled.backward()
+    finally:  # also where memory ran out between one sibling and the next
+        for siblings in stepper.siblings:
+            siblings.forget()
     return loss.detach()
 
 
