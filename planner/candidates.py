@@ -19,7 +19,7 @@ from planner.prober import ProberFactory
 from planner.resolve import Options, Resolved, resolve_job
 from planner.reuse import Keys
 from planner.safety import blocking, verdicts
-from planner.twin import Twin, Wanted
+from planner.twin import Twin, Untimed, Wanted
 from planner.twins import find_twins, known_twin
 from presets.env import Settings
 from presets.errors import DataError, SettingsError
@@ -124,7 +124,11 @@ class Search:
     now: datetime
     clock: Callable[[], float]
 
-    def twins(self, wanted: list[Wanted], data: TokenizedDataset) -> dict[str, Twin]:
+    @property
+    def budget_seconds(self) -> float:
+        return TUNE_BUDGETS * self.measuring.budget_seconds
+
+    def twins(self, wanted: list[Wanted], data: TokenizedDataset) -> dict[str, Twin | Untimed]:
         try:
             with self.shown(self.say) as progress:
                 return find_twins(
@@ -133,7 +137,7 @@ class Search:
                     self.factory,
                     history=self.history,
                     keys=self.keys,
-                    budget_seconds=TUNE_BUDGETS * self.measuring.budget_seconds,
+                    budget_seconds=self.budget_seconds,
                     quantized=self.measuring.quantized,
                     fresh=self.measuring.fresh,
                     now=self.now,
@@ -149,11 +153,14 @@ class Search:
 def baseline_job(
     options: Options, settings: Settings, facts: DeviceFacts, spec: DataSpec, max_length: int
 ) -> Job | None:
-    """The published baseline under these options, which speed-ups are counted from; None where it cannot be a job."""
+    """The published baseline under these options, which speed-ups are counted from; None where it cannot be a job.
+
+    It is not compiled: what compiling gives is a part of the speed-up, where it is asked for.
+    """
     resolved = resolve_job(load_preset(BASELINE), options, settings, facts, spec)
     if resolved.job is None:
         return None
-    return replace(resolved.job, preset=replace(resolved.job.preset, max_length=max_length))
+    return replace(resolved.job, compile=False, preset=replace(resolved.job.preset, max_length=max_length))
 
 
 def with_twins(
@@ -164,8 +171,11 @@ def with_twins(
     tuned: bool,
     instead: bool,
 ) -> tuple[Candidate, ...]:
-    """Each configuration followed by its tuned twin, where one is known (or, with `tuned`, after a search for it)."""
-    twins: dict[str, Twin] = {}
+    """Each configuration followed by its tuned twin, where one is known (or, with `tuned`, after a search for it).
+
+    A search that was too short to tell is made again where there is more time now.
+    """
+    twins: dict[str, Twin | Untimed] = {}
     missing: dict[int, list[Wanted]] = {}
     by_length: dict[int, TokenizedDataset] = {}
     for candidate in candidates:
@@ -174,6 +184,8 @@ def with_twins(
         job, data, known = candidate.planned.job, candidate.data, None
         if search.history is not None and not (tuned and search.measuring.fresh):
             known = known_twin(search.history, search.keys, job, data, quantized=search.measuring.quantized)
+            if known is not None and tuned and known.was_too_short and known.budget_seconds < search.budget_seconds:
+                known = None
         length = job.preset.max_length
         against = baseline(length) if known is None and tuned else None
         if known is not None:
@@ -186,10 +198,12 @@ def with_twins(
     found: list[Candidate] = []
     for candidate in candidates:
         twin = twins.get(candidate.name)
-        made = twin_candidate(candidate, twin) if twin is not None and twin.changes else None
+        made = twin_candidate(candidate, twin) if isinstance(twin, Twin) and twin.changes else None
         if made is None or not instead:
             noted: tuple[str, ...] = ()
-            if twin is not None and not twin.changes:
+            if isinstance(twin, Untimed):
+                noted = (f"{TUNED}: nothing could be timed ({twin.reason})",)
+            elif twin is not None and not twin.changes:
                 reasons = f" ({'; '.join(twin.refused)})" if twin.refused else ""
                 noted = (f"{TUNED}: nothing found that is faster than as written{reasons}",)
             found.append(replace(candidate, notes=(*candidate.notes, *noted)))

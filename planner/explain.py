@@ -50,7 +50,7 @@ def explain_text(comparison: Comparison, *, width: int | None = None, ascii_only
     if twins:
         lines += ["", "What each change gained, one after the other, timed in turns in the search"]
     for twin in twins:
-        text = f"{twin.preset}, tuned: {twin.speedup:.2f}x over the baseline as written: {twin.explained}"
+        text = f"{twin.preset}, tuned: {twin.headline}: {twin.explained or twin.text}"
         lines.append(textwrap.fill(printable(text), min(width or 110, 110), subsequent_indent="  "))
     refused = sorted({reason for twin in twins for reason in twin.refused})
     lines += [f"not offered: {printable(reason)}" for reason in refused]

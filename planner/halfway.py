@@ -26,7 +26,7 @@ class Halfway:
     """
 
     preset: str
-    layouts: tuple[Layout, ...]  # the fastest first; as written is among them
+    layouts: tuple[Layout, ...]  # the fastest first; as written is among them where it fits
     steps: tuple[Change, ...] | None = None  # changes of the step that save time; None: not searched yet
     refused: tuple[str, ...] = ()
     budget_seconds: float = 0.0  # of the command; a more generous one begins anew
@@ -42,7 +42,7 @@ def usable(earlier: Sequence[Halfway], wanted: Sequence[Wanted]) -> dict[str, li
     found: dict[str, list[tuple[Job, Layout]]] = {}
     for one in wanted:
         layouts = known[one.name].layouts if one.name in known else ()
-        if not any(layout.changes == () for layout in layouts):
+        if not layouts:
             return {}
         try:
             found[one.name] = [(changed(one.job, layout.changes), layout) for layout in layouts]

@@ -190,10 +190,9 @@ def _notes(
     saving = _accumulation_note(candidates, estimates)
     if saving:
         notes.append(saving)
-    if not any(candidate.twin is not None for candidate in candidates) and not any(
-        note.startswith(TUNED) for candidate in candidates for note in candidate.notes
-    ):
-        notes.append("Tuned: not yet for this model and data. 'plan tune' finds the fastest split of the same batches.")
+    untuned = _untuned(candidates)
+    if untuned:
+        notes.append(f"Tuned: {untuned}. 'plan tune' finds the fastest split of the same batches.")
     published = [c.resolved.preset for c in candidates if c.planned is not None and c.twin is None]
     if any(_steps_by_formula(preset, training) not in (None, estimates[preset.name].num_steps) for preset in published):
         notes.append(
@@ -201,6 +200,17 @@ def _notes(
             "(63,000 messages at GA 64: 985 steps, by the formula 984)."
         )
     return tuple(notes)
+
+
+def _untuned(candidates: tuple[Candidate, ...]) -> str | None:
+    """Which presets no search has looked at yet for this model and data; None where it has at all."""
+    searched = {one.resolved.preset.name for one in candidates if one.twin is not None}
+    searched |= {c.name for c in candidates if any(note.startswith(TUNED) for note in c.notes)}
+    planned = [one.name for one in candidates if one.planned is not None and one.twin is None]
+    missing = [name for name in planned if name not in searched]
+    if not missing:
+        return None
+    return f"not yet {', '.join(missing)}" if searched else "not yet for this model and data"
 
 
 def _steps_by_formula(preset: Preset, num_examples: int) -> int | None:

@@ -3,8 +3,10 @@
 The search goes through three stages, each one call of `measure`, so that what is compared was timed in turns:
 
 1. Layouts. Every split of the global batch into micro-batches, and packed rows of several lengths, under the step as it
-   is. Memory is proven from the smallest up, to the first that does not fit.
-2. Steps. With the fastest layout: the lean loss, the other attention, fewer threads, no checkpointing. Each alone.
+   is. Memory is proven from the smallest up, to the first that does not fit. Where none fits they are tried again with
+   what takes less memory: the lean loss, checkpointing, both.
+2. Steps. With the fastest layout: the lean loss, the other attention, fewer threads, no checkpointing, no compiling.
+   Each alone.
 3. The chain. The baseline as published, then one change after the other in the order in which they are listed, all in
    turns. What is kept is the fastest link; each link's share is its ratio to the one before.
 
@@ -18,10 +20,10 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from planner.chain import LEAST_ROUNDS, WORTH, Step, Timed, is_faster, make_chain, twin_of
 from planner.estimate import Estimate, estimate
 from planner.estimator import Estimator, plan_work
 from planner.group import Group
@@ -30,8 +32,7 @@ from planner.measure import Progress, measure
 from planner.measurement import Measurements, PlannedRow, StepSignature
 from planner.prober import DoesNotFit, ProberFactory
 from planner.standing import Standing
-from planner.student import t_quantile
-from planner.twin import Change, Link, Twin, Wanted, changed
+from planner.twin import TOO_SHORT, Change, Twin, Untimed, Wanted, changed
 from presets.errors import MeasurementError, PlanError, SettingsError
 from trainer.job import Job
 from trainer.planning import plan_job, stand_in
@@ -42,37 +43,9 @@ GPU_MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 PACKED_ROWS = (1, 2, 4, 8)  # times the longest example, rounded up to a power of two
 MOST_PACKED_TOKENS = {"cpu": 4096, "cuda": 32768, "mps": 8192}
 WINDOW_MULTIPLE = 256  # tokens, to which a window's longest row is rounded up
-WORTH = 0.02  # a change that saves less than this of the time is not kept: it would not be seen in a run
-LEAST_ROUNDS = 3  # from fewer, no gain can be told from chance
-TOO_SHORT = "what the time did not suffice to tell from chance: give more with --budget"
+DOES_NOT_FIT = "it does not fit"
+LEAST_MEMORY = "with the lean loss, checkpointing, or both"
 STAGE_SHARES = (0.45, 0.25, 0.30)  # of the time budget
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Timed:
-    """A job with some changes, and its loop's seconds."""
-
-    job: Job
-    changes: tuple[Change, ...]
-    seconds: float
-    # (rounds,) the loop's seconds as each round alone would have it, the last round last; none of an earlier search
-    replicates: FloatArray = field(default_factory=lambda: np.zeros(0))
-
-
-def is_faster(new: FloatArray, old: FloatArray) -> bool:
-    """Whether what was timed in turns with something else takes less of the time, by `WORTH` and beyond chance.
-
-    Round by round, so that what slows a whole round slows both: the mean log-ratio must lie under -`WORTH`, and its
-    95 % upper bound (Student's t, one-sided) under 0. Warm-up dropped from one of them is dropped from both: rounds are
-    matched from the last one back.
-    """
-    count = min(len(new), len(old))
-    if count < LEAST_ROUNDS:
-        return False
-    ratio = np.log(new[-count:] / old[-count:])
-    mean = float(ratio.mean())
-    error = float(ratio.std(ddof=1)) / math.sqrt(count)
-    return mean < -WORTH and mean + t_quantile(count - 1) * error < 0
 
 
 def tune(
@@ -87,8 +60,8 @@ def tune(
     seed: int = 0,
     earlier: Sequence[Halfway] = (),
     keep: Callable[[list[Halfway]], None] | None = None,
-) -> tuple[Twin, ...]:
-    """The tuned twin of each preset.
+) -> tuple[Twin | Untimed, ...]:
+    """The tuned twin of each preset, or why nothing of it could be timed.
 
     Args:
         wanted: presets with the same step as written (adapter, precision, model): they share every timing.
@@ -98,7 +71,7 @@ def tune(
         keep: told after each stage but the last what is found so far, one for each preset.
 
     Raises:
-        MeasurementError: nothing could be measured as written, so there is nothing to compare with.
+        MeasurementError: of none of the presets anything could be timed.
     """
     return _Tuning(wanted, data, factory, budget_seconds, quantized, progress, clock, seed, keep).tune(earlier)
 
@@ -130,19 +103,21 @@ class _Tuning:
         self.seed = seed
         self.keep = keep
         self.refused: list[str] = []
+        self.untimed: dict[str, str] = {}  # preset -> why nothing of it can be timed
         self.plans: dict[tuple[object, ...], PlannedRow] = {}
         self.standing = Standing()
         self.variants: dict[str, tuple[str, tuple[Change, ...]]] = {}  # row -> preset and changes
 
-    def tune(self, earlier: Sequence[Halfway]) -> tuple[Twin, ...]:
+    def tune(self, earlier: Sequence[Halfway]) -> tuple[Twin | Untimed, ...]:
         try:
             best, steps = self._interrupted(earlier)
             if not best:
                 best = self._first_stage(self._layouts())
-                self._keep(best, None)
+                if not self.untimed:
+                    self._keep(best, None)
             if steps is None:
                 steps = self._second_stage(best)
-                if TOO_SHORT not in self.refused:
+                if TOO_SHORT not in self.refused and not self.untimed:
                     self._keep(best, steps)
             return self._third_stage(best, steps)
         finally:
@@ -235,17 +210,50 @@ class _Tuning:
             self.standing.keep(group)
 
     def _first_stage(self, layouts: list[Change]) -> dict[str, list[Timed]]:
-        """The layouts of each preset, the fastest first; as written is among them."""
-        rows = self._rows({wanted.name: [(), *((layout,) for layout in layouts)] for wanted in self.wanted})
-        found = self._measure(rows, STAGE_SHARES[0], "layouts")
+        """The layouts of each preset, the fastest first; as written is among them where it fits.
+
+        Presets of which nothing can be timed are left out from here on.
+
+        Raises:
+            MeasurementError: nothing is left.
+        """
+        timed = self._with_relief((), layouts, self.wanted)
+        for relief in self._reliefs():
+            tight = [one for one in self.wanted if not timed[one.name] and one.name not in self.untimed]
+            if tight:
+                timed |= self._with_relief(relief, layouts, tight)
+        for one in self.wanted:
+            if not timed[one.name]:
+                self.untimed.setdefault(one.name, f"{DOES_NOT_FIT}, as written or in any split, {LEAST_MEMORY}")
+        if len(self.untimed) == len(self.wanted):
+            name, reason = next(iter(self.untimed.items()))
+            raise MeasurementError(f"'{name}' cannot be timed here: {reason}.")
+        self.wanted = [one for one in self.wanted if timed[one.name]]
+        return {one.name: timed[one.name] for one in self.wanted}
+
+    def _reliefs(self) -> list[tuple[Change, ...]]:
+        """What makes a step fit at the same gradient, the cheapest first."""
+        job = self.wanted[0].job
+        lean = [Change(name="lean loss", loss="lean")] if job.loss == "plain" else []
+        checkpointing = [Change(name="checkpointing", gradient_checkpointing=True)]
+        if job.preset.gradient_checkpointing:
+            checkpointing = []
+        return list(dict.fromkeys(tuple(one) for one in (lean, checkpointing, lean + checkpointing) if one))
+
+    def _with_relief(
+        self, relief: tuple[Change, ...], layouts: list[Change], wanted: Sequence[Wanted]
+    ) -> dict[str, list[Timed]]:
+        """Each preset's layouts with these changes, the fastest first. What fails for another reason than memory is
+        not tried again."""
+        rows = self._rows({one.name: [relief, *((*relief, layout) for layout in layouts)] for one in wanted})
+        what = f"layouts, {' and '.join(change.text for change in relief)}" if relief else "layouts"
+        found = self._measure(rows, STAGE_SHARES[0], what)
         timed = self._timed(rows, found)
-        for wanted in self.wanted:
-            if not any(one.changes == () for one in timed[wanted.name]):
-                verdict = found.verdict(_row_name(wanted.name, ()))
-                raise MeasurementError(
-                    f"'{wanted.name}' as written cannot be timed here: {verdict.error if verdict else 'no verdict'}."
-                )
-        return timed
+        for one in wanted:
+            verdict = found.verdict(_row_name(one.name, relief))
+            if not timed[one.name] and (verdict is None or verdict.fits is not False):
+                self.untimed[one.name] = (verdict.error if verdict else None) or "no verdict"
+        return {one.name: timed[one.name] for one in wanted}
 
     # --- 2: steps -----------------------------------------------------------------------------------------------------
 
@@ -253,7 +261,7 @@ class _Tuning:
         """Changes of the step that save time with the fastest layout of the first preset, the best first."""
         wanted = self.wanted[0]
         fastest = best[wanted.name][0]
-        tried = self._step_changes(fastest.job)
+        tried = self._step_changes(fastest.job, wanted.job)
         if not tried:
             return []
         rows = self._rows({wanted.name: [fastest.changes, *((*fastest.changes, change) for change in tried)]})
@@ -271,7 +279,7 @@ class _Tuning:
             if is_faster(one.replicates, base.replicates)
         ]
 
-    def _step_changes(self, job: Job) -> list[Change]:
+    def _step_changes(self, job: Job, written: Job) -> list[Change]:
         preset = job.preset
         found: list[Change] = []
         if job.loss == "plain":
@@ -285,8 +293,10 @@ class _Tuning:
                 found.append(other)
             else:
                 self.refused.append(f"{other.text} with packing: {reason}")
-        if preset.gradient_checkpointing:
+        if written.preset.gradient_checkpointing:  # not where it was added to make it fit
             found.append(Change(name="checkpointing", gradient_checkpointing=False))
+        if job.compile:
+            found.append(Change(name="compiled", compile=False))
         if job.device == "cpu":
             now = job.num_threads or _cores()
             found += [Change(name="threads", num_threads=number) for number in sorted({_cores(), now // 2} - {now, 0})]
@@ -311,99 +321,21 @@ class _Tuning:
 
     # --- 3: the chain -------------------------------------------------------------------------------------------------
 
-    def _third_stage(self, best: dict[str, list[Timed]], steps: list[Change]) -> tuple[Twin, ...]:
-        chains: dict[str, list[tuple[str, Job, tuple[Change, ...]]]] = {}
-        for wanted in self.wanted:
-            chains[wanted.name] = self._chain(wanted, best[wanted.name], steps)
-        rows = []
-        for name, chain in chains.items():
-            rows += [self._row(f"{name} #{number}", job) for number, (_, job, _) in enumerate(chain)]
-        found = self._measure(rows, STAGE_SHARES[2], "the chain")
-        return tuple(self._twin(wanted, chains[wanted.name], rows, found) for wanted in self.wanted)
-
-    def _chain(
-        self, wanted: Wanted, timed: list[Timed], steps: list[Change]
-    ) -> list[tuple[str, Job, tuple[Change, ...]]]:
-        """(name of the link, job, changes so far), from the baseline as written."""
-        written = wanted.job
-        chain: list[tuple[str, Job, tuple[Change, ...]]] = [("baseline", wanted.baseline, ())]
-        half = replace(written, precision=wanted.baseline.precision, base_precision=wanted.baseline.base_precision)
-        if wanted.name != wanted.baseline.name:
-            plain = written.preset.sampling.takes_all and not written.preset.phases and written.preset.num_epochs == 1
-            chain.append(("accumulation" if plain else "schedule and sampling", half, ()))
-            asked = written.preset.precision
-            if asked != wanted.baseline.preset.precision or half != written:
-                if half.precision != written.precision:
-                    chain.append((asked, written, ()))
-                elif half != written:
-                    chain.append((f"base in {written.base_precision}", written, ()))
-                else:
-                    chain.append((f"{asked} (not on this device)", written, ()))
-        changes: tuple[Change, ...] = ()
-        job = written
-        layout = timed[0]
-        if layout.changes:
-            # A packed layout is reached in two links where rows together already help: what each gives is seen.
-            change = layout.changes[0]
-            if change.packed_length is not None:
-                plain_split = next((one for one in timed if one.changes and one.changes[0].packed_length is None), None)
-                as_written = next(one for one in timed if not one.changes)
-                if plain_split is not None and plain_split.seconds < (1 - WORTH) * as_written.seconds:
-                    chain.append((plain_split.changes[0].text, plain_split.job, plain_split.changes))
-            changes, job = layout.changes, layout.job
-            chain.append((change.text, job, changes))
-        for step in steps:
-            changes, job = (*changes, step), step.applied(job)
-            chain.append((step.text, job, changes))
-        return chain
-
-    def _twin(
-        self,
-        wanted: Wanted,
-        chain: list[tuple[str, Job, tuple[Change, ...]]],
-        rows: list[PlannedRow],
-        found: Measurements,
-    ) -> Twin:
-        """The fastest link from the preset as written on; what came after it was tried and left out."""
-        by_name = {row.name: row for row in rows}
-        seconds: list[float | None] = []
-        replicates: list[FloatArray] = []
-        for number in range(len(chain)):
-            row = by_name[f"{wanted.name} #{number}"]
-            one = self._estimate(row, found)
-            replicates.append(self._replicates(row, found))
-            is_timed = one is not None and one.fits and len(replicates[-1]) > 0
-            seconds.append(float(replicates[-1].mean()) if is_timed else None)
-        written = next(number for number, (_, job, _) in reversed(list(enumerate(chain))) if job == wanted.job)
-        first, as_written = seconds[0], seconds[written]
-        if first is None or as_written is None:
-            raise MeasurementError(f"'{wanted.name}' as written could not be timed beside its changes.")
-        best = written
-        if len(chain) > written + 1 and len(replicates[written]) < LEAST_ROUNDS:
-            self.refused.append(TOO_SHORT)
-        for number in range(written + 1, len(chain)):
-            if seconds[number] is not None and is_faster(replicates[number], replicates[best]):
-                best = number
-        links, before = [], first
-        for number in range(1, len(chain)):
-            now = seconds[number]
-            if now is None:
-                continue
-            is_kept = number <= best
-            links.append(Link(name=chain[number][0], seconds=now, factor=before / now, is_kept=is_kept))
-            if is_kept:
-                before = now
-        fastest = seconds[best]
-        assert fastest is not None
-        return Twin(
-            preset=wanted.name,
-            changes=chain[best][2] if best > written else (),
-            links=tuple(links),
-            written_seconds=as_written,
-            seconds=fastest,
-            baseline_seconds=first,
-            refused=tuple(dict.fromkeys(self.refused)),
-        )
+    def _third_stage(self, best: dict[str, list[Timed]], steps: list[Change]) -> tuple[Twin | Untimed, ...]:
+        chains = {one.name: make_chain(one, best[one.name], steps) for one in self.wanted}
+        rows = {
+            name: [self._row(f"{name} #{number}", step.job) for number, step in enumerate(chain)]
+            for name, chain in chains.items()
+        }
+        found = self._measure([row for some in rows.values() for row in some], STAGE_SHARES[2], "the chain")
+        twins: list[Twin | Untimed] = [Untimed(preset=name, reason=reason) for name, reason in self.untimed.items()]
+        for one in self.wanted:
+            chain = chains[one.name]
+            replicates = [
+                self._usable(row, found, _link_name(one, step)) for row, step in zip(rows[one.name], chain, strict=True)
+            ]
+            twins.append(twin_of(one, chain, replicates, self.refused))
+        return tuple(twins)
 
     # --- measuring ----------------------------------------------------------------------------------------------------
 
@@ -456,27 +388,44 @@ class _Tuning:
             return None
 
     def _replicates(self, row: PlannedRow, found: Measurements) -> FloatArray:
-        """The loop's seconds by round, without rare slow micro-steps: they hit one candidate and miss another."""
+        """The loop's seconds by round, without rare slow micro-steps: they hit one candidate and miss another.
+
+        With the seconds of compiling, which is a part of a compiled run.
+        """
         measured = found.of(StepSignature.of(row.job))
         if measured is None or not measured.rounds:
             return np.zeros(0)
         work = plan_work(row, row.plan.micro_shapes(self.data.lengths), found.strata)
         try:
-            return Estimator(measured.rounds, found.strata, row.kind).total(work).replicates
+            once = measured.load.compile_seconds if measured.load is not None else 0.0
+            return Estimator(measured.rounds, found.strata, row.kind).total(work).replicates + once
         except MeasurementError:  # nothing of this kind: it did not fit
             return np.zeros(0)
+
+    def _usable(self, row: PlannedRow, found: Measurements, what: str) -> FloatArray:
+        """The row's replicates; none where it does not fit, or where its worker failed: then `refused` says so."""
+        one = self._estimate(row, found)
+        if one is not None and one.error is not None and one.fits is not False:
+            self.refused.append(f"{what}: {one.error}")
+            return np.zeros(0)
+        return self._replicates(row, found) if one is not None and one.fits else np.zeros(0)
 
     def _timed(self, rows: list[PlannedRow], found: Measurements) -> dict[str, list[Timed]]:
         """Per preset what could be timed, the fastest first."""
         timed: dict[str, list[Timed]] = {wanted.name: [] for wanted in self.wanted}
         for row in rows:
-            one, replicates = self._estimate(row, found), self._replicates(row, found)
-            if one is None or not one.fits or not len(replicates):
-                continue
             name, changes = self.variants[row.name]
-            seconds = float(replicates.mean())
-            timed[name].append(Timed(job=row.job, changes=changes, seconds=seconds, replicates=replicates))
+            replicates = self._usable(row, found, changes[-1].text if changes else f"{name} as written")
+            if len(replicates):
+                seconds = float(replicates.mean())
+                timed[name].append(Timed(job=row.job, changes=changes, seconds=seconds, replicates=replicates))
         return {name: sorted(ones, key=lambda one: one.seconds) for name, ones in timed.items()}
+
+
+def _link_name(wanted: Wanted, step: Step) -> str:
+    return (
+        f"{wanted.name} {step.name}" if step.name == "baseline" and wanted.name == wanted.baseline.name else step.name
+    )
 
 
 def _row_name(preset: str, changes: tuple[Change, ...]) -> str:

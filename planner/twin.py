@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 from trainer.job import Job
 
+TOO_SHORT = "what the time did not suffice to tell from chance: give more with --budget"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
@@ -20,7 +22,13 @@ class Change:
     gradient_checkpointing: bool | None = None
     num_threads: int | None = None
     base_precision: str | None = None
+    compile: bool | None = None
     is_neutral: bool = True
+
+    @property
+    def is_layout(self) -> bool:
+        """Whether it says how the global batch is split or packed."""
+        return self.packed_length is not None or self.micro_batch_size is not None
 
     def applied(self, job: Job) -> Job:
         """The job with this change.
@@ -33,7 +41,7 @@ class Change:
             changes["micro_batch_size"] = self.micro_batch_size
         if self.packed_length is not None:
             changes |= {"packing": True, "packed_length": self.packed_length}
-        for name in ("loss", "num_threads", "base_precision"):
+        for name in ("loss", "num_threads", "base_precision", "compile"):
             if getattr(self, name) is not None:
                 changes[name] = getattr(self, name)
         preset = {
@@ -60,6 +68,8 @@ class Change:
             return "checkpointing" if self.gradient_checkpointing else "no checkpointing"
         if self.num_threads is not None:
             return f"{self.num_threads} CPU thread{'s' if self.num_threads > 1 else ''}"
+        if self.compile is not None:
+            return "compiled" if self.compile else "not compiled"
         return f"base in {self.base_precision}"
 
 
@@ -91,21 +101,27 @@ class Twin:
     preset: str
     changes: tuple[Change, ...]  # none: as written is the fastest
     links: tuple[Link, ...]  # from the baseline as written; the product of the factors is `speedup`
-    written_seconds: float  # of the training loop, as written, beside `seconds` in turns
+    written_seconds: float | None  # of the training loop, as written, beside `seconds` in turns; None: does not fit
     seconds: float
-    baseline_seconds: float
+    baseline_seconds: float | None  # None: the baseline does not fit
     refused: tuple[str, ...] = ()  # what was not offered, and why
     tuned_at: str = ""
+    budget_seconds: float = 0.0  # of the search
 
     @property
-    def speedup(self) -> float:
+    def speedup(self) -> float | None:
         """Over the baseline as written."""
-        return self.baseline_seconds / self.seconds
+        return None if self.baseline_seconds is None else self.baseline_seconds / self.seconds
 
     @property
-    def gain(self) -> float:
+    def gain(self) -> float | None:
         """Over the same preset as written."""
-        return self.written_seconds / self.seconds
+        return None if self.written_seconds is None else self.written_seconds / self.seconds
+
+    @property
+    def was_too_short(self) -> bool:
+        """Whether its search could not tell all that it tried from chance."""
+        return TOO_SHORT in self.refused
 
     def job(self, job: Job) -> Job:
         """The tuned job of this preset's job as written."""
@@ -114,6 +130,15 @@ class Twin:
     @property
     def text(self) -> str:
         return ", ".join(change.text for change in self.changes) or "as written"
+
+    @property
+    def headline(self) -> str:
+        """What it gains, and over what: the baseline, or where that does not fit itself as written."""
+        if self.speedup is not None:
+            return f"{self.speedup:.2f}x over the baseline as written"
+        if self.gain is not None and self.changes:
+            return f"{self.gain:.2f}x over itself as written (the baseline could not be timed)"
+        return "no speed-up can be told: as written it could not be timed" if self.changes else "as written"
 
     @property
     def explained(self) -> str:
@@ -130,3 +155,11 @@ class Wanted:
     name: str
     job: Job
     baseline: Job
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Untimed:
+    """A preset of which nothing could be timed, and why."""
+
+    preset: str
+    reason: str

@@ -19,24 +19,25 @@ from planner.nursery import nursery
 from planner.prober import ProberFactory, ProcessProber, worker_environment
 from planner.reuse import Keys
 from planner.tune import tune
-from planner.twin import Twin, Wanted
+from planner.twin import Twin, Untimed, Wanted
 from presets import jsonio
-from presets.errors import PlanError
+from presets.errors import MeasurementError, PlanError
 from trainer.job import Job
 from trainer.tokens import TokenizedDataset
 
-FORM = 1  # of what is stored: another one is searched again
+FORM = 2  # of what is stored: another one is searched again
 HALFWAY_FOR = timedelta(days=1)  # what an interrupted search found is gone on with for so long
 
 
 def twin_key(
     keys: Keys, job: Job, data: TokenizedDataset, *, quantized: bool = False, what: str = "twin"
 ) -> str | None:
-    """Under which a job's twin is kept: machine, versions, model shape, step, preset and the lengths of the data.
+    """Under which a job's twin is kept: machine, versions, model shape, step, preset, and what each example holds.
 
     A search that may quantize keeps its twins apart: nobody gets another training who did not ask for it.
 
-    None where the model's shape is not known. The fastest split depends on the lengths, so other data is tuned anew.
+    None where the model's shape is not known. The fastest split depends on the lengths, and what the output layer takes
+    on the tokens that are learnt from, so other data is tuned anew.
     """
     key = keys.of_measurement(job)
     if key is None:
@@ -46,6 +47,7 @@ def twin_key(
         parts.append("grouped by length")
     sha = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     sha.update(data.lengths.tobytes())
+    sha.update(data.num_supervised.tobytes())
     return f"{what} {sha.hexdigest()[:32]}"
 
 
@@ -62,7 +64,8 @@ def known_twin(
         twin.job(job)
     except PlanError:  # of another form than today's, or a split that this job cannot have
         return None
-    return twin if min(twin.seconds, twin.written_seconds, twin.baseline_seconds) > 0 else None
+    timed = (twin.seconds, twin.written_seconds, twin.baseline_seconds)
+    return twin if all(one > 0 for one in timed if one is not None) else None
 
 
 class _Kept:
@@ -123,7 +126,7 @@ def find_twins(
     now: datetime,
     progress: Progress | None = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Twin]:
+) -> dict[str, Twin | Untimed]:
     """Search for the twins of some presets over the same data, and keep them. By preset.
 
     Presets with the same step share their search, so eight presets take little longer than one. A search that was
@@ -133,12 +136,13 @@ def find_twins(
         fresh: do not go on with what an interrupted search found.
 
     Raises:
-        MeasurementError: a preset cannot be timed as written.
+        MeasurementError: nothing of any preset could be timed.
     """
     groups: dict[StepSignature, list[Wanted]] = {}
     for one in wanted:
         groups.setdefault(StepSignature.of(one.job), []).append(one)
-    found: dict[str, Twin] = {}
+    found: dict[str, Twin | Untimed] = {}
+    failed: list[MeasurementError] = []
     with tempfile.TemporaryDirectory(prefix="plan-") as folder, nursery(worker_environment()) as nearby:
         saved = Path(folder) / "data"
         saved.mkdir()
@@ -147,25 +151,35 @@ def find_twins(
         forked = ProcessProber.factory(saved, nursery=nearby)
         for members in groups.values():
             kept = _Kept(history, keys, members, data, quantized, budget_seconds, now)
-            twins = tune(
-                members,
-                data,
-                forked if factory == ProcessProber.factory else factory(saved),
-                budget_seconds=budget_seconds / len(groups),
-                quantized=quantized,
-                progress=progress,
-                clock=clock,
-                earlier=() if fresh else kept.found(),
-                keep=kept.keep,
-            )
+            try:
+                twins = tune(
+                    members,
+                    data,
+                    forked if factory == ProcessProber.factory else factory(saved),
+                    budget_seconds=budget_seconds / len(groups),
+                    quantized=quantized,
+                    progress=progress,
+                    clock=clock,
+                    earlier=() if fresh else kept.found(),
+                    keep=kept.keep,
+                )
+            except MeasurementError as reason:  # the other groups may still be timed
+                failed.append(reason)
+                found |= {one.name: Untimed(preset=one.name, reason=str(reason).rstrip(".")) for one in members}
+                continue
             jobs = {one.name: one.job for one in members}
             contents = {}
             for twin in twins:
-                dated = replace(twin, tuned_at=now.isoformat(timespec="seconds"))
+                if isinstance(twin, Untimed):
+                    found[twin.preset] = twin
+                    continue
+                dated = replace(twin, tuned_at=now.isoformat(timespec="seconds"), budget_seconds=budget_seconds)
                 found[twin.preset] = dated
                 key = twin_key(keys, jobs[twin.preset], data, quantized=quantized)
                 if key is not None:
                     contents[key] = jsonio.to_json(dated)
             if history is not None and contents:
                 history.keep_measurements(contents)
+    if failed and all(isinstance(one, Untimed) for one in found.values()):
+        raise failed[0]
     return found

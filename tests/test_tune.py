@@ -14,10 +14,11 @@ from fakes import FakeDevice, FakeProber, chat_lengths, make_data, make_job
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.chain import WORTH, is_faster
 from planner.history import History
 from planner.prober import LoadReply, MicroRows
 from planner.reuse import Keys
-from planner.tune import WORTH, is_faster, tune
+from planner.tune import tune
 from planner.twin import Change, Twin, Wanted
 from planner.twins import find_twins, known_twin
 from presets.errors import MeasurementError
