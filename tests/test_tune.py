@@ -71,7 +71,9 @@ def tuned(
 ) -> tuple[Twin, ...]:
     baseline = make_job("baseline", device=job.get("device", "cpu"))
     wanted = [Wanted(name=name, job=make_job(name, **job), baseline=baseline) for name in names or ("recommended",)]
-    return tune(wanted, data, device.factory, budget_seconds=budget, clock=device.clock, seed=device.seed)
+    found = tune(wanted, data, device.factory, budget_seconds=budget, clock=device.clock, seed=device.seed)
+    assert all(isinstance(one, Twin) for one in found)
+    return found  # type: ignore[return-value]
 
 
 def test_where_every_micro_step_costs_a_lot_by_itself_fewer_of_them_are_chosen() -> None:
@@ -160,9 +162,114 @@ def test_memory_bounds_the_search_and_runs_out_at_most_once_a_step() -> None:
     assert len(failures) <= 3
 
 
-def test_where_a_preset_as_written_does_not_fit_it_is_an_error_that_says_so() -> None:
-    with pytest.raises(MeasurementError, match=r"'recommended' as written cannot be timed"):
+def test_where_nothing_fits_it_is_an_error_that_says_what_was_tried() -> None:
+    with pytest.raises(MeasurementError, match=r"'recommended' cannot be timed here: it does not fit, .*checkpointing"):
         tuned(device_of(fits_padded_tokens=4))
+
+
+class Tight(Device):
+    """As written nothing fits; with checkpointing it does, and takes a third longer."""
+
+    def factory(self, job: Job) -> FakeProber:
+        return TightProber(self, job)
+
+
+class TightProber(Prober):
+    def _seconds(self, rows: MicroRows) -> float:
+        saves = self.job.preset.gradient_checkpointing
+        self.device.fits_padded_tokens = 4096 if saves else 4
+        return super()._seconds(rows) * (4 / 3 if saves else 1)
+
+
+def test_where_only_checkpointing_fits_it_is_turned_on_and_the_fastest_split_found() -> None:
+    (twin,) = tuned(Tight(LENGTHS, base=0.2, per_token=1e-5, per_token_width=0.0), budget=300.0)
+    assert twin.changes[0].gradient_checkpointing is True
+    assert any(change.is_layout for change in twin.changes)
+    assert twin.written_seconds is twin.baseline_seconds is twin.speedup is twin.gain is None
+    assert "as written it could not be timed" in twin.headline
+    assert twin.job(make_job("recommended")).preset.gradient_checkpointing
+
+
+def test_where_only_a_smaller_split_fits_it_is_taken() -> None:
+    longest = int(LENGTHS.max())
+    device = device_of(base=0.2, per_token=1e-5, per_token_width=0.0, fits_padded_tokens=2 * longest)
+    (twin,) = tuned(device, budget=300.0, micro_batch_size=8)
+    assert twin.written_seconds is None
+    assert any(change.is_layout for change in twin.changes)
+    assert twin.baseline_seconds is not None
+    assert twin.speedup is not None
+    assert twin.speedup > 1
+
+
+def test_one_preset_that_does_not_fit_stops_no_other() -> None:
+    baseline = make_job("baseline")
+    large = replace(make_job("aggressive"), micro_batch_size=8)
+    device = device_of(base=0.2, per_token=1e-5, per_token_width=0.0, fits_padded_tokens=int(LENGTHS.max()))
+    wanted = [
+        Wanted(name="aggressive", job=large, baseline=baseline),
+        Wanted(name="recommended", job=make_job("recommended"), baseline=baseline),
+    ]
+    twins = {one.preset: one for one in tune(wanted, DATA, device.factory, budget_seconds=300, clock=device.clock)}
+    assert isinstance(twins["aggressive"], Twin)
+    assert isinstance(twins["recommended"], Twin)
+
+
+def test_a_baseline_that_fails_costs_only_the_speed_up_over_it() -> None:
+    device = device_of(base=0.2, per_token=1e-5, per_token_width=0.0, broken=("fp32",))
+    (twin,) = tuned(device, device="cuda", precision="fp16", base_precision="fp16", budget=300.0)
+    assert twin.speedup is None
+    assert twin.gain is not None
+    assert twin.gain > 1
+    assert any("baseline" in reason and "ended by itself" in reason for reason in twin.refused)
+
+
+def test_a_candidate_whose_worker_fails_is_none() -> None:
+    """It may have been timed for a while before, and be the fastest."""
+
+    class Dies(Prober):
+        runs = 0
+
+        def run(self, micro_batches: Any) -> list[float]:
+            if self.job.loss == "lean":
+                self.runs += 1
+                if self.runs > 6:
+                    raise MeasurementError("the worker process ended by itself (exit code 1).")
+            return super().run(micro_batches)
+
+    class Fragile(Device):
+        def factory(self, job: Job) -> FakeProber:
+            return Dies(self, job)
+
+    device = Fragile(LENGTHS, base=0.0, per_token=4e-4, per_token_width=4e-6, optimizer=0.001, memory=64 << 30)
+    device.lean_factor = 0.5
+    (twin,) = tuned(device, budget=300.0)
+    assert all(change.loss is None for change in twin.changes)
+    assert any(reason.startswith("lean loss: ") and "ended by itself" in reason for reason in twin.refused)
+
+
+@pytest.mark.parametrize(("compiling", "is_kept"), [(1.0, True), (1e6, False)])
+def test_compiling_is_a_link_and_its_seconds_count(compiling: float, is_kept: bool) -> None:
+    class Compiles(Prober):
+        def _seconds(self, rows: MicroRows) -> float:
+            return super()._seconds(rows) * (0.5 if self.job.compile else 1.0)
+
+        def load(self) -> LoadReply:
+            return replace(super().load(), compile_seconds=compiling if self.job.compile else 0.0)
+
+    class Compiler(Device):
+        def factory(self, job: Job) -> FakeProber:
+            return Compiles(self, job)
+
+    device = Compiler(LENGTHS, base=0.0, per_token=4e-4, per_token_width=4e-6, optimizer=0.001, memory=64 << 30)
+    wanted = Wanted(
+        name="recommended", job=replace(make_job("recommended"), compile=True), baseline=make_job("baseline")
+    )
+    (twin,) = tune([wanted], DATA, device.factory, budget_seconds=300.0, clock=device.clock)
+    assert isinstance(twin, Twin)
+    names = [link.name for link in twin.links]
+    assert "compiled" in names
+    assert twin.job(wanted.job).compile is is_kept
+    assert (twin.links[names.index("compiled")].factor > 1.5) is is_kept
 
 
 @pytest.mark.parametrize(("on", "at_most"), [("cuda", 4), ("cpu", 99)])
@@ -191,8 +298,8 @@ def test_on_a_gpu_rows_that_hold_a_whole_window_are_tried() -> None:
 
 
 def test_workers_end_with_a_search_that_fails() -> None:
-    device = device_of(base=0.2, broken=("fp32",))
-    with pytest.raises(MeasurementError):
+    device = device_of(base=0.2, broken=("fp32", "fp16"))
+    with pytest.raises(MeasurementError, match="ended by itself"):
         tuned(device, device="cuda", precision="fp16", base_precision="fp16")
     assert device.alive == 0
 
