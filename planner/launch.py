@@ -212,7 +212,11 @@ def check_accelerate_config(path: Path) -> None:
 
 
 def start(argv: Sequence[str]) -> int:
-    """Run the trainer in the foreground and return its exit code; signals are passed on, it decides what they do."""
+    """Run the trainer in the foreground and return its exit code; signals are passed on, it decides what they do.
+
+    It stays in this process's group, for a terminal's sake. Of a signal to the whole group it gets a second copy so,
+    which it takes for the same one.
+    """
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     child = subprocess.Popen(list(argv), env=environment)
     passed_on: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,10 +15,11 @@ from typing import Any
 import pytest
 from small_runs import StopAfter, adapter_bytes, metrics
 
-from trainer import outputs
+from trainer import loop, outputs
 from trainer.job import EvaluationSpec
 from trainer.loop import Stopped, train
 from trainer.record import RunRecord
+from trainer.run import Run
 
 
 def stop(run: Path, count: int) -> None:
@@ -178,7 +180,10 @@ def test_the_first_signal_saves_and_exits_with_its_code_and_the_second_leaves_at
         child.send_signal(number)
         if twice:
             wait_for(lambda: (run / "saving").exists(), child)
-            child.send_signal(number)
+            for _ in range(60):  # what comes within a second of the first is taken for a copy of it
+                child.send_signal(number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=0.5)
         assert child.wait(timeout=50) == code
     finally:
         child.kill()
@@ -187,6 +192,69 @@ def test_the_first_signal_saves_and_exits_with_its_code_and_the_second_leaves_at
     else:
         assert RunRecord.read(run / "record.json").status == "stopped"
         assert list((run / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("copies", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
+def test_the_copy_of_a_signal_that_was_sent_to_the_whole_group_is_no_second_signal(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch, copies: tuple[int, int]
+) -> None:
+    def leave(code: int) -> None:
+        raise AssertionError(f"left at once with {code}")
+
+    monkeypatch.setattr(os, "_exit", leave)
+    run = make_run()
+    real = loop.steps.micro_step
+    seen = []
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        seen.append(True)
+        if len(seen) == 20:
+            for number in copies:
+                os.kill(os.getpid(), number)
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.steps, "micro_step", step)
+        with pytest.raises(Stopped):
+            train(run)
+    assert RunRecord.read(run / "record.json").status == "stopped"
+    assert kept(run)[-1] == "step-000002"
+
+
+def test_a_copy_that_comes_late_does_not_keep_the_record_of_the_stop_from_being_written(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.write_record
+
+    def write(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "write_record", write)
+    monkeypatch.setattr(loop, "SAME_SIGNAL_SECONDS", 1e6)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("nobody listened to the signal"))
+    run = make_run()
+    try:
+        stop(run, 20)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert RunRecord.read(run / "record.json").status == "stopped"
+
+
+@pytest.mark.parametrize(("seconds_later", "leaves"), [(0.0, False), (0.5, False), (1.1, True), (60.0, True)])
+def test_a_second_signal_is_one_that_comes_a_second_after_the_first(
+    monkeypatch: pytest.MonkeyPatch, seconds_later: float, leaves: bool
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    run = Run.__new__(Run)  # only what the handlers look at
+    run.stop_signal = 0
+    with loop._signals(run):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (run.stop_signal, codes) == (signal.SIGINT, [])
+        run.stop_asked_at = time.monotonic() - seconds_later
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert codes == ([143] if leaves else [])
 
 
 def metrics_so_far(run: Path) -> list[str]:

@@ -45,6 +45,10 @@ from trainer.tokens import FloatArray, TokenizedDataset
 from trainer.trackers import check_tracker, start_trackers
 from trainer.window import StopAsked, run_window
 
+# A signal to a whole group (a service's stop, scancel, timeout) reaches the trainer twice: by itself, and passed on by
+# what started it. Only what comes later than this is a second wish of the user's.
+SAME_SIGNAL_SECONDS = 1.0
+
 
 class Stopped(Exception):
     """A signal asked the run to stop; the checkpoint is written."""
@@ -75,24 +79,25 @@ def _train_in(folder: Path, *, resume: bool, owns_process: bool) -> RunRecord | 
         run = _prepare(folder, resume)
     if owns_process:
         settle_garbage()
-    try:
-        with _signals(run), told_in_one_line(folder, folder):
-            return _train(run)
-    except Stopped:
-        _record_end(run, "stopped", error=None)
-        _leave_together(run)
-        raise
-    except PlanError as reason:
-        run.say(f"Stopped: {reason}")
-        _record_end(run, "failed", error=str(reason))
-        if isinstance(reason, (NonFiniteLossError, OutOfMemoryError)):
+    with _signals(run):  # to the very end: a stop is not over before its record is written
+        try:
+            with told_in_one_line(folder, folder):
+                return _train(run)
+        except Stopped:
+            _record_end(run, "stopped", error=None)
             _leave_together(run)
-        raise
-    finally:
-        run.drop_batches()
-        if run.monitor is not None:
-            run.monitor.close()
-        run.accelerator.end_training()
+            raise
+        except PlanError as reason:
+            run.say(f"Stopped: {reason}")
+            _record_end(run, "failed", error=str(reason))
+            if isinstance(reason, (NonFiniteLossError, OutOfMemoryError)):
+                _leave_together(run)
+            raise
+        finally:
+            run.drop_batches()
+            if run.monitor is not None:
+                run.monitor.close()
+            run.accelerator.end_training()
 
 
 def _record_end(run: Run, status: str, *, error: str | None) -> None:
@@ -303,12 +308,12 @@ def _restore(run: Run) -> None:
 
 @contextlib.contextmanager
 def _signals(run: Run) -> Iterator[None]:
-    """First SIGINT or SIGTERM: finish what must be finished and save. Second: leave at once."""
+    """First SIGINT or SIGTERM: finish what must be finished and save. Second, a while later: leave at once."""
 
     def stop(number: int, _frame: Any) -> None:
-        if run.stop_signal:
+        if run.stop_signal and time.monotonic() - run.stop_asked_at >= SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
-        run.stop_signal = number
+        run.ask_to_stop(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -348,7 +353,7 @@ def _train(run: Run) -> RunRecord | None:
 
 def _discard_and_stop(run: Run, random_state: dict[str, Any], number: int) -> None:
     """Save the open window's start, and leave."""
-    run.stop_signal = number  # it may have come to another process
+    run.ask_to_stop(number)  # it may have come to another process
     steps.clear_gradients(run.stepper.parameters)
     _checkpoint(run, random_state)
     run.say(f"stopped at step {run.progress.windows_done}; go on with: plan --resume {run.folder}")

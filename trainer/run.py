@@ -57,12 +57,19 @@ class Run:
     paused_seconds: float = 0.0  # in which this process, or the machine, stood still
     slept_before: float = 0.0  # seconds of the machine's sleep before this process
     stop_signal: int = 0
+    stop_asked_at: float = 0.0  # on the monotonic clock, where there is a stop_signal
     ask_every: int = 1  # micro-steps between two exchanges of news, with several processes
     batches: Generator[MicroBatch] | None = None  # that are still to come, as `progress` has it; see trainer.window
 
     @property
     def is_main(self) -> bool:
         return bool(self.accelerator.is_main_process)
+
+    def ask_to_stop(self, signal_number: int) -> None:
+        """Stop at the next micro-step; who asks again changes nothing."""
+        if not self.stop_signal:
+            self.stop_asked_at = time.monotonic()
+            self.stop_signal = signal_number
 
     def drop_batches(self) -> None:
         """Let go of what was made ahead; what comes next is made anew."""
