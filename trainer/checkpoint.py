@@ -50,6 +50,8 @@ class Progress:
     best_eval_loss: float | None = None
     best_step: int | None = None
     plan_digest: str | None = None  # of the batch plan that `windows_done` counts in
+    data_digest: str | None = None  # of the examples that the plan names; None in checkpoints of before
+    base_digest: str | None = None  # of the weights under an adapter; None also where they cannot be told
 
 
 class _Damaged(RunError):

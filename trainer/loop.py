@@ -16,6 +16,7 @@ import numpy as np
 
 from presets.errors import ModelError, NonFiniteLossError, OutOfMemoryError, PlanError, RunError
 from trainer import checkpoint as ckpt
+from trainer import origin
 from trainer import step as steps
 from trainer.agreement import NO_COMPANY, settle_packing
 from trainer.batching import BatchPlan
@@ -180,6 +181,7 @@ def _prepare(folder: Path, resume: bool) -> Run:
             steps.share_parameters(stepper.parameters)
     if accelerator.is_main_process:
         require_room(folder, bytes_to_write(loaded.num_trainable_parameters, job.keep_checkpoints))
+    progress = _beginning(job, data, plan, clock) if accelerator.is_main_process else ckpt.Progress()
     if job.compile:
         with clock.part("compile"):
             compile_refused = compile_layers(stepper, job, data)
@@ -198,7 +200,7 @@ def _prepare(folder: Path, resume: bool) -> Run:
         stepper=stepper,
         tokenizer=tokenizer,
         clock=clock,
-        progress=ckpt.Progress(plan_digest=plan.digest()),
+        progress=progress,
         slept_before=slept,
         predicted=read_predicted(folder),
         notes=[*data.report.notes, *notes],
@@ -277,6 +279,15 @@ def _losses_for_sampling(job: Job, data: TokenizedDataset, model: Any, accelerat
     )
 
 
+def _beginning(job: Job, data: TokenizedDataset, plan: BatchPlan, clock: Clock) -> ckpt.Progress:
+    """No step done yet, and what the run goes over. Full fine-tuning leaves nothing of the base to a resume."""
+    with clock.part("data"):
+        examples = origin.data_digest(data, plan)
+    with clock.part("load"):
+        base = origin.base_digest(job.model) if job.preset.adapter == "lora" else None
+    return ckpt.Progress(plan_digest=plan.digest(), data_digest=examples, base_digest=base)
+
+
 def _clear_leftovers(folder: Path) -> None:
     """Remove what a process that was killed while writing left beside the run's files."""
     for leftover in (*folder.glob(".*.tmp"), folder / "batch_plan.tmp", folder / "metrics.tmp"):
@@ -290,13 +301,19 @@ def _restore(run: Run) -> None:
     progress, path, notes = ckpt.load_newest(
         run.folder / "checkpoints", run.stepper, run.accelerator.process_index, run.is_main
     )
-    expected = run.progress.plan_digest
-    if progress.windows_done > run.plan.num_steps or progress.plan_digest not in (None, expected):
+    begun = run.progress
+    if progress.windows_done > run.plan.num_steps or _differ(progress.plan_digest, begun.plan_digest):
         raise RunError(
             f"{path}: the checkpoint is of another batch plan than {run.folder / 'batch_plan.npz'}. Was the data, the "
             "job or the plan changed? Put back what the run was started with."
         )
-    run.progress = replace(progress, plan_digest=expected)
+    _require_same_origin(run, progress)
+    run.progress = replace(
+        progress,
+        plan_digest=begun.plan_digest,
+        data_digest=begun.data_digest or progress.data_digest,
+        base_digest=begun.base_digest or progress.base_digest,
+    )
     run.notes += notes
     run.num_resumes = 1
     run.wall_before = progress.wall_seconds
@@ -304,6 +321,25 @@ def _restore(run: Run) -> None:
         (run.folder / "record.json").unlink(missing_ok=True)  # of the stop: the run goes on
     where = f"step {progress.windows_done}" if path else "the beginning: there is no checkpoint yet"
     run.notes.append(f"resumed from {where}")
+
+
+def _differ(kept: str | None, now: str | None) -> bool:
+    return kept is not None and now is not None and kept != now
+
+
+def _require_same_origin(run: Run, progress: ckpt.Progress) -> None:
+    """Raises: RunError where the examples or the base are not those that the checkpoint was trained with."""
+    begun, job = run.progress, run.job
+    if _differ(progress.data_digest, begun.data_digest):
+        raise RunError(
+            f"{job.data.source}: the examples are not those that the run was started with: edited, in another order, "
+            "or made into other tokens. Put the data and the tokenizer back as they were, or start a new run."
+        )
+    if _differ(progress.base_digest, begun.base_digest):
+        raise RunError(
+            f"model '{job.model}': its weights are not those that the adapter was trained over until now. Put them "
+            "back as they were, or start a new run."
+        )
 
 
 @contextlib.contextmanager

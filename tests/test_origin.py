@@ -1,0 +1,159 @@
+"""A run goes on over what it was started from: the same examples, the same base."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import make_data, make_job
+from small_runs import StopAfter
+
+from presets.errors import RunError
+from trainer import origin
+from trainer.job import DataSpec
+from trainer.loop import Stopped, train
+from trainer.planning import plan_job
+
+
+@pytest.fixture
+def stopped(make_run: Any, tmp_path: Path, tiny_model: Path, chat_file: Path) -> Path:
+    """A run with a checkpoint, over a model and a data file of its own."""
+    shutil.copytree(tiny_model, tmp_path / "base")
+    shutil.copy(chat_file, tmp_path / "chats.jsonl")
+    run = Path(make_run(model=str(tmp_path / "base"), data=DataSpec(source=str(tmp_path / "chats.jsonl"))))
+    with pytest.MonkeyPatch.context() as patch:
+        StopAfter(patch, 20)
+        with pytest.raises(Stopped):
+            train(run)
+    return run
+
+
+def lines_of(run: Path) -> list[str]:
+    return (run.parent / "chats.jsonl").read_text().splitlines(keepends=True)
+
+
+def write(run: Path, lines: list[str]) -> None:
+    (run.parent / "chats.jsonl").write_text("".join(lines))
+
+
+def refusal(run: Path) -> str:
+    before = {path: path.read_bytes() for path in run.rglob("step-*/*")}
+    with pytest.raises(RunError) as caught:
+        train(run, resume=True)
+    assert {path: path.read_bytes() for path in run.rglob("step-*/*")} == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_data_in_another_order_is_refused_and_put_back_it_goes_on(stopped: Path) -> None:
+    lines = lines_of(stopped)
+    write(stopped, lines[::-1])
+    assert "chats.jsonl: the examples are not those that the run was started with" in refusal(stopped)
+    write(stopped, lines)
+    record = train(stopped, resume=True)
+    assert record is not None
+    assert record.status == "finished"
+
+
+def test_a_record_that_was_edited_is_refused_and_one_that_was_added_is_not(stopped: Path) -> None:
+    lines = lines_of(stopped)
+    record = json.loads(lines[40])
+    record["messages"][1]["content"] += " night"
+    write(stopped, [*lines[:40], json.dumps(record) + "\n", *lines[41:]])
+    assert "the examples are not those" in refusal(stopped)
+    write(stopped, [*lines, lines[0]])
+    assert train(stopped, resume=True) is not None
+
+
+def test_other_weights_under_the_adapter_are_refused(stopped: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = stopped.parent / "base" / "model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if "q_proj" in name)
+    weights[name] = weights[name] * np.float32(1.001)
+    save_file(weights, path, metadata={"format": "pt"})
+    said = refusal(stopped)
+    assert said.startswith(f"model '{stopped.parent / 'base'}': its weights are not those that the adapter was trained")
+
+
+def test_a_checkpoint_without_digests_still_resumes(stopped: Path) -> None:
+    for state in (stopped / "checkpoints").glob("*/state.json"):
+        content = json.loads(state.read_text())
+        assert content["progress"].pop("data_digest")
+        assert content["progress"].pop("base_digest")
+        state.write_text(json.dumps(content))
+        (state.parent / "SHA256SUMS").unlink()
+        content["format"] = 1
+        state.write_text(json.dumps(content))
+    write(stopped, lines_of(stopped)[::-1])
+    assert train(stopped, resume=True) is not None
+
+
+@pytest.mark.parametrize("at_once", [1, 50, 1 << 22])
+def test_the_digest_of_the_data_is_of_what_the_plan_names(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(origin, "_TOKENS_AT_ONCE", at_once)
+    data = make_data(np.arange(3, 103))
+    plan = plan_job(make_job(sample_size=40), data).plan
+    named = {*plan.order.tolist(), *plan.evaluation.tolist()}
+    whole = origin.data_digest(data, plan)
+    for example in range(len(data)):
+        ids, supervised = data.token_ids.copy(), data.supervised.copy()
+        last = data.offsets[example + 1] - 1
+        ids[last] += 1
+        supervised[last] = False
+        for changed in ({"token_ids": ids}, {"supervised": supervised}):
+            found = origin.data_digest(dataclasses.replace(data, **changed), plan)
+            assert (found != whole) == (example in named), example
+    longer = make_data(np.arange(3, 123))
+    assert origin.data_digest(longer, plan) == whole
+
+
+def save(folder: Path, name: str, **tensors: np.ndarray) -> None:
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / name)
+
+
+def test_the_digest_of_a_base_is_of_the_files_that_are_loaded(tmp_path: Path) -> None:
+    one, two = np.zeros(100_000, dtype=np.float32), np.ones(10, dtype=np.float32)
+    save(tmp_path, "a.safetensors", one=one)
+    save(tmp_path, "b.safetensors", two=two)
+    (tmp_path / origin.INDEX).write_text(json.dumps({"weight_map": {"one": "a.safetensors", "two": "b.safetensors"}}))
+    before = origin.base_digest(str(tmp_path))
+    save(tmp_path, "adapter_model.safetensors", three=two)
+    assert origin.base_digest(str(tmp_path)) == before
+    for place in (0, 50_100, 99_999):
+        changed = one.copy()
+        changed[place] = 1.0
+        save(tmp_path, "a.safetensors", one=changed)
+        assert origin.base_digest(str(tmp_path)) not in (before, None)
+    save(tmp_path, "a.safetensors", one=one)
+    assert origin.base_digest(str(tmp_path)) == before
+
+
+def test_a_hub_names_weights_are_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants, file_download
+
+    for module in (constants, file_download):
+        if hasattr(module, "HF_HUB_CACHE"):
+            monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path))
+    assert origin.base_digest("owner/name") is None
+    repo = tmp_path / "models--owner--name"
+    save(repo / "snapshots" / ("0" * 40), origin.WEIGHTS, one=np.zeros(4, dtype=np.float32))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    found = origin.base_digest("owner/name")
+    assert found is not None
+    assert found == origin.base_digest(str(repo / "snapshots" / ("0" * 40)))
+
+
+def test_weights_that_cannot_be_told_are_not_compared(tmp_path: Path) -> None:
+    (tmp_path / origin.WEIGHTS).write_bytes(b"\xff" * 20)
+    assert origin.base_digest(str(tmp_path)) is None

@@ -1,0 +1,98 @@
+"""What a run was started from, as digests that its checkpoints keep: a resume over anything else is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from trainer.batching import BatchPlan
+from trainer.tokens import TokenizedDataset
+
+_TOKENS_AT_ONCE = 1 << 22
+_SAMPLE = 4096  # bytes read at the begin, in the middle and at the end of each tensor
+_LONGEST_HEADER = 100 << 20  # as safetensors has it
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def data_digest(data: TokenizedDataset, plan: BatchPlan) -> str:
+    """SHA-256 over lengths, tokens and targets of the examples that a plan names, in hexadecimal.
+
+    What it does not name may change: records can be added to a file under a run.
+    """
+    named = np.zeros(len(data), dtype=bool)
+    named[plan.order] = True
+    named[plan.evaluation] = True
+    sha = hashlib.sha256(data.lengths[named].astype("<i8").tobytes())
+    first = 0
+    while first < len(data):
+        reached = int(np.searchsorted(data.offsets, data.offsets[first] + _TOKENS_AT_ONCE, side="right")) - 1
+        last = min(len(data), max(first + 1, reached))
+        tokens = slice(int(data.offsets[first]), int(data.offsets[last]))
+        ids, supervised = data.token_ids[tokens], data.supervised[tokens]
+        if not named[first:last].all():
+            wanted = np.repeat(named[first:last], np.diff(data.offsets[first : last + 1]))
+            ids, supervised = ids[wanted], supervised[wanted]
+        sha.update(np.ascontiguousarray(ids, dtype="<i4").data)
+        sha.update(np.packbits(supervised).data)
+        first = last
+    return sha.hexdigest()
+
+
+def base_digest(model: str) -> str | None:
+    """SHA-256 over names, sizes, headers and samples of each tensor of a base's weights, in hexadecimal.
+
+    Other weights differ in nearly every number, so a few thousand of each tensor tell them apart, and 16 GB need not be
+    read. None where the files cannot be found or read: what is unknown is not compared.
+
+    Args:
+        model: folder or hub name; of the latter the files in the cache, from which it was loaded.
+    """
+    try:
+        files = _weight_files(model)
+        sha = hashlib.sha256()
+        for path in files:
+            sha.update(f"{path.name} {path.stat().st_size}\n".encode())
+            with open(path, "rb") as file:
+                for part in _samples(file):
+                    sha.update(part)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return sha.hexdigest() if files else None
+
+
+def _weight_files(model: str) -> list[Path]:
+    """The safetensors files that transformers loads, in the order of their names."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        found = [try_to_load_from_cache(model, name) for name in (WEIGHTS, INDEX)]
+        known = [Path(path) for path in found if isinstance(path, str)]
+        if not known:
+            return []
+        folder = known[0].parent
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _samples(file: IO[bytes]) -> Iterator[bytes]:
+    size = int.from_bytes(file.read(8), "little")
+    if size > _LONGEST_HEADER:
+        raise ValueError("no header of safetensors")
+    header = file.read(size)
+    yield header
+    tensors: dict[str, Any] = json.loads(header)
+    for name in sorted(tensors.keys() - {"__metadata__"}):
+        begin, end = tensors[name]["data_offsets"]
+        for start in (begin, (begin + end) // 2, max(begin, end - _SAMPLE)):
+            file.seek(8 + size + start)
+            yield file.read(min(_SAMPLE, end - start))
