@@ -194,7 +194,6 @@ def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
         command,
         make_run_folder,
         start,
-        with_checkpoint_interval,
     )
     from planner.resolve import presets_to_compare
     from planner.room import require_room_for
@@ -237,9 +236,9 @@ def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
         out(measured_text(comparison.report, now=now, width=width(), ascii_only=ascii_only()))
     if found.fits is False:
         raise RunError(f"'{given['run']}' does not fit on this device: {found.error or 'out of memory'}.")
-    job = with_checkpoint_interval(candidate.planned.job, found.num_steps, found.seconds_per_step)
+    job = replace(candidate.planned.job, checkpoint_every=found.checkpoint_every)  # as often as the estimate counts it
     require_room_for(job, output or Path("runs"), comparison.report.model.num_trainable_parameters)
-    folder = make_run_folder(output, replace(job), candidate.planned.plan, predicted_of(comparison, candidate), now)
+    folder = make_run_folder(output, job, candidate.planned.plan, predicted_of(comparison, candidate), now)
     say(f"run folder: {folder}")
     code = start(command(folder, job, accelerate_config=given["accelerate_config"]))
     return _ended(folder, code, as_json=given["as_json"])

@@ -11,6 +11,7 @@ from planner.conditions import summarise
 from planner.estimator import Estimator, PlanWork, plan_work
 from planner.figures import GIB
 from planner.intervals import lopsided
+from planner.launch import with_checkpoint_interval
 from planner.measurement import (
     FixedSamples,
     Measurement,
@@ -96,6 +97,7 @@ class Estimate:
     speed_factor: float | None = None
     cost: CostModel | None = None
     num_rounds: int = 0
+    checkpoint_every: int | None = None  # optimizer steps; the run is started with it
     calibrated: bool = True  # False: the machine changed its speed while timed, and the range is a range, not 90 %
     window_ratio: float | None = None  # whole windows as timed / as summed from their parts
     notes: tuple[str, ...] = ()
@@ -180,7 +182,11 @@ def estimate(
         notes.append("the exchange of gradients between devices is not in the figure")
     if measurement.load is not None and measurement.load.compile_refused is not None:
         notes.append(f"the layers are not compiled: {measurement.load.compile_refused}")
-    fixed = fixed_seconds(row, data, measurement, data_seconds)
+    per_step = total.seconds / work.num_steps
+    job = row.job
+    if job.checkpoint_every is None:
+        job = with_checkpoint_interval(job, row.plan.num_steps, per_step)
+    fixed = fixed_seconds(replace(row, job=job), data, measurement, data_seconds)
     high += measurement.first_time_share * total.seconds  # it may go on: each shape its own kernel
     # Taken once as measured: the run meets other micro-batches first.
     seconds, low, high = (
@@ -191,7 +197,7 @@ def estimate(
     whole = whole_run(seconds, low, high, fixed)
     return replace(
         plain,
-        seconds_per_step=total.seconds / work.num_steps,
+        seconds_per_step=per_step,
         seconds_per_sample=total.seconds / work.num_examples,
         tokens_per_second=work.num_tokens / total.seconds,
         train_seconds=seconds,
@@ -204,6 +210,7 @@ def estimate(
         speed_factor=speed_factor(row, work, total.seconds, found),
         cost=estimator.fit,
         num_rounds=len(measurement.rounds),
+        checkpoint_every=job.checkpoint_every,
         window_ratio=ratio,
         calibrated=steadiness.is_steady and conditions.is_calibrated and len(measurement.rounds) > 1,
         notes=tuple(notes),

@@ -20,6 +20,7 @@ from planner.estimate import (
 )
 from planner.estimator import fit_cost
 from planner.fixed import EVALUATION_BATCHES
+from planner.launch import CHECKPOINT_SECONDS
 from planner.measure import measure, with_references
 from planner.measurement import MicroSample, PlannedRow, Round
 from trainer.evaluate import evaluation_batches
@@ -131,6 +132,24 @@ def test_fixed_parts_are_counted_as_often_as_the_run_does_them() -> None:
     assert one.fixed.evaluation is not None
     assert one.fixed.data is None
     assert one.fixed.samples is None  # no tokenizer: unknown, not nothing
+
+
+def test_a_long_run_s_checkpoints_are_counted_every_ten_minutes_as_it_writes_them() -> None:
+    device = FakeDevice(LENGTHS, base=10.0)
+    row = make_row(make_job(), DATA)
+    (one,) = estimates(device, [row], budget_seconds=3000.0)
+    assert one.seconds_per_step is not None
+    assert one.checkpoint_every == round(CHECKPOINT_SECONDS / one.seconds_per_step) < row.plan.num_steps / 10
+    run = replace(row, job=replace(row.job, checkpoint_every=one.checkpoint_every))  # what `plan --run` starts
+    written = evaluations_and_checkpoints(run)[1]
+    assert written > 20
+    assert one.fixed.checkpoints == pytest.approx(0.2 * written + 0.03 * (written - 2))
+    # A job that says how often keeps its own.
+    own = make_row(make_job(checkpoint_every=10**6), DATA)
+    (rare,) = estimates(device, [own], budget_seconds=3000.0)
+    assert rare.checkpoint_every == 10**6
+    assert rare.fixed.checkpoints is not None
+    assert rare.fixed.checkpoints < one.fixed.checkpoints / 3
 
 
 def test_what_a_gpu_s_first_evaluation_takes_longer_is_counted_once() -> None:
