@@ -24,6 +24,8 @@ from planner.launch import CHECKPOINT_SECONDS
 from planner.measure import measure, with_references
 from planner.measurement import MicroSample, PlannedRow, Round
 from trainer.evaluate import evaluation_batches
+from trainer.job import EvaluationSpec
+from trainer.planning import plan_job, stand_in
 from trainer.record import CostModel
 from trainer.tokens import TokenizedDataset
 
@@ -184,6 +186,27 @@ def test_several_devices_wait_for_the_slowest() -> None:
     slowest = device.true_micro_seconds(row.plan).reshape(-1, 2).max(axis=1).sum()
     assert one.train_seconds == pytest.approx(slowest + row.plan.num_steps * device.optimizer, rel=0.01)
     assert any("gradients between devices" in note for note in one.notes)
+
+
+def test_several_devices_share_the_held_out_examples_and_what_is_scored() -> None:
+    """The trainer gives each its batches in turns; the slowest share counts."""
+    evaluation = EvaluationSpec(minimum=0, maximum=300)
+    device = FakeDevice(LENGTHS)
+    preset = {"sampling_strategy": "prioritized", "sample_score": "loss", "sample_ratio": 0.5}
+    jobs = [make_job(num_devices=number, evaluation=evaluation, **preset) for number in (1, 2)]
+    rows = [PlannedRow(name="x", job=job, plan=plan_job(stand_in(job), DATA).plan) for job in jobs]
+    alone, shared = (
+        estimate(row, DATA, measure([row], DATA, device.factory, clock=device.clock), data_seconds=0.0).fixed
+        for row in rows
+    )
+    assert alone.evaluation
+    assert alone.data
+    for examples, one, two in (
+        (rows[0].plan.evaluation, alone.evaluation, shared.evaluation),
+        (np.setdiff1d(np.arange(len(DATA)), rows[0].plan.evaluation), alone.data, shared.data),
+    ):
+        padded = [len(batch) * int(LENGTHS[batch].max()) for batch in evaluation_batches(DATA, examples)]
+        assert two == pytest.approx(one * max(sum(padded[0::2]), sum(padded[1::2])) / sum(padded), rel=0.01)
 
 
 def test_windows_that_take_longer_than_their_parts_widen_the_range_and_warn() -> None:
