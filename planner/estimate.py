@@ -175,7 +175,7 @@ def estimate(
         warnings += conditions.warnings
     if len(measurement.rounds) < 2:
         warnings.append("only one round could be timed, so the range is a guess (±50 %). Give more time with --budget.")
-    tight = memory_warning(verdict)
+    tight = memory_warning(verdict, row.job)
     if tight:
         warnings.append(tight)
     if row.plan.num_devices > 1:
@@ -240,15 +240,25 @@ def _heap_growth(job: Job) -> float:
     return EAGER_HEAP_GROWTH if job.preset.attention == "eager" else HEAP_GROWTH
 
 
-def memory_warning(verdict: RowVerdict) -> str | None:
+def memory_warning(verdict: RowVerdict, job: Job) -> str | None:
     """What to say of a row that fits with less left over than fragmentation can take."""
     needed, left = verdict.peak_reserved_bytes, verdict.headroom_bytes
     if not needed or left is None or left >= FRAGMENTATION * needed:
         return None
+    can_be_halved = job.micro_batch_size > 1 and verdict.worst_rows != 1
+    smaller = (
+        "--micro-batch-size or --max-length" if can_be_halved else "--max-length, or take --gradient-checkpointing"
+    )
+    if job.device == "cpu":
+        then = "the system kills a run that meets the limit, and plan --resume goes on from its last checkpoint"
+    elif can_be_halved:
+        then = "a run that meets the limit halves its micro-batch and goes on"
+    else:
+        then = "a run that meets the limit ends, since a single row cannot be halved"
     return (
         f"memory is tight: {left / GIB:.1f} GiB stay free beside a peak of {needed / GIB:.1f} GiB, less than the "
         f"{FRAGMENTATION:.0%} that fragmentation can take in a long run. Close what else uses the memory, or lower "
-        "--micro-batch-size or --max-length; a run that meets the limit halves its micro-batch and goes on."
+        f"{smaller}; {then}."
     )
 
 

@@ -57,6 +57,25 @@ def test_a_cpu_s_heap_grows_on_in_a_run_and_a_gpu_s_blocks_do_not() -> None:
     assert packed.peak_memory_bytes == round(PACKED_HEAP_GROWTH * fullest)
 
 
+def test_a_run_in_tight_memory_is_promised_a_smaller_micro_batch_only_where_there_is_one() -> None:
+    def said(**changes: object) -> str:
+        row = make_row(make_job(**changes), DATA)  # type: ignore[arg-type]
+        worst = int(row.plan.micro_shapes(LENGTHS).padded_tokens.max())
+        device = FakeDevice(LENGTHS, memory=int(1.03 * worst) << 20)
+        (one,) = estimates(device, [row])
+        (warning,) = one.warnings
+        assert "memory is tight" in warning
+        return warning
+
+    assert "halves its micro-batch" in said(device="cuda", micro_batch_size=4)
+    for changes in ({}, {"packing": True, "packed_length": 2048}):
+        single = said(device="cuda", **changes)
+        assert "halve its" not in single
+        assert "ends, since a single row cannot be halved" in single
+        assert "--micro-batch-size" not in single
+    assert "--resume" in said(micro_batch_size=4)  # a CPU's memory is overcommitted: the system kills what is too large
+
+
 def test_accumulation_earns_no_credit_that_it_has_not() -> None:
     device = FakeDevice(LENGTHS)
     rows = [

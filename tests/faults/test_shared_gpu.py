@@ -68,13 +68,13 @@ def test_what_another_plan_holds_is_not_counted_as_room(card: Card) -> None:
     card.hold("first", 10 * GIB)
     alone = verdict_of(card, "first")
     assert alone.headroom_bytes == 14 * GIB
-    assert memory_warning(alone) is None
+    assert memory_warning(alone, make_job(device="cuda")) is None
     card.hold("second", 13 * GIB)
     both = [verdict_of(card, plan) for plan in ("first", "second")]
     assert [one.headroom_bytes for one in both] == [1 * GIB, 1 * GIB]
     card.hold("second", int(13.8 * GIB))
     assert "memory is tight: 0.2 GiB stay free beside a peak of 10.0 GiB" in str(
-        memory_warning(verdict_of(card, "first"))
+        memory_warning(verdict_of(card, "first"), make_job(device="cuda"))
     )
     del card.held["second"]
     assert verdict_of(card, "first").headroom_bytes == 14 * GIB
