@@ -569,6 +569,8 @@ def test_compare_shows_a_known_twin_after_its_preset_and_runs_it_alone(tmp_path:
     known = plan(names=("baseline", "recommended"))
     assert [row.name for row in known.report.rows] == names
     assert not any("plan tune" in note for note in known.report.notes)
+    (untuned,) = (n for n in plan(names=("baseline", "recommended", "aggressive")).report.notes if "plan tune" in n)
+    assert "not yet aggressive." in untuned
     alone = plan(names=("recommended",), running=True, tuned=True)
     assert [candidate.name for candidate in alone.candidates] == ["recommended, tuned"]
     written = plan(names=("recommended",), running=True)
@@ -579,3 +581,52 @@ def test_compare_shows_a_known_twin_after_its_preset_and_runs_it_alone(tmp_path:
     assert "forward+backward" in text
     assert "recommended, tuned: " in text
     assert "accumulation 1.0" in text
+
+
+def test_a_search_that_was_too_short_is_made_again_with_more_time_and_only_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import planner.candidates as candidates
+    from planner.candidates import MeasureSettings, Search, with_twins
+    from planner.hardware import DeviceFacts
+    from planner.twin import TOO_SHORT, Untimed
+    from presets.demo import demo_folder
+
+    model = str(demo_folder())
+    budgets: list[float] = []
+
+    def search_for(wanted: list[Wanted], *_: Any, budget_seconds: float, history: History, **more: Any) -> Any:
+        budgets.append(budget_seconds)
+        device = device_of(base=0.2, per_token=1e-4, per_token_width=0.0, lean_factor=0.5, memory=64 << 30)
+        found = find_twins(
+            wanted, DATA, lambda _: device.factory, budget_seconds=budget_seconds, history=history,
+            keys=more["keys"], now=more["now"], clock=device.clock,
+        )  # fmt: skip
+        assert not any(isinstance(one, Untimed) for one in found.values())
+        return found
+
+    monkeypatch.setattr(candidates, "find_twins", search_for)
+    job = make_job("recommended", model=model)
+    resolved: Any = type("Resolved", (), {"preset": job.preset, "job": job})
+    planned = candidates.PlannedRow(name="recommended", job=job, plan=plan_job(stand_in(job), DATA).plan)
+    asked = candidates.Candidate(resolved=resolved, planned=planned, data=DATA)
+    monkeypatch.setattr(candidates, "twin_candidate", lambda candidate, twin: replace(candidate, twin=twin))
+    facts = DeviceFacts(name="Fake", kind="cpu", memory_bytes=8 << 30, free_bytes=4 << 30, driver="1")
+    history = History(home=tmp_path)
+
+    def said(budget: float) -> str:
+        search = Search(
+            measuring=MeasureSettings(budget_seconds=budget), say=lambda _: None, shown=candidates.as_lines,
+            factory=lambda _: None, history=history, keys=Keys(facts), now=datetime(2026, 1, 1, tzinfo=UTC),
+            clock=lambda: 0.0,
+        )  # type: ignore[arg-type, return-value]  # fmt: skip
+        baseline = make_job("baseline", model=model)
+        (found,) = with_twins((asked,), lambda _: baseline, search, tuned=True, instead=True)
+        return "; ".join(found.notes if found.twin is None else found.twin.refused)
+
+    assert TOO_SHORT in said(13)
+    assert TOO_SHORT in said(13)
+    assert budgets == [39]
+    assert TOO_SHORT not in said(100)
+    assert TOO_SHORT not in said(200)
+    assert budgets == [39, 300]
