@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 from small_runs import StopAfter, adapter_bytes, metrics
 
 from trainer import loop, outputs
+from trainer.checkpoint import Progress
 from trainer.job import EvaluationSpec
 from trainer.loop import Stopped, train
 from trainer.record import RunRecord
@@ -105,6 +108,39 @@ def test_what_was_found_before_training_is_not_found_anew_by_a_resume(make_run: 
     record = train(run, resume=True)
     assert record.actual.eval_loss_before == loss_before
     assert "of the untrained model" in (run / "samples.md").read_text()
+
+
+def test_each_resume_is_counted(make_run: Any) -> None:
+    run = make_run("often")
+    stop(run, 5)
+    for _ in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            StopAfter(patch, 10)
+            with pytest.raises(Stopped):
+                train(run, resume=True)
+    assert train(run, resume=True).actual.num_resumes == 3
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ((math.nan, 3.0, 2.0), (3, 2.0)),
+        ((3.0, math.nan, 4.0), (1, 3.0)),
+        ((math.nan, math.inf, math.nan), (None, None)),
+    ],
+)
+def test_a_held_out_loss_that_is_no_number_is_never_the_best(
+    losses: tuple[float, ...], best: tuple[int | None, float | None], monkeypatch: Any
+) -> None:
+    from types import SimpleNamespace
+
+    run: Any = SimpleNamespace(progress=Progress(), accelerator=SimpleNamespace(process_index=0))
+    for step, loss in enumerate(losses, start=1):
+        run.progress = replace(run.progress, windows_done=step)
+        monkeypatch.setattr(loop, "held_out_loss", lambda _, loss=loss: SimpleNamespace(loss=loss))
+        monkeypatch.setattr(loop, "_checkpoint", lambda *_: None)
+        loop._evaluate_and_keep_best(run)
+    assert (run.progress.best_step, run.progress.best_eval_loss) == best
 
 
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(make_run: Any) -> None:

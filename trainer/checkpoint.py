@@ -49,6 +49,7 @@ class Progress:
     last_eval_loss: float | None = None
     best_eval_loss: float | None = None
     best_step: int | None = None
+    num_resumes: int = 0
     plan_digest: str | None = None  # of the batch plan that `windows_done` counts in
     data_digest: str | None = None  # of the examples that the plan names; None in checkpoints of before
     base_digest: str | None = None  # of the weights under an adapter; None also where they cannot be told

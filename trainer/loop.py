@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -308,14 +309,15 @@ def _restore(run: Run) -> None:
             "job or the plan changed? Put back what the run was started with."
         )
     _require_same_origin(run, progress)
+    run.num_resumes = progress.num_resumes + 1
     run.progress = replace(
         progress,
+        num_resumes=run.num_resumes,
         plan_digest=begun.plan_digest,
         data_digest=begun.data_digest or progress.data_digest,
         base_digest=begun.base_digest or progress.base_digest,
     )
     run.notes += notes
-    run.num_resumes = 1
     run.wall_before = progress.wall_seconds
     if run.is_main:
         (run.folder / "record.json").unlink(missing_ok=True)  # of the stop: the run goes on
@@ -432,7 +434,9 @@ def _evaluate_and_keep_best(run: Run) -> EvaluationResult | None:
     progress = run.progress
     if result is not None:
         run.progress = progress = replace(progress, last_eval_loss=result.loss)
-        if progress.best_eval_loss is None or result.loss < progress.best_eval_loss:
+        best = progress.best_eval_loss
+        # Nothing is less than NaN: kept as the best, it would stay so, whatever came later.
+        if math.isfinite(result.loss) and (best is None or not math.isfinite(best) or result.loss < best):
             run.progress = replace(progress, best_eval_loss=result.loss, best_step=progress.windows_done)
     _checkpoint(run, ckpt.random_state(run.accelerator.process_index))
     return result
