@@ -50,10 +50,17 @@ def _choice(*words: str) -> click.Choice[str]:
     return click.Choice(list(words))
 
 
+def _filled(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    """Refuse an empty text: a script's variable that was not set would plan the bundled data or model instead."""
+    if value is not None and not value.strip():
+        raise click.BadParameter("it is empty. Was a variable not set?")
+    return value
+
+
 # One declaration per option. Those named like a field of planner.resolve.Options are passed on by that name.
 OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
-    ("What", ("--dataset",), {"metavar": "COUNT|FILE|NAME", "help": "A count (63000), a file (JSONL, JSON, CSV, Parquet; .gz), a saved folder or a hub name."}),
-    ("What", ("--model",), {"metavar": "FOLDER|NAME", "help": "Model folder (config.json is enough to plan) or hub name."}),
+    ("What", ("--dataset",), {"metavar": "COUNT|FILE|NAME", "callback": _filled, "help": "A count (63000), a file (JSONL, JSON, CSV, Parquet; .gz), a saved folder or a hub name."}),
+    ("What", ("--model",), {"metavar": "FOLDER|NAME", "callback": _filled, "help": "Model folder (to plan, it needs no weights) or hub name."}),
     ("What", ("--run",), {"metavar": "PRESET", "help": "Train this configuration, then show predicted beside actual."}),
     ("What", ("--resume",), {"metavar": "RUN", "type": click.Path(path_type=Path), "help": "Go on with a stopped run folder."}),
     ("What", ("--output",), {"metavar": "FOLDER", "type": click.Path(path_type=Path), "help": "The run folder itself [runs/PRESET-TIME]."}),

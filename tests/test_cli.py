@@ -117,6 +117,13 @@ def test_a_bad_option_exits_with_2(tmp_path: Path) -> None:
         refused(plan(*arguments, cwd=tmp_path), "Error|No such option", code=2)
 
 
+@pytest.mark.parametrize("option", ["--dataset", "--model"])
+def test_an_empty_name_is_refused_and_stands_for_nothing_bundled(tmp_path: Path, option: str) -> None:
+    done = plan(option, "", "--run", "recommended", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"Invalid value for '{option}': it is empty" in done.stderr
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
 def test_an_unwritable_output_folder_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
     closed = tmp_path / "closed"
