@@ -130,12 +130,13 @@ def estimate(
     measurement = found.of(StepSignature.of(row.job))
     if verdict is None or measurement is None:
         raise MeasurementError(f"'{row.name}' was not measured.")
+    verdict = of_a_run(verdict, row.job)
     plain = Estimate(
         name=row.name,
         fits=verdict.fits,
         error=verdict.error,
         num_steps=row.plan.num_steps,
-        peak_memory_bytes=_peak_of_a_run(verdict, row.job),
+        peak_memory_bytes=verdict.peak_reserved_bytes,
         peak_memory_allocated_bytes=verdict.peak_allocated_bytes,
     )
     if not verdict.fits or not measurement.rounds:
@@ -229,9 +230,24 @@ def whole_run(seconds: float, low: float, high: float, fixed: FixedSeconds) -> t
     return whole, whole - math.hypot(seconds - low, half), whole + math.hypot(high - seconds, half)
 
 
-def _peak_of_a_run(verdict: RowVerdict, job: Job) -> int | None:
-    reserved = verdict.peak_reserved_bytes
-    return reserved if reserved is None or job.device != "cpu" else round(_heap_growth(job) * reserved)
+def of_a_run(verdict: RowVerdict, job: Job) -> RowVerdict:
+    """The verdict with the peak that a run will have, and judged by it: on a CPU its heap outgrows the worker's."""
+    measured, left = verdict.peak_reserved_bytes, verdict.headroom_bytes
+    if measured is None or job.device != "cpu":
+        return verdict
+    peak = round(_heap_growth(job) * measured)
+    verdict = replace(verdict, peak_reserved_bytes=peak)
+    if left is None:
+        return verdict
+    left -= peak - measured
+    if left >= 0 or not verdict.fits:
+        return replace(verdict, headroom_bytes=max(0, left))
+    return replace(
+        verdict,
+        headroom_bytes=0,
+        fits=False,
+        error=f"does not fit: its heap grows to {peak / GIB:.2f} GiB in a run, {-left / GIB:.2f} GiB too much",
+    )
 
 
 def _heap_growth(job: Job) -> float:

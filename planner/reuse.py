@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.estimate import of_a_run
 from planner.estimator import plan_work
 from planner.hardware import DeviceFacts, cpu_name
 from planner.history import History
@@ -368,7 +369,7 @@ def _judged(entry: CachedMeasurement, row: PlannedRow, shapes: MicroShapes, fact
     ]
     if covering:
         found = min(covering, key=_padded)
-        needed = found.verdict.peak_reserved_bytes
+        needed = of_a_run(found.verdict, row.job).peak_reserved_bytes
         if needed is not None and facts.free_bytes is not None and needed > facts.free_bytes:
             raise _Unfit("less memory is free than was needed then")
         return found

@@ -76,6 +76,24 @@ def test_a_run_in_tight_memory_is_promised_a_smaller_micro_batch_only_where_ther
     assert "--resume" in said(micro_batch_size=4)  # a CPU's memory is overcommitted: the system kills what is too large
 
 
+def test_whether_a_run_fits_is_judged_by_the_peak_that_is_shown() -> None:
+    row = make_row(make_job(packing=True, packed_length=4096), DATA)
+    worst = int(row.plan.micro_shapes(LENGTHS).padded_tokens.max()) << 20
+
+    def judged(room: float, row: PlannedRow = row) -> Estimate:
+        return estimates(FakeDevice(LENGTHS, memory=int(room * worst)), [row])[0]
+
+    roomy, tight, short = judged(1.2), judged(1.07), judged(1.04)
+    assert roomy.fits
+    assert roomy.warnings == ()
+    assert tight.fits
+    assert any("memory is tight" in warning for warning in tight.warnings)  # 7 % by the worker's peak
+    assert short.fits is False
+    assert short.peak_memory_bytes == roomy.peak_memory_bytes == round(PACKED_HEAP_GROWTH * worst)
+    assert "does not fit: its heap grows" in str(short.error)
+    assert judged(1.04, replace(row, job=replace(row.job, device="cuda"))).fits
+
+
 def test_accumulation_earns_no_credit_that_it_has_not() -> None:
     device = FakeDevice(LENGTHS)
     rows = [
