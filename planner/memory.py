@@ -58,14 +58,17 @@ class MemoryProbe:
         self._budget = budget
 
     def probe(self, group: Group) -> None:
-        """Whether each row fits at its worst micro-batch: the smallest worst first, up to the first that does not.
+        """Whether each row fits at its worst micro-batch: the smallest worst first; of larger ones none is tried.
+
+        Larger is what has at least the padded tokens and the width of one that did not fit: memory can grow with tokens
+        or, as under eager attention, with the square of the width.
 
         Ascending, since a process's peak never falls: each row's own peak is read before a larger one covers it.
         """
         self._make_room_beside(group)
         group.verdicts = {row.name: RowVerdict(name=row.name, signature=group.signature) for row in group.rows}
         trials = self._worst_micro_batches(group.rows)
-        failed: DoesNotFit | None = None
+        failures: list[tuple[int, int, DoesNotFit]] = []  # padded tokens and width of what did not fit
         # Packed or not: a long row of one document pays more for attention than one of several, so each has its own.
         hopeless: set[bool] = set()
         least = {True: np.inf, False: np.inf}
@@ -81,6 +84,8 @@ class MemoryProbe:
                 group.verdicts[row.name] = replace(
                     group.verdicts[row.name], worst_rows=int(shapes.rows[micro]), worst_width=int(shapes.width[micro])
                 )
+            padded, width = int(shapes.padded_tokens[micro]), int(shapes.width[micro])
+            failed = next((why for tokens, wide, why in failures if padded >= tokens and width >= wide), None)
             if failed is None:
                 self._tell(f"memory: {members[0].name}", 0.0)
                 try:
@@ -97,7 +102,6 @@ class MemoryProbe:
                     group.reserved = reply.reserved_bytes
                     group.first_seconds += reply.first_seconds
                     group.largest_key = max(group.largest_key, float(keys(shapes)[micro]))
-                    padded = int(shapes.padded_tokens[micro])
                     group.seconds_per_padded_token = reply.micro_step_seconds / max(1, padded)
                     for row in members:
                         group.verdicts[row.name] = replace(
@@ -109,6 +113,7 @@ class MemoryProbe:
                     continue
                 except DoesNotFit as reason:
                     failed = reason
+                    failures.append((padded, width, reason))
                     group.close()  # what is left of it is not a clean place to time in
                 except PlanError as reason:
                     group.error = str(reason)

@@ -11,7 +11,7 @@ from fakes import FakeDevice, FakeProber, chat_lengths, make_data, make_job, mak
 from planner.estimate import HEAP_GROWTH, estimate
 from planner.measure import measure, with_references
 from planner.measurement import Measurements, StepSignature
-from planner.prober import DoesNotFit, MicroRows
+from planner.prober import DoesNotFit, MemoryReply, MicroRows
 from presets import jsonio
 from presets.errors import MeasurementError
 from trainer.job import Job
@@ -92,6 +92,32 @@ def test_signatures_that_do_not_fit_together_are_timed_one_after_another_and_it_
     assert device.most_alive == 1
     assert any("one after another" in note for note in found.notes)
     assert all(one.rounds for one in found.measurements)
+
+
+def test_a_packed_row_that_does_not_fit_says_nothing_of_larger_but_narrower_micro_batches() -> None:
+    """Eager attention's memory grows with the square of the width, and a packed row is as wide as it is long."""
+    lengths = chat_lengths(1500, longest=500)
+    data = make_data(lengths)
+    tried = []
+
+    class Squares(FakeProber):
+        def memory(self, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float) -> MemoryReply:
+            padded, width = max(self.device.shape(rows) for window in windows for rows in window)
+            tried.append(padded)
+            if padded * width > 10_000_000:
+                raise DoesNotFit(f"{padded} tokens of width {width}")
+            return super().memory(windows, more, seconds)
+
+    device = FakeDevice(lengths)
+    job = make_job("recommended", device="cuda", attention="eager")
+    rows = [make_row(replace(job, micro_batch_size=size), data, f"micro {size}") for size in (1, 8, 16, 32)]
+    packed = [make_row(replace(job, packing=True, packed_length=size), data, f"packed {size}") for size in (4096, 8192)]
+    found = measure(
+        [*rows, *packed], data, lambda job: Squares(device, job), 30.0, clock=device.clock, with_fixed=False
+    )
+    fits = {row.name: row.fits for row in found.rows}
+    assert fits == {row.name: row not in packed for row in rows + packed}
+    assert len(tried) == len(rows) + 1  # what is larger in both is not tried
 
 
 def test_oom_becomes_a_row_and_other_presets_still_run() -> None:
