@@ -502,13 +502,24 @@ class _Measuring:
                 f"{group.rows[0].name}: timed for {group.spent:.0f} s, until the range of ±{width:.1%} was narrower "
                 f"than the ±{self.target:.1%} asked for"
             )
+        if group.ended_by == "budget" and width <= self.target and not group.is_reference:
+            self.notes.append(
+                f"{group.rows[0].name}: timed for {group.spent:.0f} s, until the budget was spent; the range of "
+                f"±{width:.1%} was within the ±{self.target:.1%} asked for"
+            )
         first = len(group.rounds) - len(kept)  # what lies before it is warm-up, windows too
+        windows = tuple(window for before, window in group.windows if before > first)
+        if kept and not windows and group.is_live and not group.is_reference:
+            self.notes.append(
+                f"{group.rows[0].name}: no whole window could be timed in the budget, so the sum of the parts was not "
+                "checked against one. A longer --budget checks it"
+            )
         return Measurement(
             signature=group.signature,
             load=group.load,
             warmup=tuple(group.rounds[:first]),
             rounds=kept,
-            windows=tuple(window for before, window in group.windows if before > first),
+            windows=windows,
             fixed=group.fixed,
             one_off_seconds=group.one_off_seconds,
             first_time_share=group.first_time_share,

@@ -28,6 +28,20 @@ def test_presets_that_differ_only_in_accumulation_share_one_signature() -> None:
     assert StepSignature.of(full) == StepSignature.of(make_job("baseline", adapter="full", lora_rank=8))
 
 
+def test_the_notes_say_that_the_budget_ended_the_timing_and_whether_a_window_was_checked() -> None:
+    row = make_row(make_job(), DATA)
+    slow = FakeDevice(LENGTHS, base=1.0)
+    found = measure([row], DATA, slow.factory, 40.0, clock=slow.clock)
+    assert found.measurements[0].ended_by == "budget"
+    assert any("until the budget was spent" in note and "within the ±2.0% asked for" in note for note in found.notes)
+    assert found.measurements[0].windows == ()
+    assert any("no whole window could be timed" in note for note in found.notes)
+    quick = FakeDevice(LENGTHS)
+    found = measure([row], DATA, quick.factory, clock=quick.clock)
+    assert found.measurements[0].windows
+    assert not any("whole window" in note or "was spent" in note for note in found.notes)
+
+
 def test_one_worker_serves_all_presets_of_a_signature() -> None:
     device = FakeDevice(LENGTHS)
     rows = [make_row(make_job(name), DATA) for name in ("baseline", "recommended", "aggressive")]
