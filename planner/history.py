@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable
@@ -42,7 +43,7 @@ class PastRun:
     `raw_` figures are as measured; the others as shown, corrected by the runs before where there were enough.
     """
 
-    folder: str  # absolute: one entry a run folder, the last one counts
+    folder: str  # absolute, links followed: one entry a run folder, the last one counts
     ended_at: str  # ISO, UTC
     status: str  # "finished", "stopped" or "failed"
     name: str  # of the preset
@@ -72,7 +73,7 @@ class PastRun:
         """The entry of a run that ended, from its record."""
         predicted, actual = record.predicted, record.actual
         return cls(
-            folder=str(folder.absolute()),
+            folder=_place(str(folder.absolute())),
             ended_at=ended_at.astimezone(UTC).isoformat(timespec="seconds"),
             status=record.status,
             name=record.job.name,
@@ -117,6 +118,14 @@ class PastRun:
         if self.error is None or self.seconds_low is None or self.seconds_high is None or self.actual_seconds is None:
             return None
         return self.seconds_low <= self.actual_seconds <= self.seconds_high
+
+
+def _place(folder: str) -> str:
+    """Where a folder really is: reached by ".." or a link, it is the same run."""
+    try:
+        return os.path.realpath(folder)
+    except (OSError, ValueError):  # a damaged entry
+        return folder
 
 
 def _why_not_counted(record: RunRecord) -> str | None:
@@ -208,32 +217,41 @@ class History:
         values = [getattr(run, name) for name in COLUMNS]
 
         def add(db: sqlite3.Connection) -> None:
+            stored = [folder for (folder,) in db.execute("SELECT folder FROM runs") if isinstance(folder, str)]
+            others = [(folder,) for folder in stored if folder != run.folder and _place(folder) == run.folder]
+            db.executemany(
+                "DELETE FROM runs WHERE folder = ?", others
+            )  # stored as they were named, by earlier versions
             db.execute(f"INSERT OR REPLACE INTO runs ({', '.join(COLUMNS)}) VALUES ({marks})", values)
 
         self._guarded(add, None)
 
     def runs(self, limit: int | None = None) -> list[PastRun]:
         """Runs, newest first."""
-        query = f"SELECT {', '.join(COLUMNS)} FROM runs ORDER BY ended_at DESC, rowid DESC LIMIT ?"
-        return self._runs(query, (-1 if limit is None else limit,))
+        query = f"SELECT {', '.join(COLUMNS)} FROM runs ORDER BY ended_at DESC, rowid DESC"
+        return self._runs(query, (), limit)
 
     def counted_runs(self, signature_key: str, limit: int) -> list[PastRun]:
         """The latest runs by which estimates of this signature are corrected, newest first."""
         query = (
             f"SELECT {', '.join(COLUMNS)} FROM runs WHERE signature_key = ? AND not_counted IS NULL "
-            "AND raw_train_seconds > 0 AND actual_train_seconds > 0 ORDER BY ended_at DESC, rowid DESC LIMIT ?"
+            "AND raw_train_seconds > 0 AND actual_train_seconds > 0 ORDER BY ended_at DESC, rowid DESC"
         )
-        return self._runs(query, (signature_key, limit))
+        return self._runs(query, (signature_key,), limit)
 
-    def _runs(self, query: str, values: tuple[object, ...]) -> list[PastRun]:
-        found = []
+    def _runs(self, query: str, values: tuple[object, ...], limit: int | None) -> list[PastRun]:
+        """At most `limit` of the rows; of those of one folder, stored under several names before, the first."""
+        found: dict[str, PastRun] = {}
         nothing: list[tuple[object, ...]] = []
         for row in self._guarded(lambda db: db.execute(query, values).fetchall(), nothing, writes=False):
+            if limit is not None and len(found) >= limit:
+                break
             try:
-                found.append(jsonio.from_plain(PastRun, dict(zip(COLUMNS, row, strict=True)), what=str(self.path)))
+                run = jsonio.from_plain(PastRun, dict(zip(COLUMNS, row, strict=True)), what=str(self.path))
+                found.setdefault(_place(run.folder), run)
             except PlanError as reason:  # one odd row is no reason to lose the others
                 self._note(f"one entry of the history was left out ({reason})")
-        return found
+        return list(found.values())
 
     # --- the file -----------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +29,7 @@ from planner.history import (
     _SCHEMA,
     APPLICATION_ID,
     BUSY_SECONDS,
+    COLUMNS,
     FILE_NAME,
     SCHEMA_VERSION,
     History,
@@ -114,6 +116,41 @@ def test_a_run_folder_has_one_entry_and_the_later_one_counts(tmp_path: Path) -> 
         ("/runs/1", "finished", 1),
         ("/runs/2", "finished", 0),
     ]
+
+
+def test_a_run_folder_reached_by_a_link_or_by_dots_is_one_run(tmp_path: Path) -> None:
+    history = History(home=tmp_path)
+    folder, link = tmp_path / "runs" / "one", tmp_path / "link"
+    folder.mkdir(parents=True)
+    link.symlink_to(folder)
+    ways = [folder, link, tmp_path / "runs" / ".." / "runs" / "one"]
+    actual = Actual(seconds=100.0, train_seconds=100.0)
+    predicted = Predicted(seconds=80.0, train_seconds=80.0, raw_train_seconds=80.0, signature_key="k")
+    record = RunRecord(status="finished", job=fakes.make_job(), predicted=predicted, actual=actual, versions={})
+    for way in ways:
+        history.add_run(PastRun.of(record, way, NOW))
+    assert [run.folder for run in history.runs()] == [str(folder.resolve())]
+    assert past_correction(history, "k") is None
+
+
+def test_entries_of_one_folder_that_were_stored_under_several_names_count_once_and_go(tmp_path: Path) -> None:
+    history = History(home=tmp_path)
+    folder = tmp_path.resolve() / "one"
+    history.add_run(past_run(1))
+    with closing(sqlite3.connect(history.path)) as db:
+        for number, name in enumerate([f"{folder}", f"{folder}/../one", f"{folder}/.", "/runs/2", "/runs/3"]):
+            row = replace(past_run(1), folder=name, ended_at=(NOW + timedelta(hours=number)).isoformat())
+            values = [getattr(row, one) for one in COLUMNS]
+            db.execute(f"INSERT INTO runs VALUES ({', '.join('?' for _ in COLUMNS)})", values)
+        db.commit()
+    told = ["/runs/3", "/runs/2", f"{folder}/.", "/runs/1"]
+    assert [run.folder for run in history.runs()] == told
+    assert [run.folder for run in history.runs(limit=3)] == told[:3]
+    assert [run.folder for run in history.counted_runs("k", 4)] == told
+    history.add_run(replace(past_run(1), folder=str(folder)))
+    with closing(sqlite3.connect(history.path)) as db:
+        stored = {name for (name,) in db.execute("SELECT folder FROM runs")}
+    assert stored == {"/runs/1", "/runs/2", "/runs/3", str(folder)}
 
 
 def test_runs_that_scatter_hardly_correct_and_widen_the_range() -> None:
