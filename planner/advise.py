@@ -1,7 +1,8 @@
 """The decision guide: which row to take for a purpose or until a deadline, from rows that were measured. No I/O.
 
-A row is said to be done "surely" by the upper end of its range. Of two rows the one with the better published quality
-comes first; a preset's tuned twin comes right after it, since it trains the same batches; samples come last.
+A row is said to be done "surely" by the upper end of its range, and "probably" where that is not a 90 % range. Of two
+rows the one with the better published quality comes first; a preset's tuned twin comes right after it, since it trains
+the same batches; samples come last.
 """
 
 from __future__ import annotations
@@ -89,7 +90,10 @@ def for_deadline(rows: tuple[Row, ...], start: datetime, deadline: datetime, num
         latest = row.seconds_high or row.seconds or 0.0
         if latest <= available:
             spare = duration(available - latest)
-            why = (f"surely done by then, with {spare} to spare", *_quality(row))
+            surely = (
+                "surely done by then" if row.calibrated else "probably done by then (its range is not a 90 % range)"
+            )
+            why = (f"{surely}, with {spare} to spare", *_quality(row))
             return Advice(row=row, why=why, given_up=tuple(given_up))
         given_up.append(f"{row.name}: up to {duration(latest)}, {duration(latest - available)} too long")
     timed = [row for row in rows if _can_run(row)]
@@ -101,11 +105,17 @@ def for_deadline(rows: tuple[Row, ...], start: datetime, deadline: datetime, num
     nearest = min(timed, key=lambda row: row.seconds_high or row.seconds or 0.0)
     latest = nearest.seconds_high or nearest.seconds or 0.0
     done = clock(latest_minute(start, latest), start)
+    told = f"done by {done} at the latest" if nearest.calibrated else f"probably done by {done} (not a 90 % range)"
     return Advice(
         row=None,
-        why=(f"nothing is surely done by then; the nearest is '{nearest.name}', done by {done} at the latest",),
+        why=(f"nothing is surely done by then; the nearest is '{nearest.name}', {told}",),
         given_up=tuple(given_up),
     )
+
+
+def at_the_latest(row: Row, moment: str) -> str:
+    """What the upper end of a row's range says: only that of a 90 % range is a latest."""
+    return f"at the latest {moment}" if row.calibrated else f"probably by {moment} (not a 90 % range)"
 
 
 def latest_minute(start: datetime, seconds: float) -> datetime:
@@ -138,7 +148,7 @@ def _sample(rows: list[Row], available: float, num_examples: int | None) -> tupl
         row,
         (
             f"no configuration is surely done by then; '{row.name}' on {size:,} of {num_examples:,} examples, drawn at "
-            "random, is",
+            f"random, is{'' if row.calibrated else ' probably (its range is not a 90 % range)'}",
             "its time is scaled from the whole; the run itself measures it again before it starts",
         ),
         options,

@@ -170,7 +170,7 @@ def _ask() -> str:
 
 
 def _advice_text(found: Advice, tail: str, begin: datetime, until: datetime | None) -> str:
-    from planner.advise import latest_minute
+    from planner.advise import at_the_latest, latest_minute
     from planner.figures import clock, duration, duration_range
     from presets.text import printable
 
@@ -193,7 +193,7 @@ def _advice_text(found: Advice, tail: str, begin: datetime, until: datetime | No
             told.append(("time", f"{duration(row.seconds)} ({span}), measured here"))
             done = clock(begin + timedelta(seconds=row.seconds or 0.0), begin)
             latest = clock(latest_minute(begin, row.seconds_high or row.seconds or 0.0), begin)
-            told.append(("done", f"{done}, at the latest {latest}, started {clock(begin, begin)}"))
+            told.append(("done", f"{done}, {at_the_latest(row, latest)}, started {clock(begin, begin)}"))
         told += [("note", printable(note)) for note in (row.note or "").split("\n") if note]
         lines.append(printable(row.name))
         lines += [wrapped(f"  {title:<8} {text}", 11) for title, text in told]

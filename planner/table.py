@@ -77,6 +77,8 @@ def remarks(report: PlanReport, now: datetime) -> tuple[str, ...]:
         names = [name for name, _ in told]
         who = "all rows" if names == everyone and len(names) > 1 else " / ".join(names)
         lines.append(f"{who}: {_as_one([text for _, text in told])}")
+    if any(not row.calibrated and row.seconds_low is not None and row.error is None for row in rows):
+        lines.append("? after a range: not a 90 % range, but what was seen or feared; the row's warnings say why.")
     cached: dict[str, list[str]] = {}
     for row in rows:
         if row.basis == "cached" and row.error is None:
@@ -188,7 +190,7 @@ def _time(row: Row, before: str, after: str) -> str:
     text = duration(row.seconds) + (" (published)" if row.basis == "published" else "")
     if row.seconds_low is None or row.seconds_high is None:
         return text
-    return f"{text}{before}{duration_range(row.seconds_low, row.seconds_high)}{after}"
+    return f"{text}{before}{duration_range(row.seconds_low, row.seconds_high)}{'' if row.calibrated else '?'}{after}"
 
 
 def _finish(row: Row, now: datetime, before_clock: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from planner.advise import GOALS, for_deadline, for_goal, parse_moment, parse_within
+from planner.commands_choice import _advice_text
 from planner.report import BreakdownInfo, Quality, Row
 from presets.errors import SettingsError
 from presets.schema import load_preset
@@ -69,6 +70,22 @@ def by(hours: float, rows: tuple[Row, ...] = ROWS, num_examples: int | None = 63
 )
 def test_the_best_quality_that_is_surely_done_in_time(hours: float, chosen: str) -> None:
     assert by(hours).row.name == chosen
+
+
+def test_a_range_that_is_not_a_90_percent_range_promises_nothing() -> None:
+    unsteady = tuple(replace(one, calibrated=False) for one in ROWS)
+    assert by(12).why[0].startswith("surely done by then, with")
+    assert by(12, unsteady).row.name == "baseline"
+    assert by(12, unsteady).why[0].startswith("probably done by then (its range is not a 90 % range), with")
+    assert "at the latest" in by(0.1).why[0]
+    (why,) = by(0.1, unsteady).why
+    assert "at the latest" not in why
+    assert "probably done by" in why
+    whole = (replace(ROWS[2], calibrated=False),)
+    assert by(4, whole).why[0].endswith("is probably (its range is not a 90 % range)")
+    text = _advice_text(by(12, unsteady), "", NOW, NOW + timedelta(hours=12))
+    assert "at the latest" not in text
+    assert "surely" not in text
 
 
 def test_what_was_passed_over_is_named_with_what_it_lacks() -> None:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta, timezone
 import pytest
 
 from planner.figures import GIB, clock, duration, duration_range, figure, finish_at, gib, hours_text
+from planner.formats import as_text
 from planner.report import (
     DatasetInfo,
     DeviceInfo,
@@ -213,6 +214,16 @@ recommended: VRAM stands as 8-9 GB in another place of the guide.
 aggressive: risk stands as Moderate in another place of the guide.
 progressive: phase 3 (GA 16) is never reached with 63,000 examples.
 """
+
+
+def test_a_range_that_is_not_a_90_percent_range_is_marked_in_every_form() -> None:
+    unsteady = dataclasses.replace(PLAN, rows=(dataclasses.replace(BASELINE, calibrated=False), TWO_STAGE))
+    texts = [measured_text(unsteady, now=NOW, width=width) for width in (200, 80, 40)]
+    for text in (*texts, as_text(unsteady, "markdown", now=NOW), as_text(unsteady, "html", now=NOW)):
+        assert "4 h 05 – 4 h 18?" in " ".join(text.split())
+        assert "3 h 04?" not in text  # two-stage: calibrated
+        assert "not a 90 % range" in text
+    assert "90 % range" not in measured_text(PLAN, now=NOW)
 
 
 def test_a_wide_table_has_one_line_per_row() -> None:
