@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -40,7 +41,8 @@ def came_to_its_end(server: Server, run: Path, *, resume: bool, kill_after: floa
 
     def kill(child: int) -> None:
         if kill_after is not None and not server.is_answering(within=kill_after):
-            os.kill(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended, and its answer is on the way
+                os.kill(child, signal.SIGKILL)
 
     ended = server.train(run, resume=resume, meanwhile=kill)
     assert ended.code == 0 or (ended.code == -signal.SIGKILL and kill_after is not None), ended.said
