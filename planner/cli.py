@@ -248,7 +248,8 @@ def _dry_run(options: Options, settings: Settings, given: dict[str, Any], output
     """What `--run` would start: its command on stdout, remarks on stderr. Nothing is measured or written."""
     from planner.compare import prepare
     from planner.hardware import detect_device
-    from planner.launch import command, run_folder_name, with_checkpoint_interval
+    from planner.launch import command, run_folder_name
+    from trainer.planning import with_checkpoint_interval
 
     facts = detect_device(options.device)
     force, name = given["force"], given["run"]

@@ -11,7 +11,6 @@ from planner.conditions import summarise
 from planner.estimator import Estimator, PlanWork, plan_work
 from planner.figures import GIB
 from planner.intervals import lopsided
-from planner.launch import with_checkpoint_interval
 from planner.measurement import (
     FixedSamples,
     Measurement,
@@ -26,7 +25,7 @@ from presets.errors import MeasurementError
 from trainer.batching import MicroShapes
 from trainer.disk import LEAST_KEPT
 from trainer.job import Job
-from trainer.planning import checkpoint_interval, evaluation_steps, needs_loss
+from trainer.planning import checkpoint_interval, evaluation_steps, needs_loss, with_checkpoint_interval
 from trainer.record import CostModel
 from trainer.tokens import IntArray, TokenizedDataset
 
@@ -184,9 +183,7 @@ def estimate(
     if measurement.load is not None and measurement.load.compile_refused is not None:
         notes.append(f"the layers are not compiled: {measurement.load.compile_refused}")
     per_step = total.seconds / work.num_steps
-    job = row.job
-    if job.checkpoint_every is None:
-        job = with_checkpoint_interval(job, row.plan.num_steps, per_step)
+    job = with_checkpoint_interval(row.job, row.plan.num_steps, per_step)
     fixed = fixed_seconds(replace(row, job=job), data, measurement, data_seconds)
     high += measurement.first_time_share * total.seconds  # it may go on: each shape its own kernel
     # Taken once as measured: the run meets other micro-batches first.

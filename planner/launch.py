@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -32,7 +30,6 @@ num_machines: 1
 machine_rank: 0
 mixed_precision: 'no'
 """
-CHECKPOINT_SECONDS = 600.0  # a crash loses ten minutes at most, where steps are short enough
 
 
 def make_run_folder(output: Path | None, job: Job, plan: BatchPlan, predicted: Predicted, now: datetime) -> Path:
@@ -138,14 +135,6 @@ def _is_finished(folder: Path) -> bool:
     except RunError:  # damaged
         return False
     return record is not None and record.status == "finished"
-
-
-def with_checkpoint_interval(job: Job, num_steps: int, seconds_per_step: float | None) -> Job:
-    """The job with checkpoints at least ten times a run, and every ten minutes where that is more often."""
-    every = max(1, math.ceil(num_steps / 10))
-    if seconds_per_step:
-        every = min(every, max(1, round(CHECKPOINT_SECONDS / seconds_per_step)))
-    return replace(job, checkpoint_every=every)
 
 
 def command(

@@ -148,6 +148,9 @@ class Measurement:
     error: str | None = None
 
 
+LEFT_OUT = "left out: a smaller one was slower already"  # the error of a verdict that is no failure
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowVerdict:
     """Whether a row fits, at the worst micro-batch of its plan."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from planner.group import Group, rows_of
-from planner.measurement import PlannedRow, RowVerdict
+from planner.measurement import LEFT_OUT, PlannedRow, RowVerdict
 from planner.prober import DoesNotFit, MemoryReply, MicroRows
 from planner.strata import keys
 from presets.errors import MeasurementError, PlanError
@@ -78,7 +78,7 @@ class MemoryProbe:
             if is_packed in hopeless and self._optional.issuperset(row.name for row in members):
                 for row in members:
                     verdict = group.verdicts[row.name]
-                    group.verdicts[row.name] = replace(verdict, error="left out: a smaller one was slower already")
+                    group.verdicts[row.name] = replace(verdict, error=LEFT_OUT)
                 continue
             for row in members:
                 group.verdicts[row.name] = replace(

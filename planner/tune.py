@@ -29,7 +29,7 @@ from planner.estimator import Estimator, plan_work
 from planner.group import Group
 from planner.halfway import Halfway, Layout, common_steps, usable
 from planner.measure import Progress, measure
-from planner.measurement import Measurements, PlannedRow, StepSignature
+from planner.measurement import LEFT_OUT, Measurements, PlannedRow, StepSignature
 from planner.prober import DoesNotFit, ProberFactory
 from planner.standing import Standing
 from planner.twin import TOO_SHORT, Change, Twin, Untimed, Wanted, changed
@@ -405,7 +405,7 @@ class _Tuning:
     def _usable(self, row: PlannedRow, found: Measurements, what: str) -> FloatArray:
         """The row's replicates; none where it does not fit, or where its worker failed: then `refused` says so."""
         one = self._estimate(row, found)
-        if one is not None and one.error is not None and one.fits is not False:
+        if one is not None and one.error not in (None, LEFT_OUT) and one.fits is not False:
             self.refused.append(f"{what}: {one.error}")
             return np.zeros(0)
         return self._replicates(row, found) if one is not None and one.fits else np.zeros(0)

@@ -20,12 +20,11 @@ from planner.estimate import (
 )
 from planner.estimator import fit_cost
 from planner.fixed import EVALUATION_BATCHES
-from planner.launch import CHECKPOINT_SECONDS
 from planner.measure import measure, with_references
 from planner.measurement import MicroSample, PlannedRow, Round
 from trainer.evaluate import evaluation_batches
 from trainer.job import EvaluationSpec
-from trainer.planning import plan_job, stand_in
+from trainer.planning import CHECKPOINT_SECONDS, plan_job, stand_in
 from trainer.record import CostModel
 from trainer.tokens import TokenizedDataset
 

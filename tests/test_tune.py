@@ -214,6 +214,32 @@ def test_one_preset_that_does_not_fit_stops_no_other() -> None:
     assert isinstance(twins["recommended"], Twin)
 
 
+def test_one_preset_of_which_nothing_can_be_timed_is_named_and_the_others_found(tmp_path: Path) -> None:
+    """Of another precision, and so of another search; where all fail, so does the command."""
+    from planner.hardware import DeviceFacts
+    from planner.twin import Untimed
+
+    facts = DeviceFacts(name="Fake", kind="cpu", memory_bytes=8 << 30, free_bytes=4 << 30, driver="1")
+    half = make_job("aggressive", precision="fp16", base_precision="fp16")
+    jobs = {"recommended": make_job("recommended"), "aggressive": half}
+
+    def search(*names: str) -> dict[str, Twin | Untimed]:
+        device = device_of(base=0.2, per_token=1e-5, per_token_width=0.0, broken=("fp16",))
+        wanted = [Wanted(name=name, job=jobs[name], baseline=make_job("baseline")) for name in names]
+        return find_twins(
+            wanted, DATA, lambda _: device.factory, budget_seconds=300, history=History(home=tmp_path),
+            keys=Keys(facts), now=datetime(2026, 1, 1, tzinfo=UTC), clock=device.clock,
+        )  # fmt: skip
+
+    found = search("aggressive", "recommended")
+    failed = found["aggressive"]
+    assert isinstance(failed, Untimed)
+    assert "ended by itself" in failed.reason
+    assert isinstance(found["recommended"], Twin)
+    with pytest.raises(MeasurementError, match="ended by itself"):
+        search("aggressive")
+
+
 def test_a_baseline_that_fails_costs_only_the_speed_up_over_it() -> None:
     device = device_of(base=0.2, per_token=1e-5, per_token_width=0.0, broken=("fp32",))
     (twin,) = tuned(device, device="cuda", precision="fp16", base_precision="fp16", budget=300.0)
@@ -245,6 +271,11 @@ def test_a_candidate_whose_worker_fails_is_none() -> None:
     (twin,) = tuned(device, budget=300.0)
     assert all(change.loss is None for change in twin.changes)
     assert any(reason.startswith("lean loss: ") and "ended by itself" in reason for reason in twin.refused)
+
+
+def test_a_split_that_is_left_out_as_slower_has_not_failed() -> None:
+    (twin,) = tuned(device_of(base=0.0, per_token=4e-4, per_token_width=4e-5, optimizer=0.001), budget=300.0)
+    assert not any("left out" in reason for reason in twin.refused)
 
 
 @pytest.mark.parametrize(("compiling", "is_kept"), [(1.0, True), (1e6, False)])

@@ -15,6 +15,7 @@ from trainer.sampling import evaluation_size, select, split_evaluation
 from trainer.tokens import FloatArray, IntArray, TokenizedDataset
 
 MOST_DOCUMENTS = 200_000_000  # in a batch plan
+CHECKPOINT_SECONDS = 600.0  # a crash loses ten minutes at most, where steps are short enough
 GROUPED_NOTE = "grouped by length: changes which examples share a batch; not quality-neutral"
 
 
@@ -24,6 +25,14 @@ class Planned:
 
     plan: BatchPlan
     notes: tuple[str, ...]
+
+
+def with_checkpoint_interval(job: Job, num_steps: int, seconds_per_step: float | None) -> Job:
+    """The job with its own checkpoints, else ten times a run, and every ten minutes where that is more often."""
+    every = checkpoint_interval(job, num_steps)
+    if seconds_per_step and job.checkpoint_every is None:
+        every = min(every, max(1, round(CHECKPOINT_SECONDS / seconds_per_step)))
+    return replace(job, checkpoint_every=every)
 
 
 def with_evaluation_on_top(spec: DataSpec, evaluation: EvaluationSpec) -> DataSpec:
