@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 FILE_NAME = "history.sqlite"
 APPLICATION_ID = 0x504C414E  # "PLAN": tells our file from another program's
 SCHEMA_VERSION = 1
+TRIES = 3  # again once a damaged file is out of the way, or what passes has passed
+# Another process has just removed the journal, or put another file in this one's place. Each action can be done twice.
+PASSING = ("SQLITE_IOERR_DELETE_NOENT", "SQLITE_READONLY_DBMOVED")
 BUSY_SECONDS = 10.0  # waited for another process; a transaction takes milliseconds
 PAUSED = "stood still in between: the clock ran on"
 MOST_MEASUREMENTS = 500  # the oldest go first; one takes about 100 kB
@@ -259,7 +262,7 @@ class History:
         """Do it in a transaction of its own; where the file cannot be used, note why and give `otherwise`."""
         if not writes and not self.path.exists():
             return otherwise
-        for _ in range(2):  # again once a damaged file is out of the way
+        for left in reversed(range(TRIES)):
             identity = _identity(self.path)
             try:
                 return self._transaction(action, writes)
@@ -271,6 +274,8 @@ class History:
             except sqlite3.OperationalError as reason:
                 if str(reason).startswith("no such"):  # marked as ours, without our tables
                     self._set_aside(identity, f"it is damaged ({reason})")
+                    continue
+                if left and getattr(reason, "sqlite_errorname", None) in PASSING:
                     continue
                 # Locked, full, not writable: the file itself is sound.
                 self._note(f"{self.path} cannot be used ({reason}): nothing is read from it or kept")

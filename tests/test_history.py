@@ -263,6 +263,30 @@ assert not history.notes, history.notes
 """
 
 
+@pytest.mark.parametrize("times", [1, 2, 99])
+@pytest.mark.parametrize("name", ["SQLITE_IOERR_DELETE_NOENT", "SQLITE_READONLY_DBMOVED"])
+def test_what_another_process_is_at_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, times: int
+) -> None:
+    history, plain = History(home=tmp_path), History._transaction
+    left = [times]
+
+    def transaction(self: History, action: Any, writes: bool) -> Any:
+        found = plain(self, action, writes)  # done, and yet it may be told to have failed
+        if left[0]:
+            left[0] -= 1
+            failure = sqlite3.OperationalError("disk I/O error")
+            failure.sqlite_errorname = name  # type: ignore[misc]
+            raise failure
+        return found
+
+    monkeypatch.setattr(History, "_transaction", transaction)
+    history.add_run(past_run(1))
+    monkeypatch.undo()
+    assert [run.folder for run in history.runs()] == [past_run(1).folder]
+    assert bool(history.notes) is (times == 99)
+
+
 def test_several_processes_write_at_once_and_nothing_is_lost(tmp_path: Path) -> None:
     home = tmp_path / "not there yet"
     root = str(Path(__file__).resolve().parent.parent)
