@@ -296,7 +296,11 @@ class History:
         if writes:
             self.home.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)) as db:
-            if _needs_tables(db):
+            # One look at all that it asks: else the tables that another process makes just then look like a stranger's.
+            db.execute("BEGIN")
+            is_new = _needs_tables(db)
+            db.execute("COMMIT")
+            if is_new:
                 # Immediately: of two processes that find no tables, the second has to see those of the first.
                 db.execute("BEGIN IMMEDIATE")
                 if _needs_tables(db):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -261,6 +261,35 @@ for number in range(40):
     assert history.measurements(["shared"])
 assert not history.notes, history.notes
 """
+
+
+def test_tables_that_another_process_makes_meanwhile_are_no_stranger_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two of the questions that tell a new file from another program's."""
+    path, connect, asked = tmp_path / FILE_NAME, sqlite3.connect, []
+    path.touch()  # as the other one leaves it at first
+
+    def make_tables(statement: str) -> None:
+        if "sqlite_master" not in statement or asked:
+            return
+        asked.append(statement)
+        with closing(connect(path, timeout=0, isolation_level=None)) as other:
+            with suppress(sqlite3.OperationalError):  # locked: it has to wait
+                other.executescript(f"BEGIN IMMEDIATE; {_SCHEMA}; PRAGMA application_id = {APPLICATION_ID}; COMMIT")
+
+    def watched(*arguments: Any, **named: Any) -> sqlite3.Connection:
+        made = connect(*arguments, **named)
+        made.set_trace_callback(make_tables)
+        return made
+
+    monkeypatch.setattr(sqlite3, "connect", watched)
+    history = History(home=tmp_path)
+    history.add_run(past_run(1))
+    assert asked
+    assert history.notes == []
+    assert [run.folder for run in history.runs()] == [past_run(1).folder]
+    assert [one.name for one in tmp_path.iterdir()] == [FILE_NAME]
 
 
 @pytest.mark.parametrize("times", [1, 2, 99])
