@@ -274,9 +274,9 @@ def test_tables_that_another_process_makes_meanwhile_are_no_stranger_s(
         if "sqlite_master" not in statement or asked:
             return
         asked.append(statement)
-        with closing(connect(path, timeout=0, isolation_level=None)) as other:
-            with suppress(sqlite3.OperationalError):  # locked: it has to wait
-                other.executescript(f"BEGIN IMMEDIATE; {_SCHEMA}; PRAGMA application_id = {APPLICATION_ID}; COMMIT")
+        locked = suppress(sqlite3.OperationalError)  # it has to wait
+        with closing(connect(path, timeout=0, isolation_level=None)) as other, locked:
+            other.executescript(f"BEGIN IMMEDIATE; {_SCHEMA}; PRAGMA application_id = {APPLICATION_ID}; COMMIT")
 
     def watched(*arguments: Any, **named: Any) -> sqlite3.Connection:
         made = connect(*arguments, **named)
