@@ -45,13 +45,13 @@ sys.path.insert(0, str(REPOSITORY))
 
 import accuracy  # noqa: E402
 import common  # noqa: E402
-import same_loss  # noqa: E402
+import trainers  # noqa: E402
 
 BASELINE, LEAK = "baseline", "recommended, leaking packer"
 TUNED = ("recommended", "aggressive")
 MODELS = {
     "chat": "the bundled Llama (2.6 M parameters), bundled messages",
-    "gsm8k": "same_loss.py's Llama (4 layers, hidden 256), taught other GSM8K rows by our trainer",
+    "gsm8k": "trainers.py's Llama (4 layers, hidden 256), taught other GSM8K rows by our trainer",
 }
 CONTESTANTS = (BASELINE, *TUNED, *(f"{name}, tuned" for name in TUNED), LEAK)
 GOALS = {"recommended": 2.6, "aggressive": 4.4}  # published, over the baseline
@@ -148,7 +148,7 @@ def _pretrain(work: Path) -> int:
     from trainer.loop import train
 
     fresh = argparse.Namespace(folder=work, threads=os.cpu_count() or 1, pretrain_steps=0)
-    same_loss.prepare(fresh)
+    trainers.prepare(fresh)
     lines = common.GSM8K.read_text(encoding="utf-8").splitlines()
     (work / "pretraining.jsonl").write_text("\n".join(lines[PRETRAINING]) + "\n", encoding="utf-8")
     preset = replace(

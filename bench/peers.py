@@ -44,7 +44,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "bench"))
 
 import common  # noqa: E402
-import same_loss as base  # noqa: E402
+import trainers as base  # noqa: E402
 
 SKIPPED_STEPS = {"cpu": 3, "cuda": 6}  # shapes met for the first time, allocator, caches
 MOST_TOKENS = 1024
@@ -167,7 +167,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, help="records, eight of them held out; 136 on a CPU, 520 on a GPU")
     parser.add_argument("--only", default="", help="numbers of contestants, comma-separated; all")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, default=base.RESULTS / f"peers-{date.today().isoformat()}.json")
+    parser.add_argument("--out", type=Path, default=common.RESULTS / f"peers-{date.today().isoformat()}.json")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     found = parser.parse_args()
