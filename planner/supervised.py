@@ -11,8 +11,8 @@ from trainer.tokens import IntArray
 
 # By how much, of all tokens. The lean loss takes these tokens alone through the output layer, the plain one only
 # through the softmax. With all tokens instead of 5 % the bundled model's micro-step took 10 % longer with the lean loss
-# and 3 % with the plain one (1,792 words, two cores, 2026-11-27). The larger the vocabulary beside the layers, the more:
-# from the sizes of a 0.5 B model of 152,000 words 38 % with the lean loss, so that 2 % of a step are let through there.
+# and 3 % with the plain one (1,792 words, one core, 2026-11-27). The larger the vocabulary beside the layers, the more
+# that is: by the sizes of a 0.5 B model of 152,000 words 38 % with the lean loss, of which 2 % are let through here.
 NEAR: dict[Loss, float] = {"lean": 0.05, "plain": 0.25}
 
 
