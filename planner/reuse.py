@@ -120,12 +120,16 @@ class Keys:
         parts = self._parts(job)
         return None if parts is None else _digest({**parts, "estimate": _source_digest(ESTIMATED_SOURCES)})
 
-    def of_measurement(self, job: Job) -> str | None:
-        """A measurement stands for jobs with the same key, as far as their batches allow; None as for `of_runs`."""
+    def of_measurement(self, job: Job, disk: str | None = None) -> str | None:
+        """A measurement stands for jobs with the same key, as far as their batches allow; None as for `of_runs`.
+
+        Args:
+            disk: on which a checkpoint was or would be timed; None where none is.
+        """
         parts = self._parts(job)
         if parts is None:
             return None
-        return _digest({**parts, "max_length": job.preset.max_length, "packed_length": job.packed_length})
+        return _digest({**parts, "max_length": job.preset.max_length, "packed_length": job.packed_length, "disk": disk})
 
     def _parts(self, job: Job) -> dict[str, Any] | None:
         self._machine = self._machine or machine(self.facts)
@@ -230,8 +234,9 @@ def keep(
     found: Measurements,
     asked: Sharpness,
     now: datetime,
+    disk: str,
 ) -> None:
-    """Store what was measured, under a key of step signature and data; what failed is left to be tried again."""
+    """Store what was measured, under a key of step signature, disk and data; what failed is left to be tried again."""
     lengths, num_supervised = data.lengths, data.num_supervised
     contents, of_data = {}, data_key(lengths, num_supervised)
     call = uuid.uuid4().hex
@@ -243,7 +248,7 @@ def keep(
             for row, verdict in zip(members, verdicts, strict=True)
             if verdict is not None and verdict.fits is not None
         ]
-        key = made.of_measurement(members[0].job) if members else None
+        key = made.of_measurement(members[0].job, disk) if members else None
         timed = measurement.rounds or not any(row.verdict.fits for row in judged)
         if key is None or measurement.error is not None or not judged or not timed:
             continue
@@ -274,7 +279,7 @@ class _Unfit(Exception):
 
 
 def reuse(
-    history: History, made: Keys, rows: Sequence[PlannedRow], data: TokenizedDataset, asked: Sharpness
+    history: History, made: Keys, rows: Sequence[PlannedRow], data: TokenizedDataset, asked: Sharpness, disk: str
 ) -> Reused | str | None:
     """Stored measurements for these rows, or why those that are stored do not do, or None where there are none.
 
@@ -291,7 +296,7 @@ def reuse(
         wanted.setdefault(StepSignature.of(row.job), []).append(row)
     keyed: dict[StepSignature, str] = {}
     for signature, members in wanted.items():
-        key = made.of_measurement(members[0].job)
+        key = made.of_measurement(members[0].job, disk)
         if key is None:
             return None
         keyed[signature] = key

@@ -20,8 +20,11 @@ from planner.candidates import MeasureSettings
 from planner.estimate import HEAP_GROWTH
 from planner.figures import ago
 from planner.measure import measure
+from planner.scratch import place_for
 from planner.table import measured_text
 from trainer.tokens import TokenizedDataset
+
+DISK = "a disk"
 
 
 def test_a_plan_is_answered_from_an_earlier_measurement_and_says_how_old_it_is(bench: Bench) -> None:
@@ -95,13 +98,25 @@ def test_another_step_is_measured_itself(bench: Bench, options: dict[str, Any]) 
     assert bench.starts > 0
 
 
+def test_a_checkpoint_that_was_timed_on_another_disk_is_timed_again(bench: Bench, monkeypatch: Any) -> None:
+    """Also where each disk comes again: one measurement does not push out the other."""
+    for disk, is_new in (("ssd", True), ("usb", True), ("ssd", False), ("usb", False)):
+        monkeypatch.setattr("planner.scratch.disk_of", lambda folder, disk=disk: disk)
+        bench.plan()
+        assert bool(bench.starts) == is_new, disk
+
+
 def test_other_versions_other_code_and_another_model_are_measured(bench: Bench, monkeypatch: Any) -> None:
+    def key() -> str | None:
+        return reuse.Keys(FACTS).of_measurement(fakes.make_job(model=str(bench.model)), place_for(None).disk)
+
     bench.plan()
+    assert key() in _keys(bench)
     version, digest = reuse._version, reuse._source_digest
     for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "training-planner"):
         with monkeypatch.context() as patched:
             patched.setattr(reuse, "_version", lambda of, name=name: "0.0.0" if of == name else version(of))
-            assert reuse.Keys(FACTS).of_measurement(fakes.make_job(model=str(bench.model))) not in _keys(bench)
+            assert key() not in _keys(bench)
     with monkeypatch.context() as patched:
         patched.setattr(reuse, "_source_digest", lambda sources: digest(sources) + "x")
         bench.plan()
@@ -226,10 +241,10 @@ def test_timings_stand_for_data_of_which_about_as_much_is_learnt_from(
     (one,) = found.measurements
     assert one.load is not None
     found = replace(found, measurements=(replace(one, load=replace(one.load, lean_refused=refused)),))
-    reuse.keep(bench.history, keys, rows, measured, found, asked, NOW)
-    again = reuse.reuse(bench.history, keys, rows, measured, asked)
+    reuse.keep(bench.history, keys, rows, measured, found, asked, NOW, DISK)
+    again = reuse.reuse(bench.history, keys, rows, measured, asked, DISK)
     assert isinstance(again, reuse.Reused)  # its own
-    other = reuse.reuse(bench.history, keys, [fakes.make_row(job, data)], data, asked)
+    other = reuse.reuse(bench.history, keys, [fakes.make_row(job, data)], data, asked, DISK)
     assert isinstance(other, reuse.Reused) == is_reused
     if not is_reused:
         assert f"{share:.0%} of the tokens are learnt from, and of those that were timed 40%" in str(other)

@@ -589,7 +589,7 @@ def test_compare_shows_a_known_twin_after_its_preset_and_runs_it_alone(tmp_path:
 
     devices: list[Device] = []
 
-    def factory(folder: Path) -> Any:
+    def factory(folder: Path, scratch: Path | None = None) -> Any:
         made = Device(TokenizedDataset.load(folder).lengths, base=0.2, per_token=1e-5)
         made.lean_factor, made.eager_factor = 1.0, 1.1
         devices.append(made)
