@@ -169,7 +169,15 @@ def _table(options: Options, settings: Settings, given: dict[str, Any]) -> None:
     measuring, names = measure_settings(given), given["preset_names"]
     history = open_history(say)
     comparison = compare(
-        options, settings, measuring, names=names, say=say, shown=measuring_bar, history=history, tuned=given["tuned"]
+        options,
+        settings,
+        measuring,
+        names=names,
+        say=say,
+        shown=measuring_bar,
+        history=history,
+        tuned=given["tuned"],
+        output=given["output"],
     )
     if _printed_as(comparison.report, given):
         return
@@ -226,6 +234,7 @@ def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
         tuned=given["tuned"],
         force=given["force"],
         before_measuring=check_room,
+        output=output,
     )
     candidate = comparison.candidates[0]
     if candidate.planned is None:

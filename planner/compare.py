@@ -29,13 +29,14 @@ from planner.hardware import DeviceFacts, detect_device
 from planner.history import History
 from planner.measure import measure, with_references
 from planner.measurement import Measurements
-from planner.prober import ProberFactory, ProcessProber
+from planner.prober import ProberMaker, ProcessProber
 from planner.report import (
     PlanReport,
 )
 from planner.resolve import Options, presets_to_compare, resolve_data, resolve_model
 from planner.reuse import Keys, Reused, Sharpness, keep, reuse
 from planner.rows import Past, make_report
+from planner.scratch import Place, place_for, scratch_folder
 from presets.env import Settings
 from presets.errors import DataError, ModelError, SettingsError, together
 from presets.schema import DEFAULT_PRESET
@@ -65,7 +66,7 @@ def compare(
     running: bool = False,
     say: Say = lambda text: None,
     shown: Shown = as_lines,
-    factory: Callable[[Path], ProberFactory] = ProcessProber.factory,
+    factory: ProberMaker = ProcessProber.factory,
     facts: DeviceFacts | None = None,
     now: datetime | None = None,
     history: History | None = None,
@@ -73,6 +74,7 @@ def compare(
     tuned: bool = False,
     force: bool = False,
     before_measuring: Callable[[tuple[Candidate, ...]], None] = lambda candidates: None,
+    output: Path | None = None,
 ) -> Comparison:
     """Measure the named presets (all of them where none is named) on this device and report them.
 
@@ -80,12 +82,13 @@ def compare(
         running: a run follows: the model must have weights and the data messages.
         say: takes progress, one line each.
         shown: how the progress of measuring is shown.
-        factory: makes probers for a folder of tokenised data; tests put a fake device here.
+        factory: makes probers for a folder of tokenised data and a scratch folder; tests put a fake device here.
         history: earlier measurements and runs; None: measure, keep nothing and correct nothing.
         clock: seconds that the budget is counted in; a fake device has its own.
         tuned: search for the twins that the history does not have; with `running`, the twin is what will run.
         force: with `running`: run what the safety rules advise against.
         before_measuring: may refuse them before minutes are spent.
+        output: of the run that may follow: a checkpoint is timed on its disk. None: the settings', else in runs/.
 
     Raises:
         PlanError: nothing can be compared: bad options, unreadable data or model, or nothing could be measured.
@@ -99,7 +102,8 @@ def compare(
         search = Search(measuring, say, shown, factory, history, keys, now, clock)
         candidates = with_twins(candidates, baseline, search, tuned=tuned, instead=running)
     before_measuring(candidates)
-    found, measured_at = _measure_all(candidates, measuring, say, shown, factory, history, keys, now, clock)
+    place = place_for(output or (Path(settings.output) if settings.output else None))
+    found, measured_at = _measure_all(candidates, measuring, say, shown, factory, history, keys, now, clock, place)
     raw = {
         candidate.planned.name: estimate(
             candidate.planned,
@@ -173,11 +177,12 @@ def _measure_all(
     measuring: MeasureSettings,
     say: Say,
     shown: Shown,
-    factory: Callable[[Path], ProberFactory],
+    factory: ProberMaker,
     history: History | None,
     keys: Keys,
     now: datetime,
     clock: Callable[[], float],
+    place: Place,
 ) -> tuple[dict[int, Measurements], dict[int, datetime]]:
     """Measurements by maximum length, and when those were made that were not made now.
 
@@ -198,7 +203,7 @@ def _measure_all(
         rows = [member.planned for member in members if member.planned is not None]
         rows = rows if len(rows) == 1 else with_references(rows)  # a single row that will run needs no comparison
         if history is not None and not measuring.fresh:
-            stored = reuse(history, keys, rows, data, asked)
+            stored = reuse(history, keys, rows, data, asked, place.disk)
             if isinstance(stored, Reused):
                 found[length], measured_at[length] = stored.measurements, stored.measured_at
                 say(f"measured {ago(stored.measured_at, now)} on this machine; --fresh measures again")
@@ -207,22 +212,25 @@ def _measure_all(
                 say(f"measuring again: {stored}")
         from planner.meter import ConditionsMeter  # with psutil, which a table from the history does without
 
-        with tempfile.TemporaryDirectory(prefix="plan-") as folder, shown(say) as progress:
+        with scratch_folder(place) as scratch, tempfile.TemporaryDirectory(prefix="plan-") as folder, shown(say) as bar:
             saved = Path(folder) / "data"
             saved.mkdir()
             data.save(saved)
             found[length] = measure(
                 rows,
                 data,
-                factory(saved),
+                factory(saved, scratch.folder),
                 budget_seconds=asked.budget_seconds,
                 precision_target=asked.precision_target,
                 clock=clock,
-                progress=progress,
+                progress=bar,
                 meter=ConditionsMeter(is_gpu=rows[0].job.device == "cuda"),
             )
+            disk = scratch.disk
+        if scratch.note is not None:
+            found[length] = replace(found[length], notes=(*found[length].notes, scratch.note))
         if history is not None:
-            keep(history, keys, rows, data, found[length], asked, now)
+            keep(history, keys, rows, data, found[length], asked, now, disk)
     return found, measured_at
 
 
@@ -271,6 +279,7 @@ def predicted_of(comparison: Comparison, candidate: Candidate) -> Predicted:
         correction_runs=None if by is None else by.num_runs,
         signature_key=past.signature_keys.get(name),
         parts=_parts(found),
+        calibrated=found.calibrated,
     )
 
 

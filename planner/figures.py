@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 
 UNKNOWN = "unknown"
 NOT_APPLICABLE = "–"
+DOUBT = "? after a range: not a 90 % range, but what was seen or feared"  # what "?" says
 GIB = 1024**3
 WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -50,6 +51,12 @@ def duration_range(low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return UNKNOWN
     return f"{duration(low, short=True)} – {duration(high, short=True)}"
+
+
+def promised_range(low: float | None, high: float | None, calibrated: bool | None) -> str:
+    """`duration_range` with "?" after one that is known to be no 90 % range."""
+    doubt = "?" if calibrated is False and low is not None and high is not None else ""
+    return duration_range(low, high) + doubt
 
 
 def hours_text(seconds: float | None) -> str:

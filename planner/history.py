@@ -70,6 +70,7 @@ class PastRun:
     signature_key: str | None = None
     not_counted: str | None = None  # why later estimates are not corrected by it; None: they are
     versions: str = ""  # "torch 2.13.0, peft 0.19.0"
+    calibrated: bool | None = None  # False: the predicted range was no 90 % range; None: not kept, by earlier versions
 
     @classmethod
     def of(cls, record: RunRecord, folder: Path, ended_at: datetime) -> PastRun:
@@ -100,6 +101,7 @@ class PastRun:
             signature_key=predicted.signature_key,
             not_counted=_why_not_counted(record),
             versions=", ".join(f"{name} {version}" for name, version in sorted(record.versions.items())),
+            calibrated=predicted.calibrated,
         )
 
     @property
@@ -220,6 +222,10 @@ class History:
         values = [getattr(run, name) for name in COLUMNS]
 
         def add(db: sqlite3.Connection) -> None:
+            known = {name for _, name, *_ in db.execute("PRAGMA table_info(runs)")}
+            for name in COLUMNS:
+                if known and name not in known:  # a file of an earlier version
+                    db.execute(f"ALTER TABLE runs ADD COLUMN {name}")
             stored = [folder for (folder,) in db.execute("SELECT folder FROM runs") if isinstance(folder, str)]
             others = [(folder,) for folder in stored if folder != run.folder and _place(folder) == run.folder]
             db.executemany(
@@ -231,13 +237,13 @@ class History:
 
     def runs(self, limit: int | None = None) -> list[PastRun]:
         """Runs, newest first."""
-        query = f"SELECT {', '.join(COLUMNS)} FROM runs ORDER BY ended_at DESC, rowid DESC"
+        query = "SELECT * FROM runs ORDER BY ended_at DESC, rowid DESC"
         return self._runs(query, (), limit)
 
     def counted_runs(self, signature_key: str, limit: int) -> list[PastRun]:
         """The latest runs by which estimates of this signature are corrected, newest first."""
         query = (
-            f"SELECT {', '.join(COLUMNS)} FROM runs WHERE signature_key = ? AND not_counted IS NULL "
+            "SELECT * FROM runs WHERE signature_key = ? AND not_counted IS NULL "
             "AND raw_train_seconds > 0 AND actual_train_seconds > 0 ORDER BY ended_at DESC, rowid DESC"
         )
         return self._runs(query, (signature_key,), limit)
@@ -245,12 +251,12 @@ class History:
     def _runs(self, query: str, values: tuple[object, ...], limit: int | None) -> list[PastRun]:
         """At most `limit` of the rows; of those of one folder, stored under several names before, the first."""
         found: dict[str, PastRun] = {}
-        nothing: list[tuple[object, ...]] = []
-        for row in self._guarded(lambda db: db.execute(query, values).fetchall(), nothing, writes=False):
+        nothing: list[dict[str, object]] = []
+        for row in self._guarded(lambda db: _rows(db.execute(query, values)), nothing, writes=False):
             if limit is not None and len(found) >= limit:
                 break
             try:
-                run = jsonio.from_plain(PastRun, dict(zip(COLUMNS, row, strict=True)), what=str(self.path))
+                run = jsonio.from_plain(PastRun, row, what=str(self.path))
                 found.setdefault(_place(run.folder), run)
             except PlanError as reason:  # one odd row is no reason to lose the others
                 self._note(f"one entry of the history was left out ({reason})")
@@ -340,6 +346,16 @@ class History:
         if text not in self.notes:
             self.notes.append(text)
             self.say(f"note: {text}.")
+
+
+def _rows(cursor: sqlite3.Cursor) -> list[dict[str, object]]:
+    """Rows by column, of the columns that a run has here; a file of another version has fewer or more."""
+    names = [name for name, *_ in cursor.description]
+    rows = [{name: value for name, value in zip(names, row, strict=True) if name in COLUMNS} for row in cursor]
+    for row in rows:
+        if row.get("calibrated") in (0, 1):  # SQLite has no truth values
+            row["calibrated"] = bool(row["calibrated"])
+    return rows
 
 
 def _needs_tables(db: sqlite3.Connection) -> bool:

@@ -19,6 +19,7 @@ from trainer.batching import BatchPlan
 from trainer.folder import LOCK, refuse_links, require_unused, sole_writer
 from trainer.job import Job
 from trainer.planning import needs_loss
+from trainer.process import threads_of_a_process
 from trainer.record import Predicted, RunRecord
 
 LAUNCHER = "accelerate.commands.launch"
@@ -165,7 +166,7 @@ def command(
         if not dry:
             jsonio.write_atomically(accelerate_config, OWN_ACCELERATE_CONFIG)
     launcher += ["--config_file", str(accelerate_config)]
-    threads = job.num_threads or max(1, (os.cpu_count() or 1) // job.num_devices)
+    threads = threads_of_a_process(job.num_threads, job.num_devices)
     return [*launcher, "--num_cpu_threads_per_process", str(threads), "--module", "trainer", *tail]
 
 

@@ -196,7 +196,7 @@ def measure_settings(given: dict[str, Any]) -> MeasureSettings:
 
 def same_options(given: dict[str, Any]) -> str:
     """The options of this call that a run needs too, as text; for a count a file's place is held."""
-    skipped = {"run", "resume", "output", "as_json", "budget", "precision_target", "preset_names", "debug", "step_time"}
+    skipped = {"run", "resume", "as_json", "budget", "precision_target", "preset_names", "debug", "step_time"}
     skipped |= {"fresh", "explain", "force", "dry_run", "output_format"}  # what was measured just now will do
     skipped |= set() if given["tuned"] else {"quantized"}
     words = []

@@ -34,7 +34,8 @@ def outcome_text(record: RunRecord, folder: Path) -> str:
     if predicted.seconds_low is not None and predicted.seconds_high is not None and actual.seconds is not None:
         inside = predicted.seconds_low <= actual.seconds <= predicted.seconds_high
         spread = duration_range(predicted.seconds_low, predicted.seconds_high)
-        verdict = f"The predicted range {spread} {'holds' if inside else 'does NOT hold'} the actual time."
+        doubt = " (not a 90 % range)" if predicted.calibrated is False else ""
+        verdict = f"The predicted range {spread}{doubt} {'holds' if inside else 'does NOT hold'} the actual time."
         if actual.num_resumes:
             verdict = (
                 f"Stopped and resumed {actual.num_resumes} time(s): its time says little of the prediction ({spread})."

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from planner.figures import NOT_APPLICABLE, UNKNOWN, clock, duration, duration_range
+from planner.figures import DOUBT, NOT_APPLICABLE, UNKNOWN, clock, duration, promised_range
 from planner.history import PastRun
 from presets import jsonio
 from presets.text import printable
@@ -29,10 +29,12 @@ class Accuracy:
     percentile_90_absolute: float
     worst: float  # signed
     median: float  # signed
-    num_inside: int
+    num_inside: int  # of those with a 90 % range; earlier versions did not keep whether it was one, and count here
     num_with_range: int
     inside_low: float | None  # Wilson's 95 % interval for the share inside
     inside_high: float | None
+    num_inside_uncalibrated: int  # of those whose range was what was seen or feared, not a 90 % one
+    num_with_range_uncalibrated: int
 
 
 def accuracy(runs: Sequence[PastRun]) -> Accuracy | None:
@@ -41,7 +43,8 @@ def accuracy(runs: Sequence[PastRun]) -> Accuracy | None:
     if not errors:
         return None
     absolute = sorted(abs(error) for error in errors)
-    held = [run.is_inside for run in runs if run.is_inside is not None]
+    held = [run.is_inside for run in runs if run.is_inside is not None and run.calibrated is not False]
+    others = [run.is_inside for run in runs if run.is_inside is not None and run.calibrated is False]
     low, high = wilson(sum(held), len(held)) if held else (None, None)
     return Accuracy(
         num_runs=len(errors),
@@ -53,6 +56,8 @@ def accuracy(runs: Sequence[PastRun]) -> Accuracy | None:
         num_with_range=len(held),
         inside_low=low,
         inside_high=high,
+        num_inside_uncalibrated=sum(others),
+        num_with_range_uncalibrated=len(others),
     )
 
 
@@ -88,6 +93,11 @@ def accuracy_text(found: Accuracy | None) -> str:
             f"({found.num_inside / found.num_with_range:.0%}; 95 % interval {found.inside_low:.0%} – "
             f"{found.inside_high:.0%})."
         )
+    if found.num_with_range_uncalibrated:
+        lines.append(
+            f"A range that was not a 90 % range (the machine was not steady) held it in "
+            f"{found.num_inside_uncalibrated:,} of {found.num_with_range_uncalibrated:,}."
+        )
     return "\n".join(lines)
 
 
@@ -109,13 +119,14 @@ def runs_text(runs: Sequence[PastRun], now: datetime) -> str:
         disable_numparse=True,
         colalign=("left", "left", "left", "right", "left", "right", "right", "left", "left"),
     )
-    return str(table)
+    doubted = any(run.calibrated is False and run.seconds_high is not None for run in runs)
+    return f"{table}\n{DOUBT}." if doubted else str(table)
 
 
 def _cells(run: PastRun, now: datetime) -> tuple[str, ...]:
     predicted = duration(run.seconds)
     if run.seconds_low is not None and run.seconds_high is not None:
-        predicted += f" ({duration_range(run.seconds_low, run.seconds_high)})"
+        predicted += f" ({promised_range(run.seconds_low, run.seconds_high, run.calibrated)})"
     if run.correction_factor is not None:
         predicted += f", x{run.correction_factor:.2f}"
     resumed = ", resumed" if run.num_resumes and run.status == "finished" else ""

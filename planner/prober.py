@@ -92,6 +92,12 @@ class Prober(Protocol):
 ProberFactory = Callable[[Job], Prober]
 
 
+class ProberMaker(Protocol):
+    """Makes what starts workers over a folder of tokenised data; they try out the disk of `scratch`."""
+
+    def __call__(self, data_dir: Path, scratch: Path | None = None, /) -> ProberFactory: ...
+
+
 class ProcessProber:
     """A worker process, spoken to in JSON lines. `stop` ends it; so does the end of this process, however it comes."""
 

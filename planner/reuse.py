@@ -24,13 +24,14 @@ from planner.hardware import DeviceFacts, cpu_name
 from planner.history import History
 from planner.measurement import Measurement, Measurements, PlannedRow, RowVerdict, StepSignature
 from planner.strata import Strata, keys
+from planner.supervised import is_near, share_of
 from presets import jsonio
 from presets.errors import PlanError
 from trainer.batching import BatchPlan, MicroShapes
 from trainer.evaluate import answerable
 from trainer.job import Job
 from trainer.model import inspect_model
-from trainer.tokens import TokenizedDataset
+from trainer.tokens import IntArray, TokenizedDataset
 
 VERSIONED = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "training-planner")
 THREAD_VARIABLES = (
@@ -82,6 +83,7 @@ class CachedMeasurement:
     precision_target: float
     free_bytes: int | None  # on the device, before
     in_turns: bool
+    supervised_share: float  # of the plans' tokens, those that are learnt from
     strata: Strata
     measurement: Measurement
     rows: tuple[CachedRow, ...]
@@ -118,12 +120,16 @@ class Keys:
         parts = self._parts(job)
         return None if parts is None else _digest({**parts, "estimate": _source_digest(ESTIMATED_SOURCES)})
 
-    def of_measurement(self, job: Job) -> str | None:
-        """A measurement stands for jobs with the same key, as far as their batches allow; None as for `of_runs`."""
+    def of_measurement(self, job: Job, disk: str | None = None) -> str | None:
+        """A measurement stands for jobs with the same key, as far as their batches allow; None as for `of_runs`.
+
+        Args:
+            disk: on which a checkpoint was or would be timed; None where none is.
+        """
         parts = self._parts(job)
         if parts is None:
             return None
-        return _digest({**parts, "max_length": job.preset.max_length, "packed_length": job.packed_length})
+        return _digest({**parts, "max_length": job.preset.max_length, "packed_length": job.packed_length, "disk": disk})
 
     def _parts(self, job: Job) -> dict[str, Any] | None:
         self._machine = self._machine or machine(self.facts)
@@ -210,10 +216,10 @@ def _digest(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def data_key(data: TokenizedDataset) -> str:
+def data_key(lengths: IntArray, num_supervised: IntArray) -> str:
     """Data with the same key takes the same time: its examples' lengths, and how much of each is learnt from."""
-    sha = hashlib.sha256(np.ascontiguousarray(data.lengths).tobytes())
-    sha.update(np.ascontiguousarray(data.num_supervised).tobytes())
+    sha = hashlib.sha256(np.ascontiguousarray(lengths).tobytes())
+    sha.update(np.ascontiguousarray(num_supervised).tobytes())
     return sha.hexdigest()[:16]
 
 
@@ -228,9 +234,11 @@ def keep(
     found: Measurements,
     asked: Sharpness,
     now: datetime,
+    disk: str,
 ) -> None:
-    """Store what was measured, under a key of step signature and data; what failed is left to be tried again."""
-    contents, of_data = {}, data_key(data)
+    """Store what was measured, under a key of step signature, disk and data; what failed is left to be tried again."""
+    lengths, num_supervised = data.lengths, data.num_supervised
+    contents, of_data = {}, data_key(lengths, num_supervised)
     call = uuid.uuid4().hex
     for measurement in found.measurements:
         members = [row for row in rows if StepSignature.of(row.job) == measurement.signature]
@@ -240,7 +248,7 @@ def keep(
             for row, verdict in zip(members, verdicts, strict=True)
             if verdict is not None and verdict.fits is not None
         ]
-        key = made.of_measurement(members[0].job) if members else None
+        key = made.of_measurement(members[0].job, disk) if members else None
         timed = measurement.rounds or not any(row.verdict.fits for row in judged)
         if key is None or measurement.error is not None or not judged or not timed:
             continue
@@ -251,6 +259,7 @@ def keep(
             precision_target=asked.precision_target,
             free_bytes=made.facts.free_bytes,
             in_turns=found.in_turns,
+            supervised_share=share_of((row.plan for row in members), lengths, num_supervised),
             strata=found.strata,
             measurement=measurement,
             rows=tuple(judged),
@@ -270,7 +279,7 @@ class _Unfit(Exception):
 
 
 def reuse(
-    history: History, made: Keys, rows: Sequence[PlannedRow], data: TokenizedDataset, asked: Sharpness
+    history: History, made: Keys, rows: Sequence[PlannedRow], data: TokenizedDataset, asked: Sharpness, disk: str
 ) -> Reused | str | None:
     """Stored measurements for these rows, or why those that are stored do not do, or None where there are none.
 
@@ -278,20 +287,21 @@ def reuse(
     measured of this.
 
     They do where the rows' micro-batches lie within what was measured: the same micro-batch sizes, every class that has
-    work was timed with micro-batches like the plan's, and each row's worst micro-batch is no larger than one that
-    fitted (or no smaller than one that did not). All step signatures must come from one call, in which they were timed
-    in turns: the speed factor compares them.
+    work was timed with micro-batches like the plan's, about as large a share of the tokens is learnt from, and each
+    row's worst micro-batch is no larger than one that fitted (or no smaller than one that did not). All step signatures
+    must come from one call, in which they were timed in turns: the speed factor compares them.
     """
     wanted: dict[StepSignature, list[PlannedRow]] = {}
     for row in rows:
         wanted.setdefault(StepSignature.of(row.job), []).append(row)
     keyed: dict[StepSignature, str] = {}
     for signature, members in wanted.items():
-        key = made.of_measurement(members[0].job)
+        key = made.of_measurement(members[0].job, disk)
         if key is None:
             return None
         keyed[signature] = key
-    of_data = data_key(data)
+    num_supervised = data.num_supervised
+    of_data = data_key(data.lengths, num_supervised)
     own = history.measurements(f"{key}.{of_data}" for key in keyed.values())
     why: str | None = None
     for stored in ({name.partition(".")[0]: content for name, content in own.items()}, None):
@@ -300,7 +310,7 @@ def reuse(
             continue
         try:
             entries = {one: jsonio.from_json(CachedMeasurement, contents[key]) for one, key in keyed.items()}
-            return _checked(entries, wanted, data, asked, made.facts)
+            return _checked(entries, wanted, data, num_supervised, asked, made.facts)
         except PlanError:  # of another form than today's
             continue
         except _Unfit as reason:
@@ -312,6 +322,7 @@ def _checked(
     entries: dict[StepSignature, CachedMeasurement],
     wanted: dict[StepSignature, list[PlannedRow]],
     data: TokenizedDataset,
+    num_supervised: IntArray,
     asked: Sharpness,
     facts: DeviceFacts,
 ) -> Reused:
@@ -330,6 +341,7 @@ def _checked(
             verdicts.append(replace(cached.verdict, name=row.name, signature=signature))
             if cached.verdict.fits:
                 _check_strata(entry, row, shapes)
+                _check_supervised(entry, row, data.lengths, num_supervised)
                 if not row.is_reference:
                     _check_fixed(entry.measurement, row, data)
                     notes += _memory_note(cached, row, shapes)
@@ -412,6 +424,15 @@ def _check_strata(entry: CachedMeasurement, row: PlannedRow, shapes: MicroShapes
         unlike = mean > LIKE * mean_timed or mean < mean_timed / LIKE
         if unlike and work.padded[stratum] > SMALL_SHARE * total:
             raise _Unfit("the lengths lie too far from those that were timed")
+
+
+def _check_supervised(entry: CachedMeasurement, row: PlannedRow, lengths: IntArray, num_supervised: IntArray) -> None:
+    share = share_of([row.plan], lengths, num_supervised)
+    if not is_near(entry.supervised_share, share, entry.measurement):
+        raise _Unfit(
+            f"{share:.0%} of the tokens are learnt from, and of those that were timed {entry.supervised_share:.0%}; "
+            "the loss's time depends on it"
+        )
 
 
 def _check_fixed(measurement: Measurement, row: PlannedRow, data: TokenizedDataset) -> None:

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from planner.figures import UNKNOWN, duration, duration_range, gib
+from planner.figures import DOUBT, UNKNOWN, duration, gib, promised_range
 from planner.formats import bullets, definitions, document, escaped
 from planner.run_view import RunView, look_at
 from presets import jsonio
@@ -65,13 +65,15 @@ def run_page(view: RunView, *, now: datetime) -> str:
 
 def _outcome_table(view: RunView) -> str:
     predicted, actual = view.predicted, view.record.actual if view.record is not None else None
-    span = duration_range(predicted.seconds_low, predicted.seconds_high)
+    span = promised_range(predicted.seconds_low, predicted.seconds_high, predicted.calibrated)
     rows = [
         ("whole run", duration(predicted.seconds), span, duration(actual.seconds) if actual else UNKNOWN),
         ("training loop", duration(predicted.train_seconds), "", duration(actual.train_seconds) if actual else UNKNOWN),
         ("peak memory", gib(predicted.peak_memory_bytes), "", gib(actual.peak_memory_bytes) if actual else UNKNOWN),
     ]
     table = _table(("", "predicted", "range", "actual"), rows)
+    if span.endswith("?"):
+        table += f"<p>{escaped(DOUBT)}.</p>"
     if actual is None or not actual.eval_loss_before or actual.eval_loss_after is None:
         return table
     change = actual.eval_loss_after / actual.eval_loss_before - 1

@@ -9,7 +9,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from planner.figures import NOT_APPLICABLE, UNKNOWN, ago, clock, duration, duration_range, figure, gib, hours_text
+from planner.figures import (
+    DOUBT,
+    NOT_APPLICABLE,
+    UNKNOWN,
+    ago,
+    clock,
+    duration,
+    figure,
+    gib,
+    hours_text,
+    promised_range,
+)
 from planner.report import PlanReport, Quality, Row
 from presets.text import printable
 
@@ -78,7 +89,7 @@ def remarks(report: PlanReport, now: datetime) -> tuple[str, ...]:
         who = "all rows" if names == everyone and len(names) > 1 else " / ".join(names)
         lines.append(f"{who}: {_as_one([text for _, text in told])}")
     if any(not row.calibrated and row.seconds_low is not None and row.error is None for row in rows):
-        lines.append("? after a range: not a 90 % range, but what was seen or feared; the row's warnings say why.")
+        lines.append(f"{DOUBT}; the row's warnings say why.")
     cached: dict[str, list[str]] = {}
     for row in rows:
         if row.basis == "cached" and row.error is None:
@@ -190,7 +201,7 @@ def _time(row: Row, before: str, after: str) -> str:
     text = duration(row.seconds) + (" (published)" if row.basis == "published" else "")
     if row.seconds_low is None or row.seconds_high is None:
         return text
-    return f"{text}{before}{duration_range(row.seconds_low, row.seconds_high)}{'' if row.calibrated else '?'}{after}"
+    return f"{text}{before}{promised_range(row.seconds_low, row.seconds_high, row.calibrated)}{after}"
 
 
 def _finish(row: Row, now: datetime, before_clock: str) -> str:

@@ -17,7 +17,6 @@ Only changes that leave the window's gradient the same up to float tolerance are
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -36,6 +35,7 @@ from planner.twin import TOO_SHORT, Change, Twin, Untimed, Wanted, changed
 from presets.errors import MeasurementError, PlanError, SettingsError
 from trainer.job import Job
 from trainer.planning import plan_job, stand_in
+from trainer.process import cores, threads_of_a_process
 from trainer.tokens import FloatArray, TokenizedDataset
 
 CPU_MICRO_BATCHES = (1, 2, 4, 8)
@@ -298,8 +298,10 @@ class _Tuning:
         if job.compile:
             found.append(Change(name="compiled", compile=False))
         if job.device == "cpu":
-            now = job.num_threads or _cores()
-            found += [Change(name="threads", num_threads=number) for number in sorted({_cores(), now // 2} - {now, 0})]
+            # No more than a process's share: one worker is timed, which would not see what the others are then left.
+            most = threads_of_a_process(None, job.num_devices) or cores()
+            now = job.num_threads or most
+            found += [Change(name="threads", num_threads=number) for number in sorted({most, now // 2} - {now, 0})]
         if self.quantized and preset.adapter == "lora":
             found += [
                 Change(name="quantized base", base_precision=kind, is_neutral=False)
@@ -430,8 +432,3 @@ def _link_name(wanted: Wanted, step: Step) -> str:
 
 def _row_name(preset: str, changes: tuple[Change, ...]) -> str:
     return " + ".join((preset, *(change.text for change in changes)))
-
-
-def _cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

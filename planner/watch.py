@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from planner.figures import UNKNOWN, clock, duration, figure, gib
+from planner.figures import UNKNOWN, clock, duration, duration_range, figure, gib
 from planner.run_view import RunView, look_at
 from planner.terminal import ascii_only, out
 from presets.text import printable
@@ -100,7 +100,12 @@ def _time_lines(view: RunView, last: dict[str, Any], now: datetime) -> list[str]
         lines.append(f"time      {duration(float(left))} left{done_at}")
     record = view.record
     if record is not None and record.status == "finished" and record.actual.seconds is not None:
-        lines.append(f"time      {duration(record.actual.seconds)}, predicted {duration(view.predicted.seconds)}")
+        promised = duration(view.predicted.seconds)
+        if view.predicted.seconds_low is not None and view.predicted.seconds_high is not None:
+            span = duration_range(view.predicted.seconds_low, view.predicted.seconds_high)
+            doubt = ", not a 90 % range" if view.predicted.calibrated is False else ""
+            promised += f" ({span}{doubt})"
+        lines.append(f"time      {duration(record.actual.seconds)}, predicted {promised}")
     if isinstance(drift, (int, float)):
         word = "behind" if drift > 0 else "ahead of"
         lines.append(f"plan      {abs(drift):.0%} {word} plan" if abs(drift) >= 0.005 else "plan      on plan")

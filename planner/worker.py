@@ -49,6 +49,7 @@ from trainer.process import (
     resident_bytes,
     seconds_since_process_start,
     settle_garbage,
+    threads_of_a_process,
 )
 from trainer.tokens import IntArray, TokenizedDataset
 
@@ -98,8 +99,9 @@ class Worker:
         from trainer.step import make_stepper
 
         imported = time.perf_counter()
-        if self.job.num_threads is not None:
-            torch.set_num_threads(self.job.num_threads)
+        threads = threads_of_a_process(self.job.num_threads, self.job.num_devices)
+        if threads is not None:
+            torch.set_num_threads(threads)
         self._loaded = load_model(self.job, need_weights=False)
         if inspect_model(self.job.model).has_tokenizer:
             self._tokenizer = load_tokenizer(self.job.model, trust_remote_code=self.job.trust_remote_code)

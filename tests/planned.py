@@ -36,6 +36,7 @@ class Bench:
     device: dict[str, Any] = field(default_factory=dict)
     starts: int = 0  # workers started: 0 where a plan was answered from the history
     said: list[str] = field(default_factory=list)
+    scratch: list[Path | None] = field(default_factory=list)  # folders that workers were given to try out the disk
 
     @property
     def history(self) -> History:
@@ -50,6 +51,7 @@ class Bench:
         measuring: MeasureSettings | None = None,
         fresh: bool = False,
         minutes: float = 0.0,
+        output: Path | None = None,
         **options: Any,
     ) -> Comparison:
         self.starts = 0
@@ -57,9 +59,10 @@ class Bench:
 
         devices: list[fakes.FakeDevice] = []
 
-        def factory(folder: Path) -> Callable[..., Any]:
+        def factory(folder: Path, scratch: Path | None = None) -> Callable[..., Any]:
             device = fakes.FakeDevice(TokenizedDataset.load(folder).lengths, **self.device)
             devices.append(device)
+            self.scratch.append(scratch)
 
             def start(job: Any) -> Any:
                 self.starts += 1
@@ -78,6 +81,7 @@ class Bench:
             now=NOW + timedelta(minutes=minutes),
             history=self.history,
             clock=lambda: devices[-1].clock(),
+            output=output,
         )
 
 

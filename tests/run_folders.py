@@ -15,14 +15,15 @@ from trainer.planning import plan_job
 from trainer.record import Actual, Breakdown, Predicted, RunRecord
 
 
-def begin(run: Path) -> Path:
+def begin(run: Path, *, calibrated: bool | None = True) -> Path:
     """A run folder with a plan of 22 steps, of which none is done."""
     run.mkdir()
     job = make_job("recommended", gradient_accumulation_steps=16)
     plan_job(job, make_data(np.full(352, 20))).plan.save(run / "batch_plan.npz")
     predicted = Predicted(
-        seconds=100.0, seconds_low=90.0, seconds_high=110.0, train_seconds=88.0, peak_memory_bytes=1 << 30
-    )
+        seconds=100.0, seconds_low=90.0, seconds_high=110.0, train_seconds=88.0, peak_memory_bytes=1 << 30,
+        calibrated=calibrated,
+    )  # fmt: skip
     (run / "estimate.json").write_text(jsonio.to_json(predicted), encoding="utf-8")
     (run / "job.json").write_text(job.to_json(), encoding="utf-8")
     return run

@@ -239,10 +239,23 @@ def test_a_plan_is_corrected_by_past_runs_and_the_run_keeps_the_raw_figures(benc
     assert PastRun.of(record, Path("run"), NOW).train_seconds == kept.train_seconds
 
 
+@pytest.mark.parametrize("drift", [0.0, 0.5])
+def test_a_run_keeps_whether_its_range_is_a_90_percent_range(bench: Bench, drift: float) -> None:
+    bench.device = {"noise": 0.02, "drift": drift}
+    found = bench.plan(names=("baseline",))
+    assert found.report.rows[0].calibrated is (drift == 0)
+    kept = predicted_of(found, found.candidates[0])
+    record = RunRecord(status="finished", job=fakes.make_job(), predicted=kept, actual=Actual(), versions={})
+    record = jsonio.from_json(RunRecord, jsonio.to_json(record))
+    bench.history.add_run(PastRun.of(record, Path("run"), NOW))
+    assert [run.calibrated for run in bench.history.runs()] == [drift == 0]
+
+
 def test_estimates_of_older_run_folders_can_be_read() -> None:
     old = '{"seconds": 5.0, "seconds_low": 4.0, "seconds_high": 6.0, "train_seconds": 3.0, "peak_memory_bytes": 9}'
     found = jsonio.from_json(Predicted, old)
     assert (found.seconds, found.raw_seconds, found.signature_key) == (5.0, None, None)
+    assert found.calibrated is None
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -483,9 +496,60 @@ def test_the_accuracy_is_that_of_all_runs_that_finished_without_interruption() -
     assert found.median == pytest.approx(0.02)
     # Wilson (1927) for 4 of 5.
     assert (found.inside_low, found.inside_high) == (pytest.approx(0.3755, abs=1e-3), pytest.approx(0.9638, abs=1e-3))
-    assert "4 of 5" in accuracy_text(found)
+    assert "The 90 % range held the actual time in 4 of 5" in accuracy_text(found)
+    assert "not a 90 % range" not in accuracy_text(found)
     assert accuracy(runs[5:]) is None
     assert accuracy_text(None) == "no finished runs yet"
+
+
+def test_ranges_that_were_no_90_percent_ranges_are_counted_apart() -> None:
+    """How often those held says nothing of the others, which promise nine runs of ten."""
+    held, missed = past_run(1, actual_seconds=100.0), past_run(2)
+    told = [replace(held, calibrated=True), replace(missed, calibrated=None)]  # of an earlier version: not told
+    doubted = [replace(held, calibrated=False), replace(held, calibrated=False), replace(missed, calibrated=False)]
+    found = accuracy([*told, *doubted])
+    assert found is not None
+    assert (found.num_runs, found.num_inside, found.num_with_range) == (5, 1, 2)
+    assert (found.num_inside_uncalibrated, found.num_with_range_uncalibrated) == (2, 3)
+    text = accuracy_text(found)
+    assert "The 90 % range held the actual time in 1 of 2" in text
+    assert "A range that was not a 90 % range (the machine was not steady) held it in 2 of 3." in text
+    alone = accuracy(doubted)
+    assert alone is not None
+    assert "The 90 % range" not in accuracy_text(alone)
+
+
+def test_a_range_that_was_no_90_percent_range_is_marked_in_the_list() -> None:
+    lines = runs_text([past_run(1, calibrated=False), past_run(2, calibrated=True), past_run(3)], NOW).splitlines()
+    assert [("(1 min 30 – 1 min 50?)" in line, "(1 min 30 – 1 min 50)" in line) for line in lines[2:5]] == [
+        (True, False),
+        (False, True),
+        (False, True),
+    ]
+    assert lines[5:] == ["? after a range: not a 90 % range, but what was seen or feared."]
+    assert len(runs_text([past_run(2, calibrated=True), past_run(3)], NOW).splitlines()) == 4
+
+
+def test_a_history_of_the_version_before_is_read_and_goes_on(tmp_path: Path) -> None:
+    """It has no column for whether a range was calibrated."""
+    history = History(home=tmp_path)
+    history.add_run(past_run(1))
+    with closing(sqlite3.connect(history.path)) as db:
+        db.execute("ALTER TABLE runs DROP COLUMN calibrated")
+    assert [run.calibrated for run in history.runs()] == [None]
+    assert [run.folder for run in history.counted_runs("k", 9)] == ["/runs/1"]
+    history.add_run(past_run(2, calibrated=False))
+    history.add_run(past_run(3, calibrated=True))
+    assert [(run.folder, run.calibrated) for run in history.runs()] == [
+        ("/runs/3", True),
+        ("/runs/2", False),
+        ("/runs/1", None),
+    ]
+    assert history.notes == []
+    with closing(sqlite3.connect(history.path)) as db:
+        db.execute("ALTER TABLE runs ADD COLUMN of_a_later_version")
+    assert len(history.runs()) == 3
+    assert [one.name for one in tmp_path.iterdir()] == [FILE_NAME]
 
 
 def test_wilsons_interval_at_its_ends() -> None:

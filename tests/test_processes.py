@@ -353,3 +353,32 @@ def test_a_run_that_was_told_to_stop_ends_with_its_signals_code(
     )
     found = launch.start([PYTHON, "-c", code, *([launch.LAUNCHER] if is_launcher else [])])
     assert found == (128 + number if expected is None else expected)
+
+
+@pytest.mark.parametrize(("num_devices", "asked", "threads"), [(2, None, 3), (2, 5, 5), (8, None, 1)])
+def test_a_worker_times_a_step_on_as_many_threads_as_each_process_of_the_run_gets(
+    make_job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_devices: int, asked: int | None, threads: int
+) -> None:
+    import torch
+
+    from planner.worker import Worker
+    from trainer import process
+    from trainer.data import prepare_data
+
+    monkeypatch.setattr(process, "cores", lambda: 6)
+    job = make_job(num_devices=num_devices, num_threads=asked, gradient_accumulation_steps=16)
+    argv = command(tmp_path, job, dry=True)
+    assert argv[argv.index("--num_cpu_threads_per_process") + 1] == str(threads)
+    data = prepare_data(job.data, model=job.model, max_length=job.preset.max_length, seed=job.seed)
+    before = torch.get_num_threads()
+    try:
+        assert Worker(job, data, None).load().num_threads == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_process_that_has_the_machine_to_itself_leaves_the_threads_to_torch() -> None:
+    from trainer.process import threads_of_a_process
+
+    assert threads_of_a_process(None, 1) is None
+    assert threads_of_a_process(3, 1) == 3

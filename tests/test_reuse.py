@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fakes
+import numpy as np
 import pytest
 from planned import FACTS, NOW, Bench
 
@@ -18,7 +19,12 @@ from planner import reuse
 from planner.candidates import MeasureSettings
 from planner.estimate import HEAP_GROWTH
 from planner.figures import ago
+from planner.measure import measure
+from planner.scratch import place_for
 from planner.table import measured_text
+from trainer.tokens import TokenizedDataset
+
+DISK = "a disk"
 
 
 def test_a_plan_is_answered_from_an_earlier_measurement_and_says_how_old_it_is(bench: Bench) -> None:
@@ -92,13 +98,25 @@ def test_another_step_is_measured_itself(bench: Bench, options: dict[str, Any]) 
     assert bench.starts > 0
 
 
+def test_a_checkpoint_that_was_timed_on_another_disk_is_timed_again(bench: Bench, monkeypatch: Any) -> None:
+    """Also where each disk comes again: one measurement does not push out the other."""
+    for disk, is_new in (("ssd", True), ("usb", True), ("ssd", False), ("usb", False)):
+        monkeypatch.setattr("planner.scratch.disk_of", lambda folder, disk=disk: disk)
+        bench.plan()
+        assert bool(bench.starts) == is_new, disk
+
+
 def test_other_versions_other_code_and_another_model_are_measured(bench: Bench, monkeypatch: Any) -> None:
+    def key() -> str | None:
+        return reuse.Keys(FACTS).of_measurement(fakes.make_job(model=str(bench.model)), place_for(None).disk)
+
     bench.plan()
+    assert key() in _keys(bench)
     version, digest = reuse._version, reuse._source_digest
     for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "training-planner"):
         with monkeypatch.context() as patched:
             patched.setattr(reuse, "_version", lambda of, name=name: "0.0.0" if of == name else version(of))
-            assert reuse.Keys(FACTS).of_measurement(fakes.make_job(model=str(bench.model))) not in _keys(bench)
+            assert key() not in _keys(bench)
     with monkeypatch.context() as patched:
         patched.setattr(reuse, "_source_digest", lambda sources: digest(sources) + "x")
         bench.plan()
@@ -191,6 +209,45 @@ def test_a_measurement_of_other_data_does_not_push_out_that_of_this(bench: Bench
     other = bench.plan(tokens_per_example=300)  # never measured: the latest stands for it
     assert bench.starts == 0
     assert other.report.rows[0].peak_memory_bytes == peak_of(400)
+
+
+def learnt_from(share: float) -> TokenizedDataset:
+    """400 examples of 100 tokens, of which this share are learnt from."""
+    data = fakes.make_data(np.full(400, 100))
+    return replace(data, supervised=np.arange(len(data.token_ids)) % 100 >= 100 - round(100 * share))
+
+
+@pytest.mark.parametrize(
+    ("loss", "refused", "share", "is_reused"),
+    [
+        ("plain", None, 0.60, True),
+        ("plain", None, 0.70, False),
+        ("lean", None, 0.44, True),
+        ("lean", None, 0.50, False),
+        ("lean", None, 0.30, False),
+        ("lean", "it differs", 0.60, True),  # the plain one was timed
+    ],
+)
+def test_timings_stand_for_data_of_which_about_as_much_is_learnt_from(
+    bench: Bench, loss: str, refused: str | None, share: float, is_reused: bool
+) -> None:
+    """From the loss's time on completions alone does not follow that on whole texts."""
+    keys, asked = reuse.Keys(FACTS), reuse.Sharpness(budget_seconds=60.0, precision_target=0.02)
+    job = fakes.make_job(model=str(bench.model), loss=loss)
+    measured, data = learnt_from(0.4), learnt_from(share)
+    device = fakes.FakeDevice(measured.lengths)
+    rows = [fakes.make_row(job, measured)]
+    found = measure(rows, measured, device.factory, clock=device.clock)
+    (one,) = found.measurements
+    assert one.load is not None
+    found = replace(found, measurements=(replace(one, load=replace(one.load, lean_refused=refused)),))
+    reuse.keep(bench.history, keys, rows, measured, found, asked, NOW, DISK)
+    again = reuse.reuse(bench.history, keys, rows, measured, asked, DISK)
+    assert isinstance(again, reuse.Reused)  # its own
+    other = reuse.reuse(bench.history, keys, [fakes.make_row(job, data)], data, asked, DISK)
+    assert isinstance(other, reuse.Reused) == is_reused
+    if not is_reused:
+        assert f"{share:.0%} of the tokens are learnt from, and of those that were timed 40%" in str(other)
 
 
 def test_what_did_not_fit_is_remembered_until_more_memory_is_free(bench: Bench) -> None:

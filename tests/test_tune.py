@@ -328,6 +328,26 @@ def test_on_a_gpu_rows_that_hold_a_whole_window_are_tried() -> None:
     assert longest <= packed < longest + 256
 
 
+@pytest.mark.parametrize(("num_devices", "tried"), [(1, {4}), (2, {2})])
+def test_no_more_threads_are_tried_than_a_process_of_the_run_has_cores(
+    monkeypatch: pytest.MonkeyPatch, num_devices: int, tried: set[int]
+) -> None:
+    """One worker is timed alone: on all cores it would look faster than two processes that share them can be."""
+    from trainer import process
+
+    monkeypatch.setattr(process, "cores", lambda: 8)
+    monkeypatch.setattr("planner.tune.cores", lambda: 8)
+    asked: set[int | None] = set()
+
+    class Watched(Device):
+        def factory(self, job: Job) -> FakeProber:
+            asked.add(job.num_threads)
+            return super().factory(job)
+
+    tuned(Watched(LENGTHS), num_devices=num_devices)
+    assert asked - {None} == tried
+
+
 def test_workers_end_with_a_search_that_fails() -> None:
     device = device_of(base=0.2, broken=("fp32", "fp16"))
     with pytest.raises(MeasurementError, match="ended by itself"):
@@ -569,7 +589,7 @@ def test_compare_shows_a_known_twin_after_its_preset_and_runs_it_alone(tmp_path:
 
     devices: list[Device] = []
 
-    def factory(folder: Path) -> Any:
+    def factory(folder: Path, scratch: Path | None = None) -> Any:
         made = Device(TokenizedDataset.load(folder).lengths, base=0.2, per_token=1e-5)
         made.lean_factor, made.eager_factor = 1.0, 1.1
         devices.append(made)

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from run_folders import begin, end, step, write_steps
 
 from planner.cli import cli
+from planner.outcome import outcome_text
 from planner.run_report import run_page, write_report
 from planner.run_view import look_at
 from planner.watch import lines_of
@@ -49,8 +50,25 @@ def test_a_run_that_starts_goes_on_and_ends(folder: Path) -> None:
     end(folder)
     text = told(folder)
     assert "finished" in text
-    assert "2 min 00 s, predicted 1 min 40 s" in text
+    assert "2 min 00 s, predicted 1 min 40 s (1 min 30 – 1 min 50)" in text
     assert "left" not in text
+
+
+@pytest.mark.parametrize("calibrated", [None, True, False])
+def test_a_range_that_was_no_90_percent_range_is_not_spoken_of_as_one(tmp_path: Path, calibrated: bool | None) -> None:
+    folder = begin(tmp_path / "run", calibrated=calibrated)
+    end(folder)
+    view = look_at(folder)
+    assert view.record is not None
+    watched, page, ended = told(folder), run_page(view, now=NOW), outcome_text(view.record, folder)
+    if calibrated is False:
+        assert "predicted 1 min 40 s (1 min 30 – 1 min 50, not a 90 % range)" in watched
+        assert "1 min 30 – 1 min 50?" in page
+        assert "? after a range: not a 90 % range" in page
+        assert "The predicted range 1 min 30 – 1 min 50 (not a 90 % range) does NOT hold the actual time." in ended
+    else:
+        assert "90 %" not in watched + page + ended
+        assert "The predicted range 1 min 30 – 1 min 50 does NOT hold the actual time." in ended
 
 
 def test_a_run_that_says_nothing_for_long_is_called_silent(folder: Path) -> None:

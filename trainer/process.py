@@ -32,6 +32,26 @@ def growing_segments() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
+def cores() -> int:
+    """Processors that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def threads_of_a_process(asked: int | None, num_processes: int) -> int | None:
+    """CPU threads of each process of a run; None: torch's own choice, where one has the machine to itself.
+
+    What starts a run's processes and what times one of them both ask here: a step timed on all cores would be too fast
+    for a run in which each process has its share of them.
+
+    Args:
+        asked: what the user has set, for each process.
+    """
+    if asked is not None or num_processes == 1:
+        return asked
+    return max(1, cores() // num_processes)
+
+
 def settle_garbage() -> None:
     """Keep Python's garbage collector from walking over what will stay to the end; called when the model is loaded."""
     import gc

@@ -72,6 +72,9 @@ class Predicted:
     correction_runs: int | None = None
     signature_key: str | None = None  # runs that share it are comparable
     parts: Breakdown | None = None  # of `seconds`; a part that is unknown counts as 0
+    # False: the range is what was seen or feared on an unsteady machine, not a 90 % one. None: not told, by records of
+    # earlier versions.
+    calibrated: bool | None = None
 
     def window_seconds(self, plan: BatchPlan, lengths: IntArray) -> FloatArray:
         """Planned seconds of each window, (num_windows,), which add up to `train_seconds`; tokens where none are known.
