@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from planner.counts import parse_count
 from presets.errors import SettingsError
 from presets.rules import MOST_EPOCHS, MOST_EXAMPLES, MOST_SEED, MOST_SEQUENCES, MOST_TOKENS
 
@@ -213,7 +214,7 @@ def same_options(given: dict[str, Any]) -> str:
             continue
         if name == "tokens_per_example":
             continue
-        if name == "dataset" and value[:1].isdigit() and value.strip("0123456789,._kKmM") == "":
+        if name == "dataset" and parse_count(value) is not None:
             words += [flag, "YOUR_FILE"]  # a count is enough to plan, a run needs messages
             continue
         words += [flag] if value is True else [flag, shlex.quote(str(value))]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from planner.counts import parse_count
 from planner.hardware import DeviceFacts, resolve_base_precision, resolve_precision
 from presets.demo import demo_folder
 from presets.env import Settings, yours_preset
 from presets.errors import PresetError, SettingsError, did_you_mean
-from presets.rules import MOST_EXAMPLES
 from presets.schema import (
     Adapter,
     Attention,
@@ -24,7 +23,6 @@ from presets.schema import (
     SampleScore,
     SamplingStrategy,
 )
-from presets.text import shown
 from presets.user import all_names, find_preset, is_path
 from trainer.job import DataSpec, EvaluationSpec, Job, TrainOn
 
@@ -135,16 +133,16 @@ def resolve_data(options: Options, settings: Settings, *, running: bool) -> Data
     """Which data: the option, then DATASET, then the bundled messages.
 
     Raises:
-        SettingsError: a count below 1, a count for a run, or --columns that cannot be read.
+        SettingsError: a number that is no count, a count for a run, or --columns that cannot be read.
     """
-    named = options.dataset or settings.dataset or "bundled"
+    named, where = _dataset(options, settings)
     common: dict[str, Any] = {
         "columns": parse_columns(options.columns),
         "train_on": options.train_on,
         "skip_bad_lines": options.skip_bad_lines,
         "limit": options.limit,
     }
-    count = _as_count(named)
+    count = parse_count(named, where)
     if count is None:
         if options.tokens_per_example is not None:
             raise SettingsError("--tokens-per-example goes with a count (--dataset 63000); a file has its own lengths.")
@@ -154,24 +152,19 @@ def resolve_data(options: Options, settings: Settings, *, running: bool) -> Data
             else str(Path(named).expanduser().resolve())
         )
         return DataSpec(source=source, **common)
-    _check_count(count)
     if running:
         raise SettingsError(
-            f"--dataset {named} is a count: enough for planning, but a run needs messages. "
+            f"{where} {named} is a count: enough for planning, but a run needs messages. "
             "Give a file (--dataset messages.jsonl), or leave --dataset out to train on the bundled messages."
         )
     return DataSpec(source="count", num_examples=count, tokens_per_example=options.tokens_per_example, **common)
 
 
-def _as_count(named: str) -> int | None:
-    text = named.replace(",", "").replace("_", "")
-    short = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([kKmM])", text)
-    if short is not None and not Path(named).exists():  # 63k
-        return round(float(short[1]) * {"k": 1_000, "m": 1_000_000}[short[2].lower()])
-    try:
-        return int(text) if text.lstrip("+-").isascii() and text.lstrip("+-").isdigit() else None
-    except ValueError:  # more digits than Python converts
-        raise SettingsError("--dataset is a number too large to be a count.") from None
+def _dataset(options: Options, settings: Settings) -> tuple[str, str]:
+    """(what was named, where it was named)."""
+    if options.dataset or not settings.dataset:
+        return options.dataset or "bundled", "--dataset"
+    return settings.dataset, f"DATASET in {settings.origin.get('DATASET', '.env')}"
 
 
 def parse_columns(text: str | None) -> tuple[tuple[str, str], ...]:
@@ -314,21 +307,13 @@ def resolve_count(options: Options, settings: Settings) -> int:
     Raises:
         SettingsError: --dataset is not a count.
     """
-    named = options.dataset or settings.dataset
-    if named is None:
+    named, where = _dataset(options, settings)
+    if named == "bundled":
         raise SettingsError("--step-time needs a count of examples: plan --dataset 63000 --step-time 30.")
-    count = _as_count(named)
+    count = parse_count(named, where)
     if count is None:
         raise SettingsError(
-            f"--step-time measures and reads nothing, so --dataset must be a count, not '{named}': "
+            f"--step-time measures and reads nothing, so {where} must be a count, not '{named}': "
             "plan --dataset 63000 --step-time 30."
         )
-    _check_count(count)
     return count
-
-
-def _check_count(count: int) -> None:
-    if count < 1:
-        raise SettingsError(f"--dataset is {shown(count)}; a count must be at least 1.")
-    if count > MOST_EXAMPLES:
-        raise SettingsError(f"--dataset is {shown(count)}; a count must be at most {MOST_EXAMPLES:,}.")
