@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.options import BriefHelp, measure_settings, same_options, with_options
+from planner.options import BriefHelp, Valued, measure_settings, same_options, with_options
 from planner.terminal import measuring_bar, open_history, out, out_json, say, settings_of, width
 
 if TYPE_CHECKING:
@@ -84,12 +84,15 @@ def presets_new(name: str, source: str) -> None:
 
 
 @click.command(cls=BriefHelp, short_help="Which configuration to take, and when it is done.")
-@click.option("--goal", type=click.Choice(GOALS), help="What for; asked where it is left out.")
+@click.option("--goal", cls=Valued, type=click.Choice(GOALS), help="What for; asked where it is left out.")
 @click.option(
-    "--deadline", metavar="WHEN", help="Done by then, surely: 'tomorrow 09:00', 'fri 18:00', '2026-11-27 09:00'."
+    "--deadline",
+    cls=Valued,
+    metavar="WHEN",
+    help="Done by then, surely: 'tomorrow 09:00', 'fri 18:00', '2026-11-27 09:00'.",
 )
-@click.option("--within", metavar="TIME", help="Done in this time, surely: 8h, 90min.")
-@click.option("--start", metavar="WHEN", help="When it will be started [now].")
+@click.option("--within", cls=Valued, metavar="TIME", help="Done in this time, surely: 8h, 90min.")
+@click.option("--start", cls=Valued, metavar="WHEN", help="When it will be started [now].")
 @with_options
 @click.pass_context
 def advise(

@@ -12,7 +12,7 @@ from presets.text import shown
 
 COUNT_FORMS = "63000, 63,000, 63_000, 63k, 1.5M or 6.3e4"
 _MOST_DIGITS = 40  # of what is converted: far more than any count, and no number takes long to make
-# Thousands stand in threes, so that "1,5" is not taken for 15; a point makes a part, which only k, M or e can make whole.
+# Thousands stand in threes, so that "1,5" is not taken for 15; a point makes a part, which only k, M or e make whole.
 _WHOLE = r"[0-9]+|[0-9]{1,3}(?:[,_' ][0-9]{3})+"
 _COUNT = re.compile(rf"([+-]?(?:{_WHOLE}))|([+-]?[0-9]+(?:\.[0-9]+)?)(?:([kKmM])|[eE](\+?[0-9]{{1,3}}))")
 _NUMBERLIKE = re.compile(r"[+-]?[0-9.,_' ]*[0-9][0-9.,_' ]*(?:[eE][+-]?[0-9]*)?[kKmMgGbB%]?|0[xX][0-9a-fA-F]+")

@@ -13,6 +13,7 @@ import click
 from planner.counts import parse_count
 from presets.errors import SettingsError
 from presets.rules import MOST_EPOCHS, MOST_EXAMPLES, MOST_SEED, MOST_SEQUENCES, MOST_TOKENS
+from presets.text import listed
 
 if TYPE_CHECKING:
     from planner.candidates import MeasureSettings
@@ -51,17 +52,36 @@ def _choice(*words: str) -> click.Choice[str]:
     return click.Choice(list(words))
 
 
-def _filled(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
-    """Refuse an empty text: a script's variable that was not set would plan the bundled data or model instead."""
-    if value is not None and not value.strip():
-        raise click.BadParameter("it is empty. Was a variable not set?")
-    return value
+class Valued(click.Option):
+    """An option that is given no empty value and no other option for one: a script's variable that was not set would
+    train or plan something else than was meant, and `--run --dataset x` would look for a preset '--dataset'.
+    """
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        for one in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(one, str) and not one.strip():
+                raise click.BadParameter(f"it is empty. Was a variable not set?{self.hint()}", ctx, self)
+            if isinstance(one, str) and one.partition("=")[0] in _flags(ctx.command):
+                raise click.BadParameter(f"it needs a value, and '{one}' is an option.{self.hint()}", ctx, self)
+        return super().type_cast_value(ctx, value)
+
+    def hint(self) -> str:
+        """ " Presets: ..." for an option that takes the name of one, else empty."""
+        if self.metavar != "PRESET":
+            return ""
+        from presets.user import all_names
+
+        return f" Presets: {listed(all_names())}."
+
+
+def _flags(command: click.Command) -> set[str]:
+    return {flag for one in command.params for flag in (*one.opts, *one.secondary_opts) if flag.startswith("-")}
 
 
 # One declaration per option. Those named like a field of planner.resolve.Options are passed on by that name.
 OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
-    ("What", ("--dataset",), {"metavar": "COUNT|FILE|NAME", "callback": _filled, "help": "A count (63000), a file (JSONL, JSON, CSV, Parquet; .gz), a saved folder or a hub name."}),
-    ("What", ("--model",), {"metavar": "FOLDER|NAME", "callback": _filled, "help": "Model folder (to plan, it needs no weights) or hub name."}),
+    ("What", ("--dataset",), {"metavar": "COUNT|FILE|NAME", "help": "A count (63000), a file (JSONL, JSON, CSV, Parquet; .gz), a saved folder or a hub name."}),
+    ("What", ("--model",), {"metavar": "FOLDER|NAME", "help": "Model folder (to plan, it needs no weights) or hub name."}),
     ("What", ("--run",), {"metavar": "PRESET", "help": "Train this configuration, then show predicted beside actual."}),
     ("What", ("--resume",), {"metavar": "RUN", "type": click.Path(path_type=Path), "help": "Go on with a stopped run folder."}),
     ("What", ("--output",), {"metavar": "FOLDER", "type": click.Path(path_type=Path), "help": "The run folder itself [runs/PRESET-TIME]."}),
@@ -126,6 +146,11 @@ class BriefHelp(click.Command):
         given = list(args)
         try:
             return super().parse_args(ctx, args)
+        except click.BadOptionUsage as reason:  # it stands last, with no value
+            option = next((one for one in self.params if reason.option_name in one.opts), None)
+            if isinstance(option, Valued) and option.nargs == 1 and not option.is_flag:
+                raise click.UsageError(f"{reason.format_message()}{option.hint()}", ctx) from None
+            raise
         except click.BadParameter as first:
             told = self._all_bad(ctx, given)
             if len(told) < 2:
@@ -169,7 +194,7 @@ def with_options(function: F) -> F:
         "--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_help_all, help="Show every option."
     )(function)
     for _, names, settings in reversed(OPTIONS):
-        function = click.option(*names, **settings)(function)
+        function = click.option(*names, cls=Valued, **settings)(function)
     return function
 
 
