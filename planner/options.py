@@ -112,7 +112,7 @@ OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("Override", ("--learning-rate",), {"type": Number(min=0, min_open=True, max=1, max_open=True), "metavar": "LR", "help": "Peak learning rate."}),
     ("Override", ("--epochs",), {"type": _Epochs(), "metavar": "N", "help": "Passes over the data."}),
     ("Override", ("--max-length",), {"type": click.IntRange(2, MOST_TOKENS), "metavar": "TOKENS", "help": "Longer examples keep their head."}),
-    ("Override", ("--sample-size",), {"type": click.IntRange(1, MOST_EXAMPLES), "metavar": "N", "help": "Use the top N examples."}),
+    ("Override", ("--sample-size",), {"type": click.IntRange(1, MOST_EXAMPLES), "metavar": "N", "help": "Use N examples: the top ones, or as a preset that samples does."}),
     ("Override", ("--sample-ratio",), {"type": Number(min=0, min_open=True, max=1), "metavar": "R", "help": "Use this share of the examples."}),
     ("Override", ("--sampling-strategy",), {"type": _choice("random", "top", "prioritized"), "help": "How the sample is chosen."}),
     ("Override", ("--sample-score",), {"type": _choice("engagement", "recency", "loss"), "help": "What 'top' ranks by."}),

@@ -12,7 +12,7 @@ from typing import Any
 from planner.counts import parse_count
 from planner.hardware import DeviceFacts, resolve_base_precision, resolve_precision
 from presets.demo import demo_folder
-from presets.env import Settings, yours_preset
+from presets.env import YOURS, Settings, yours_preset
 from presets.errors import PresetError, SettingsError, did_you_mean
 from presets.schema import (
     Adapter,
@@ -77,6 +77,7 @@ class Resolved:
     preset: Preset
     job: Job | None
     notes: tuple[str, ...] = ()
+    sampled: str = ""  # how a sample is taken, where nobody has said it; "" where somebody has, or none is taken
     error: str | None = None
 
 
@@ -219,7 +220,8 @@ def resolve_job(preset: Preset, options: Options, settings: Settings, facts: Dev
         )
     except SettingsError as reason:
         return Resolved(preset=applied, job=None, error=str(reason))
-    return Resolved(preset=applied, job=job, notes=(*notes, *((note,) if note else ())))
+    sampled = _chosen_sampling(preset, applied, options, settings)
+    return Resolved(preset=applied, job=job, notes=(*notes, *((note,) if note else ())), sampled=sampled)
 
 
 def _check_quantization(preset: Preset) -> None:
@@ -278,8 +280,10 @@ def _with_options(preset: Preset, options: Options) -> tuple[Preset, list[str]]:
     changes.update({name: value for name, value in direct.items() if value is not None})
     if options.sample_size is not None or options.sample_ratio is not None:
         changes.update(sample_size=options.sample_size, sample_ratio=options.sample_ratio)
-        if options.sample_size is not None and options.sampling_strategy is None:
-            changes["sampling_strategy"] = "top"  # SAMPLE_SIZE means the top N messages
+        if options.sample_size is not None and options.sampling_strategy is None and preset.sampling.takes_all:
+            changes["sampling_strategy"] = (
+                "top"  # SAMPLE_SIZE means the top N messages; a preset that samples knows how
+            )
     if options.gradient_accumulation_steps is not None:
         changes["gradient_accumulation_steps"] = options.gradient_accumulation_steps
         if options.micro_batch_size is not None:
@@ -294,6 +298,22 @@ def _with_options(preset: Preset, options: Options) -> tuple[Preset, list[str]]:
             del changes[name]
         changes.pop("micro_batch_size", None)
     return (replace(preset, **changes) if changes else preset), sorted(set(notes))
+
+
+def _chosen_sampling(preset: Preset, applied: Preset, options: Options, settings: Settings) -> str:
+    """What a sample is made of where nobody has said so: the published rule for a size, or the preset's own way."""
+    sampling, because = applied.sampling, "no --sampling-strategy was named"
+    if options.sampling_strategy is not None or (applied.phases and applied.phases[0].is_stage):
+        return ""
+    if options.sample_size is None and options.sample_ratio is None:
+        if preset.name != YOURS or settings.sample_size is None or settings.sampling_strategy is not None:
+            return ""
+        because = "SAMPLING_STRATEGY is not set"
+    elif not preset.sampling.takes_all:
+        return f"keeps its own sampling strategy, '{sampling.strategy}', as {because}"
+    if sampling.strategy == "top":
+        return f"takes the top {sampling.size:,} by {sampling.score}, as {because}; 'random' draws them from all"
+    return f"draws its sample at random, as {because}"
 
 
 def option_fields() -> tuple[str, ...]:
