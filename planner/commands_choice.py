@@ -69,7 +69,9 @@ def presets_show(name: str) -> None:
 
 @presets.command("new")
 @click.argument("name")
-@click.option("--from", "source", default="recommended", show_default=True, metavar="PRESET", help="What to copy.")
+@click.option(
+    "--from", "source", cls=Valued, default="recommended", show_default=True, metavar="PRESET", help="What to copy."
+)
 def presets_new(name: str, source: str) -> None:
     """A preset of your own: a copy with its comments, to be edited.
 

@@ -6,7 +6,7 @@ import os
 import re
 from decimal import Decimal, InvalidOperation
 
-from presets.errors import SettingsError
+from presets.errors import OptionError, SettingsError
 from presets.rules import MOST_EXAMPLES
 from presets.text import shown
 
@@ -44,17 +44,21 @@ def parse_count(named: str, where: str = "--dataset") -> int | None:
     except InvalidOperation:
         raise _refused(named, where) from None
     if number < 1:
-        raise SettingsError(f"{where} is {text}; a count must be at least 1.")
+        raise _kind(where)(f"{where} is {text}; a count must be at least 1.")
     if number > MOST_EXAMPLES:
-        raise SettingsError(f"{where} is {text}; a count must be at most {MOST_EXAMPLES:,}.")
+        raise _kind(where)(f"{where} is {text}; a count must be at most {MOST_EXAMPLES:,}.")
     if number != int(number):
         raise _refused(named, where)
     return int(number)
 
 
+def _kind(where: str) -> type[SettingsError]:
+    return OptionError if where.startswith("--") else SettingsError
+
+
 def _refused(named: str, where: str) -> SettingsError:
     told = "too large to be a count" if len(named) > _MOST_DIGITS else "no whole count"
-    return SettingsError(
+    return _kind(where)(
         f"{where} is {shown(named)}: it looks like a number and is {told}. "
         f"Write a count as {COUNT_FORMS}; there is no file of that name."
     )

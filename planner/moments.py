@@ -6,7 +6,7 @@ import re
 from datetime import datetime, time, timedelta
 
 from planner.figures import clock
-from presets.errors import SettingsError
+from presets.errors import OptionError
 
 _UNITS = {
     "s": 1.0, "sec": 1.0, "second": 1.0, "m": 60.0, "min": 60.0, "minute": 60.0, "h": 3600.0, "hr": 3600.0,
@@ -27,11 +27,11 @@ def parse_within(text: str) -> float:
     """ "8h", "90 min", "3 hours", "1d 4h", "2h30" -> seconds.
 
     Raises:
-        SettingsError: not of that form, or no time at all.
+        OptionError: not of that form, or no time at all.
     """
     seconds = _span(text)
     if seconds is None:
-        raise SettingsError(f"--within is '{text}'; write it like 8h, 90min or '1d 4h'.")
+        raise OptionError(f"--within is '{text}'; write it like 8h, 90min or '1d 4h'.")
     return seconds
 
 
@@ -39,15 +39,15 @@ def parse_start(text: str, now: datetime) -> datetime:
     """A moment from now on, in this machine's zone. A day needs a time: at its end nobody starts.
 
     Raises:
-        SettingsError: not of the forms that the message names, or past.
+        OptionError: not of the forms that the message names, or past.
     """
     if text.strip().lower() == "now":
         return now
     moment = _moment(text, now, now, whole_days=False)
     if moment is None:
-        raise SettingsError(f"--start is '{text}'; write it like {START_FORMS}.")
+        raise OptionError(f"--start is '{text}'; write it like {START_FORMS}.")
     if moment <= now:
-        raise SettingsError(f"--start is '{text}', which is past.")
+        raise OptionError(f"--start is '{text}', which is past.")
     return moment
 
 
@@ -59,15 +59,15 @@ def parse_deadline(text: str, now: datetime, after: datetime) -> datetime:
         after: the moment must be later; a time without a day is the next one after it.
 
     Raises:
-        SettingsError: not of the forms that the message names, or too early.
+        OptionError: not of the forms that the message names, or too early.
     """
     moment = _moment(text, now, after, whole_days=True)
     if moment is None:
         span = f" For a span of time: --within {text.strip()}." if _span(text) is not None else ""
-        raise SettingsError(f"--deadline is '{text}'; write it like {FORMS}.{span}")
+        raise OptionError(f"--deadline is '{text}'; write it like {FORMS}.{span}")
     if moment <= after:
         when = "past" if after == now else f"not after the start ({clock(after, now)})"
-        raise SettingsError(f"--deadline is '{text}', which is {when}.")
+        raise OptionError(f"--deadline is '{text}', which is {when}.")
     return moment
 
 

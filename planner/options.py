@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from planner.counts import parse_count
-from presets.errors import SettingsError
 from presets.rules import MOST_EPOCHS, MOST_EXAMPLES, MOST_SEED, MOST_SEQUENCES, MOST_TOKENS
 from presets.text import listed
 
@@ -46,6 +45,22 @@ class Number(click.FloatRange):
         if not math.isfinite(found):
             self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
         return found
+
+
+class _Share(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
+    """ "2%" or "0.02" -> 0.02."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = -1.0
+        if not 0 < share < 1:
+            self.fail(f"'{text}' is no share above 0 and below 1, such as 2% or 0.02.", param, ctx)
+        return share
 
 
 def _choice(*words: str) -> click.Choice[str]:
@@ -89,7 +104,7 @@ OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("What", ("--dry-run",), {"is_flag": True, "help": "With --run: print what would be started; measure nothing, make no run folder."}),
     ("What", ("--preset", "preset_names"), {"metavar": "PRESET", "multiple": True, "help": "Compare only these (repeat it)."}),
     ("Measure", ("--budget",), {"type": Number(min=0, min_open=True, max=86400), "default": 60.0, "show_default": True, "envvar": "PLAN_BUDGET", "show_envvar": True, "metavar": "SECONDS", "help": "Seconds spent timing; process starts come on top."}),
-    ("Measure", ("--precision-target",), {"metavar": "PERCENT", "default": "2%", "show_default": True, "help": "Stop timing when the range is as narrow as ± this."}),
+    ("Measure", ("--precision-target",), {"type": _Share(), "metavar": "PERCENT", "default": "2%", "show_default": True, "help": "Stop timing when the range is as narrow as ± this."}),
     ("Measure", ("--tuned",), {"is_flag": True, "help": "Show (or run) the tuned twins too; searched for where not known."}),
     ("Measure", ("--quantized",), {"is_flag": True, "help": "Let a search try 8-bit and 4-bit bases, which train something else."}),
     ("Measure", ("--explain",), {"is_flag": True, "help": "Say where the time goes, and what each change gained."}),
@@ -199,24 +214,14 @@ def with_options(function: F) -> F:
 
 
 def measure_settings(given: dict[str, Any]) -> MeasureSettings:
-    """How long and how sharply to measure.
-
-    Raises:
-        SettingsError: the precision target is no share.
-    """
+    """How long and how sharply to measure."""
     from planner.candidates import MeasureSettings
 
-    text = given["precision_target"].strip()
-    try:
-        target = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        target = -1.0
-    if not 0 < target < 1:
-        raise SettingsError(
-            f"--precision-target is '{text}'; it must be a share above 0 and below 1, such as 2% or 0.02."
-        )
     return MeasureSettings(
-        budget_seconds=given["budget"], precision_target=target, fresh=given["fresh"], quantized=given["quantized"]
+        budget_seconds=given["budget"],
+        precision_target=given["precision_target"],
+        fresh=given["fresh"],
+        quantized=given["quantized"],
     )
 
 

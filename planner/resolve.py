@@ -13,7 +13,7 @@ from planner.counts import parse_count
 from planner.hardware import DeviceFacts, resolve_base_precision, resolve_precision
 from presets.demo import demo_folder
 from presets.env import YOURS, Settings, yours_preset
-from presets.errors import PresetError, SettingsError, did_you_mean
+from presets.errors import OptionError, PresetError, SettingsError, did_you_mean
 from presets.schema import (
     Adapter,
     Attention,
@@ -146,7 +146,7 @@ def resolve_data(options: Options, settings: Settings, *, running: bool) -> Data
     count = parse_count(named, where)
     if count is None:
         if options.tokens_per_example is not None:
-            raise SettingsError("--tokens-per-example goes with a count (--dataset 63000); a file has its own lengths.")
+            raise OptionError("--tokens-per-example goes with a count (--dataset 63000); a file has its own lengths.")
         source = (
             named
             if named == "bundled" or not Path(named).expanduser().exists()
@@ -154,7 +154,7 @@ def resolve_data(options: Options, settings: Settings, *, running: bool) -> Data
         )
         return DataSpec(source=source, **common)
     if running:
-        raise SettingsError(
+        raise OptionError(
             f"{where} {named} is a count: enough for planning, but a run needs messages. "
             "Give a file (--dataset messages.jsonl), or leave --dataset out to train on the bundled messages."
         )
@@ -172,7 +172,7 @@ def parse_columns(text: str | None) -> tuple[tuple[str, str], ...]:
     """ "prompt=q,completion=a" -> (("prompt", "q"), ("completion", "a")).
 
     Raises:
-        SettingsError: not of that form, or an unknown role.
+        OptionError: not of that form, or an unknown role.
     """
     pairs = []
     for part in (text or "").split(","):
@@ -180,9 +180,9 @@ def parse_columns(text: str | None) -> tuple[tuple[str, str], ...]:
             continue
         role, equals, column = (piece.strip() for piece in part.partition("="))
         if not equals or not column:
-            raise SettingsError(f"--columns has '{part}'; it must look like prompt=COLUMN,completion=COLUMN.")
+            raise OptionError(f"--columns has '{part}'; it must look like prompt=COLUMN,completion=COLUMN.")
         if role not in COLUMN_ROLES:
-            raise SettingsError(
+            raise OptionError(
                 f"--columns has '{role}'.{did_you_mean(role, COLUMN_ROLES)} Known: {', '.join(COLUMN_ROLES)}."
             )
         pairs.append((role, column))
@@ -329,10 +329,10 @@ def resolve_count(options: Options, settings: Settings) -> int:
     """
     named, where = _dataset(options, settings)
     if named == "bundled":
-        raise SettingsError("--step-time needs a count of examples: plan --dataset 63000 --step-time 30.")
+        raise OptionError("--step-time needs a count of examples: plan --dataset 63000 --step-time 30.")
     count = parse_count(named, where)
     if count is None:
-        raise SettingsError(
+        raise OptionError(
             f"--step-time measures and reads nothing, so {where} must be a count, not '{named}': "
             "plan --dataset 63000 --step-time 30."
         )

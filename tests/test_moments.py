@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from planner.cli import cli
 from planner.figures import full_clock
 from planner.moments import FORMS, START_FORMS, parse_deadline, parse_start, parse_within
-from presets.errors import SettingsError
+from presets.errors import OptionError
 
 NOW = datetime(2026, 11, 25, 18, 0).astimezone()  # a Wednesday
 HOUR = 3600.0
@@ -35,7 +35,7 @@ def test_spans_of_time(text: str, seconds: float) -> None:
     "text", ["", "8", "h", "8 hours ago", "-3h", "0h", "nan h", "1e9d", "8h tomorrow", "9999 weeks", "30 2h", "2h 5 3"]
 )
 def test_what_is_no_span_of_time_is_refused(text: str) -> None:
-    with pytest.raises(SettingsError, match="--within"):
+    with pytest.raises(OptionError, match="--within"):
         parse_within(text)
 
 
@@ -89,23 +89,23 @@ def test_a_weekday_whose_time_is_over_is_that_of_next_week() -> None:
     ],
 )  # fmt: skip
 def test_what_is_not_understood_is_refused_with_the_forms_that_are(text: str) -> None:
-    with pytest.raises(SettingsError, match=re.escape(f"'; write it like {FORMS}.")):
+    with pytest.raises(OptionError, match=re.escape(f"'; write it like {FORMS}.")):
         parse_deadline(text, NOW, NOW)
 
 
 def test_a_bare_span_is_pointed_to_its_option() -> None:
-    with pytest.raises(SettingsError, match=r"For a span of time: --within 3h\.$"):
+    with pytest.raises(OptionError, match=r"For a span of time: --within 3h\.$"):
         parse_deadline("3h", NOW, NOW)
 
 
 @pytest.mark.parametrize("text", ["today 17:59", "2020-01-01 09:00", "2026-11-24"])
 def test_what_is_past_is_refused(text: str) -> None:
-    with pytest.raises(SettingsError, match=f"--deadline is '{text}', which is past"):
+    with pytest.raises(OptionError, match=f"--deadline is '{text}', which is past"):
         parse_deadline(text, NOW, NOW)
 
 
 def test_a_deadline_before_the_start_is_refused_with_the_start() -> None:
-    with pytest.raises(SettingsError, match=r"which is not after the start \(Fri 09:00\)"):
+    with pytest.raises(OptionError, match=r"which is not after the start \(Fri 09:00\)"):
         parse_deadline("tomorrow", NOW, parse_start("fri 09:00", NOW))
 
 
@@ -118,9 +118,9 @@ def test_a_start_needs_a_time() -> None:
     assert parse_start("now", NOW) == NOW
     assert parse_start("in 2 hours", NOW) == NOW + timedelta(hours=2)
     for text in ("friday", "tonight", "2026-11-27", "soon"):
-        with pytest.raises(SettingsError, match=re.escape(f"--start is '{text}'; write it like {START_FORMS}.")):
+        with pytest.raises(OptionError, match=re.escape(f"--start is '{text}'; write it like {START_FORMS}.")):
             parse_start(text, NOW)
-    with pytest.raises(SettingsError, match="--start is 'today 12:00', which is past"):
+    with pytest.raises(OptionError, match="--start is 'today 12:00', which is past"):
         parse_start("today 12:00", NOW)
 
 
