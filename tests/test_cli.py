@@ -88,7 +88,7 @@ def test_bad_input_gives_one_clear_line_and_starts_nothing(tmp_path: Path, tiny_
         (["--dataset", "5", "--model", "noconfig"], r"no config\.json"),
         (["--dataset", "5", "--model", "./missing"], r"no such folder"),
         (["--run", "yours"], r"'yours' is made from \.env"),
-        (["--run", "baseline", "--output", "bad.jsonl"], r"output 'bad\.jsonl' exists"),
+        (["--run", "baseline", "--output", "bad.jsonl"], r"output 'bad\.jsonl' is a file\. Choose another --output"),
         (["--resume", "noconfig"], r"is not a run folder"),
         (["--dataset", "63000", "--micro-batch-size", "7"], r"cannot be split into micro-batches of 7"),
         (["check", "noconfig"], r"is not a run folder"),
