@@ -7,14 +7,12 @@ the same batches; samples come last.
 
 from __future__ import annotations
 
-import re
 import shlex
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from planner.figures import clock, duration
 from planner.report import Row
-from presets.errors import SettingsError
 
 GOALS = {
     "first": ("recommended", "a first training"),
@@ -185,85 +183,3 @@ def _quality(row: Row) -> tuple[str, ...]:
     if row.quality.text is None:
         return ("its quality is unknown: the guide gives no figure",)
     return (f"quality {row.quality.text} ({row.quality.source})",)
-
-
-# --- times as people write them -------------------------------------------------------------------------------------
-
-UNITS = {"d": 86400.0, "h": 3600.0, "min": 60.0, "m": 60.0, "s": 1.0}
-DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-
-
-def parse_within(text: str) -> float:
-    """ "8h", "90 min", "1d 4h", "2h30" -> seconds.
-
-    Raises:
-        SettingsError: not of that form, or no time at all.
-    """
-    rest, seconds, last = text.strip().lower().replace(" ", ""), 0.0, ""
-    while rest:
-        found = re.match(r"([0-9]+(?:\.[0-9]+)?)(d|h|min|m|s)?", rest)
-        unit = (found.group(2) or ("min" if last == "h" else "")) if found else ""
-        if found is None or not unit:
-            break
-        seconds += float(found.group(1)) * UNITS[unit]
-        last, rest = unit, rest[found.end() :]
-    if rest or not 0 < seconds < 3650 * 86400:
-        raise SettingsError(f"--within is '{text}'; write it like 8h, 90min or '1d 4h'.")
-    return seconds
-
-
-def parse_moment(text: str, now: datetime, option: str, *, after: datetime | None = None) -> datetime:
-    """ "18:00" (the next one), "tomorrow 09:00", "fri 09:00", "2026-11-27 09:00" -> a moment in this machine's zone.
-
-    Args:
-        now: what "today" and "tomorrow" count from.
-        after: the moment must be later; a time without a day is the next one after it. `now` where it is None.
-
-    Raises:
-        SettingsError: not of these forms, or too early.
-    """
-    after = after or now
-    words = text.strip().lower().replace("t", " ", 1) if re.match(r"[0-9]{4}-", text.strip()) else text.strip().lower()
-    found = re.fullmatch(
-        r"(?:(?P<day>[a-z]+|[0-9]{4}-[0-9]{2}-[0-9]{2})\s+)?(?P<hour>[0-9]{1,2}):(?P<minute>[0-9]{2})", words
-    )
-    problem = SettingsError(
-        f"{option} is '{text}'; write it like 18:00, 'tomorrow 09:00', 'fri 09:00' or '2026-11-27 09:00'."
-    )
-    if found is None:
-        raise problem
-    day, hour, minute = found["day"], int(found["hour"]), int(found["minute"])
-    moment: datetime | None
-    try:
-        if day is not None and day[0].isdigit():
-            moment = datetime.fromisoformat(f"{day} {hour:02d}:{minute:02d}").astimezone()
-        else:
-            moment = _next(day, hour, minute, after if day is None else now)
-    except (ValueError, OverflowError):
-        raise problem from None
-    if moment is None:
-        raise problem
-    if moment <= after:
-        when = "past" if after == now else f"not after the start ({clock(after, now)})"
-        raise SettingsError(f"{option} is '{text}', which is {when}.")
-    return moment
-
-
-def _next(day: str | None, hour: int, minute: int, now: datetime) -> datetime | None:
-    # Without the zone and back, so that 09:00 is 09:00 on the day's own clock, summer time or not.
-    today = now.replace(tzinfo=None, hour=hour, minute=minute, second=0, microsecond=0)
-    if day in (None, "today"):
-        ahead = 0 if day == "today" or today > now.replace(tzinfo=None) else 1
-    elif day == "tomorrow":
-        ahead = 1
-    elif (
-        day is not None
-        and day[:3] in DAYS
-        and "monday tuesday wednesday thursday friday saturday sunday".find(day) >= 0
-    ):
-        ahead = (DAYS.index(day[:3]) - now.weekday()) % 7
-        if ahead == 0 and today <= now.replace(tzinfo=None):
-            ahead = 7
-    else:
-        return None
-    return (today + timedelta(days=ahead)).astimezone()

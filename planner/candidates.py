@@ -90,7 +90,8 @@ def make_candidates(
         try:
             planned = plan_job(stand_in(job), data)
         except DataError as reason:  # this row's sampling needs a field that the data lacks: the others still show
-            found.append(Candidate(resolved=resolved, error=str(reason)))
+            told = f"{reason} It {resolved.sampled.split(';')[0]}." if resolved.sampled else str(reason)
+            found.append(Candidate(resolved=resolved, error=told))
             continue
         said = verdicts(job, planned.plan)
         found.append(
@@ -101,6 +102,7 @@ def make_candidates(
                 data_seconds=seconds,
                 notes=(
                     *resolved.notes,
+                    *((resolved.sampled,) if resolved.sampled else ()),
                     *planned.notes,
                     *((STAND_IN_NOTE,) if needs_loss(job.preset) else ()),
                     *(one.text for one in said),

@@ -26,7 +26,7 @@ from planner.terminal import (
     width,
 )
 from presets import jsonio
-from presets.errors import PlanError, RunError, SettingsError, did_you_mean
+from presets.errors import OptionError, PlanError, RunError, SettingsError, did_you_mean
 
 if TYPE_CHECKING:
     from planner.candidates import Candidate
@@ -428,7 +428,7 @@ def main() -> None:
         lines = str(reason).splitlines() or [type(reason).__name__]
         for line in lines:
             say(f"Error: {line}")
-        code = 1
+        code = 2 if isinstance(reason, OptionError) else 1
     except BrokenPipeError:
         # The reader (head, say) has seen enough; Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

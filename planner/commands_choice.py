@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.options import BriefHelp, measure_settings, same_options, with_options
+from planner.options import BriefHelp, Valued, measure_settings, same_options, with_options
 from planner.terminal import measuring_bar, open_history, out, out_json, say, settings_of, width
 
 if TYPE_CHECKING:
@@ -69,7 +69,9 @@ def presets_show(name: str) -> None:
 
 @presets.command("new")
 @click.argument("name")
-@click.option("--from", "source", default="recommended", show_default=True, metavar="PRESET", help="What to copy.")
+@click.option(
+    "--from", "source", cls=Valued, default="recommended", show_default=True, metavar="PRESET", help="What to copy."
+)
 def presets_new(name: str, source: str) -> None:
     """A preset of your own: a copy with its comments, to be edited.
 
@@ -84,12 +86,15 @@ def presets_new(name: str, source: str) -> None:
 
 
 @click.command(cls=BriefHelp, short_help="Which configuration to take, and when it is done.")
-@click.option("--goal", type=click.Choice(GOALS), help="What for; asked where it is left out.")
+@click.option("--goal", cls=Valued, type=click.Choice(GOALS), help="What for; asked where it is left out.")
 @click.option(
-    "--deadline", metavar="WHEN", help="Done by then, surely: 'tomorrow 09:00', 'fri 18:00', '2026-11-27 09:00'."
+    "--deadline",
+    cls=Valued,
+    metavar="WHEN",
+    help="Done by then, surely: friday, 18:00, 'tomorrow 09:00', '2026-11-27 09:00', 'in 3 hours'.",
 )
-@click.option("--within", metavar="TIME", help="Done in this time, surely: 8h, 90min.")
-@click.option("--start", metavar="WHEN", help="When it will be started [now].")
+@click.option("--within", cls=Valued, metavar="TIME", help="Done in this time, surely: 8h, 90min.")
+@click.option("--start", cls=Valued, metavar="WHEN", help="When it will be started [now].")
 @with_options
 @click.pass_context
 def advise(
@@ -106,8 +111,10 @@ def advise(
       plan advise --deadline "tomorrow 09:00" --dataset messages.jsonl
       plan advise --within 8h --tuned --dataset messages.jsonl
     """
-    from planner.advise import for_deadline, for_goal, parse_moment, parse_within
+    from planner.advise import for_deadline, for_goal
     from planner.compare import compare
+    from planner.figures import full_clock
+    from planner.moments import parse_deadline, parse_start, parse_within
     from planner.resolve import Options, option_fields
 
     refused = [flag for flag in ("run", "resume", "output", "step_time", "dry_run", "force") if given[flag]]
@@ -119,14 +126,16 @@ def advise(
     if sum(one is not None for one in (goal, deadline, within)) > 1:
         raise click.UsageError("--goal, --deadline and --within do not go together: name one of them.")
     now = datetime.now().astimezone()
-    begin = now if start is None else parse_moment(start, now, "--start")
+    begin = now if start is None else parse_start(start, now)
     until = None
     if deadline is not None:
-        until = parse_moment(deadline, now, "--deadline", after=begin)
+        until = parse_deadline(deadline, now, begin)
     elif within is not None:
         until = begin + timedelta(seconds=parse_within(within))
     elif goal is None:
         goal = _ask()
+    if until is not None:  # as it was understood, before minutes are spent on measuring
+        say(f"to be done by {full_clock(until)}, started {full_clock(begin)}")
     options = Options(**{name: given[name] for name in option_fields() if name in given})
     settings = settings_of(options, given["preset_names"])
     comparison = compare(
@@ -171,7 +180,7 @@ def _ask() -> str:
 
 def _advice_text(found: Advice, tail: str, begin: datetime, until: datetime | None) -> str:
     from planner.advise import at_the_latest, latest_minute
-    from planner.figures import clock, duration, duration_range
+    from planner.figures import clock, duration, duration_range, full_clock
     from presets.text import printable
 
     limit = max(40, min(width() or 110, 110))
@@ -181,7 +190,7 @@ def _advice_text(found: Advice, tail: str, begin: datetime, until: datetime | No
             text, limit, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
         )
 
-    lines = [] if until is None else [f"By {clock(until, begin)}, started {clock(begin, begin)}:\n"]
+    lines = [] if until is None else [f"By {full_clock(until)}, started {full_clock(begin)}:\n"]
     row = found.row
     sampled = bool(found.extra)
     if row is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from planner.options import Number
+from planner.options import Number, Valued
 from planner.terminal import open_history, open_trusted, out, out_json, say
 from presets.rules import MOST_TOKENS
 
@@ -58,7 +58,9 @@ def watch(run: Path, once: bool) -> None:
 
 @click.command(short_help="One HTML page about a run.")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="The page [RUN/report.html].")
+@click.option(
+    "--output", cls=Valued, type=click.Path(path_type=Path), metavar="FILE", help="The page [RUN/report.html]."
+)
 def report(run: Path, output: Path | None) -> None:
     """Write one HTML page about a RUN: predicted and actual, curves, where the time went, settings.
 
@@ -97,7 +99,9 @@ def check(run: Path, trust_remote_code: bool) -> None:
 @click.command(short_help="Base model and adapter as one model.")
 @RUN
 @TRUST
-@click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", help="The merged model [RUN/merged].")
+@click.option(
+    "--output", cls=Valued, type=click.Path(path_type=Path), metavar="FOLDER", help="The merged model [RUN/merged]."
+)
 def merge(run: Path, trust_remote_code: bool, output: Path | None) -> None:
     """Write the base model and the adapter of a finished RUN as one model (safetensors).
 
@@ -118,7 +122,7 @@ def merge(run: Path, trust_remote_code: bool, output: Path | None) -> None:
 @click.option(
     "--temperature", type=Number(min=0, max=10), default=0.0, show_default=True, help="0: the likeliest word."
 )
-@click.option("--system", metavar="TEXT", help="A system message to start with.")
+@click.option("--system", cls=Valued, metavar="TEXT", help="A system message to start with.")
 def chat(run: Path, trust_remote_code: bool, max_new_tokens: int, temperature: float, system: str | None) -> None:
     """Talk to the result of a finished RUN in the terminal. An empty line or Ctrl-D ends it.
 

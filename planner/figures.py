@@ -85,6 +85,11 @@ def clock(moment: datetime, now: datetime) -> str:
     return f"{WEEKDAYS[moment.weekday()]} {date} {moment:%H:%M}"
 
 
+def full_clock(moment: datetime) -> str:
+    """A moment with its whole date, on its own clock: "Fri 27 Nov 2026 18:00"."""
+    return f"{WEEKDAYS[moment.weekday()]} {moment.day} {MONTHS[moment.month - 1]} {moment.year} {moment:%H:%M}"
+
+
 def ago(moment: datetime, now: datetime) -> str:
     """How long something lies back, in its largest unit: "12 s ago", "3 min ago", "5 h ago", "9 d ago"."""
     seconds = max(0.0, (now - moment).total_seconds())  # a clock that was set back does not make it the future

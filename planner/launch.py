@@ -123,11 +123,14 @@ def _is_empty(folder: Path) -> bool:
 
 def _not_empty(output: Path, folder: Path) -> str:
     hint = ""
+    if not folder.is_dir():
+        return f"output '{output}' is a file. Choose another --output."
     if _is_finished(folder):  # not one that was killed between its result and its record: that one is resumed
         hint = f" It holds a finished run: plan report {shlex.quote(str(output))}."
     elif (folder / "job.json").is_file():
         hint = f" Go on with it: plan --resume {shlex.quote(str(output))}."
-    return f"output '{output}' exists and is not empty.{hint} Or choose another --output."
+    other = "Or choose another --output." if hint else "Choose another --output."
+    return f"output '{output}' exists and is not empty.{hint} {other}"
 
 
 def _is_finished(folder: Path) -> bool:

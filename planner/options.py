@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from presets.errors import SettingsError
+from planner.counts import parse_count
 from presets.rules import MOST_EPOCHS, MOST_EXAMPLES, MOST_SEED, MOST_SEQUENCES, MOST_TOKENS
+from presets.text import listed
 
 if TYPE_CHECKING:
     from planner.candidates import MeasureSettings
@@ -46,21 +47,56 @@ class Number(click.FloatRange):
         return found
 
 
+class _Share(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
+    """ "2%" or "0.02" -> 0.02."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = -1.0
+        if not 0 < share < 1:
+            self.fail(f"'{text}' is no share above 0 and below 1, such as 2% or 0.02.", param, ctx)
+        return share
+
+
 def _choice(*words: str) -> click.Choice[str]:
     return click.Choice(list(words))
 
 
-def _filled(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
-    """Refuse an empty text: a script's variable that was not set would plan the bundled data or model instead."""
-    if value is not None and not value.strip():
-        raise click.BadParameter("it is empty. Was a variable not set?")
-    return value
+class Valued(click.Option):
+    """An option that is given no empty value and no other option for one: a script's variable that was not set would
+    train or plan something else than was meant, and `--run --dataset x` would look for a preset '--dataset'.
+    """
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        for one in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(one, str) and not one.strip():
+                raise click.BadParameter(f"it is empty. Was a variable not set?{self.hint()}", ctx, self)
+            if isinstance(one, str) and one.partition("=")[0] in _flags(ctx.command):
+                raise click.BadParameter(f"it needs a value, and '{one}' is an option.{self.hint()}", ctx, self)
+        return super().type_cast_value(ctx, value)
+
+    def hint(self) -> str:
+        """ " Presets: ..." for an option that takes the name of one, else empty."""
+        if self.metavar != "PRESET":
+            return ""
+        from presets.user import all_names
+
+        return f" Presets: {listed(all_names())}."
+
+
+def _flags(command: click.Command) -> set[str]:
+    return {flag for one in command.params for flag in (*one.opts, *one.secondary_opts) if flag.startswith("-")}
 
 
 # One declaration per option. Those named like a field of planner.resolve.Options are passed on by that name.
 OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
-    ("What", ("--dataset",), {"metavar": "COUNT|FILE|NAME", "callback": _filled, "help": "A count (63000), a file (JSONL, JSON, CSV, Parquet; .gz), a saved folder or a hub name."}),
-    ("What", ("--model",), {"metavar": "FOLDER|NAME", "callback": _filled, "help": "Model folder (to plan, it needs no weights) or hub name."}),
+    ("What", ("--dataset",), {"metavar": "COUNT|FILE|NAME", "help": "A count (63000), a file (JSONL, JSON, CSV, Parquet; .gz), a saved folder or a hub name."}),
+    ("What", ("--model",), {"metavar": "FOLDER|NAME", "help": "Model folder (to plan, it needs no weights) or hub name."}),
     ("What", ("--run",), {"metavar": "PRESET", "help": "Train this configuration, then show predicted beside actual."}),
     ("What", ("--resume",), {"metavar": "RUN", "type": click.Path(path_type=Path), "help": "Go on with a stopped run folder."}),
     ("What", ("--output",), {"metavar": "FOLDER", "type": click.Path(path_type=Path), "help": "The run folder itself [runs/PRESET-TIME]."}),
@@ -68,7 +104,7 @@ OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("What", ("--dry-run",), {"is_flag": True, "help": "With --run: print what would be started; measure nothing, make no run folder."}),
     ("What", ("--preset", "preset_names"), {"metavar": "PRESET", "multiple": True, "help": "Compare only these (repeat it)."}),
     ("Measure", ("--budget",), {"type": Number(min=0, min_open=True, max=86400), "default": 60.0, "show_default": True, "envvar": "PLAN_BUDGET", "show_envvar": True, "metavar": "SECONDS", "help": "Seconds spent timing; process starts come on top."}),
-    ("Measure", ("--precision-target",), {"metavar": "PERCENT", "default": "2%", "show_default": True, "help": "Stop timing when the range is as narrow as ± this."}),
+    ("Measure", ("--precision-target",), {"type": _Share(), "metavar": "PERCENT", "default": "2%", "show_default": True, "help": "Stop timing when the range is as narrow as ± this."}),
     ("Measure", ("--tuned",), {"is_flag": True, "help": "Show (or run) the tuned twins too; searched for where not known."}),
     ("Measure", ("--quantized",), {"is_flag": True, "help": "Let a search try 8-bit and 4-bit bases, which train something else."}),
     ("Measure", ("--explain",), {"is_flag": True, "help": "Say where the time goes, and what each change gained."}),
@@ -91,7 +127,7 @@ OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("Override", ("--learning-rate",), {"type": Number(min=0, min_open=True, max=1, max_open=True), "metavar": "LR", "help": "Peak learning rate."}),
     ("Override", ("--epochs",), {"type": _Epochs(), "metavar": "N", "help": "Passes over the data."}),
     ("Override", ("--max-length",), {"type": click.IntRange(2, MOST_TOKENS), "metavar": "TOKENS", "help": "Longer examples keep their head."}),
-    ("Override", ("--sample-size",), {"type": click.IntRange(1, MOST_EXAMPLES), "metavar": "N", "help": "Use the top N examples."}),
+    ("Override", ("--sample-size",), {"type": click.IntRange(1, MOST_EXAMPLES), "metavar": "N", "help": "Use N examples: the top ones, or as a preset that samples does."}),
     ("Override", ("--sample-ratio",), {"type": Number(min=0, min_open=True, max=1), "metavar": "R", "help": "Use this share of the examples."}),
     ("Override", ("--sampling-strategy",), {"type": _choice("random", "top", "prioritized"), "help": "How the sample is chosen."}),
     ("Override", ("--sample-score",), {"type": _choice("engagement", "recency", "loss"), "help": "What 'top' ranks by."}),
@@ -125,6 +161,11 @@ class BriefHelp(click.Command):
         given = list(args)
         try:
             return super().parse_args(ctx, args)
+        except click.BadOptionUsage as reason:  # it stands last, with no value
+            option = next((one for one in self.params if reason.option_name in one.opts), None)
+            if isinstance(option, Valued) and option.nargs == 1 and not option.is_flag:
+                raise click.UsageError(f"{reason.format_message()}{option.hint()}", ctx) from None
+            raise
         except click.BadParameter as first:
             told = self._all_bad(ctx, given)
             if len(told) < 2:
@@ -168,29 +209,19 @@ def with_options(function: F) -> F:
         "--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_help_all, help="Show every option."
     )(function)
     for _, names, settings in reversed(OPTIONS):
-        function = click.option(*names, **settings)(function)
+        function = click.option(*names, cls=Valued, **settings)(function)
     return function
 
 
 def measure_settings(given: dict[str, Any]) -> MeasureSettings:
-    """How long and how sharply to measure.
-
-    Raises:
-        SettingsError: the precision target is no share.
-    """
+    """How long and how sharply to measure."""
     from planner.candidates import MeasureSettings
 
-    text = given["precision_target"].strip()
-    try:
-        target = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        target = -1.0
-    if not 0 < target < 1:
-        raise SettingsError(
-            f"--precision-target is '{text}'; it must be a share above 0 and below 1, such as 2% or 0.02."
-        )
     return MeasureSettings(
-        budget_seconds=given["budget"], precision_target=target, fresh=given["fresh"], quantized=given["quantized"]
+        budget_seconds=given["budget"],
+        precision_target=given["precision_target"],
+        fresh=given["fresh"],
+        quantized=given["quantized"],
     )
 
 
@@ -213,7 +244,7 @@ def same_options(given: dict[str, Any]) -> str:
             continue
         if name == "tokens_per_example":
             continue
-        if name == "dataset" and value[:1].isdigit() and value.strip("0123456789,._kKmM") == "":
+        if name == "dataset" and parse_count(value) is not None:
             words += [flag, "YOUR_FILE"]  # a count is enough to plan, a run needs messages
             continue
         words += [flag] if value is True else [flag, shlex.quote(str(value))]

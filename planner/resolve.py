@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from planner.counts import parse_count
 from planner.hardware import DeviceFacts, resolve_base_precision, resolve_precision
 from presets.demo import demo_folder
-from presets.env import Settings, yours_preset
-from presets.errors import PresetError, SettingsError, did_you_mean
-from presets.rules import MOST_EXAMPLES
+from presets.env import YOURS, Settings, yours_preset
+from presets.errors import OptionError, PresetError, SettingsError, did_you_mean
 from presets.schema import (
     Adapter,
     Attention,
@@ -24,7 +23,6 @@ from presets.schema import (
     SampleScore,
     SamplingStrategy,
 )
-from presets.text import shown
 from presets.user import all_names, find_preset, is_path
 from trainer.job import DataSpec, EvaluationSpec, Job, TrainOn
 
@@ -79,6 +77,7 @@ class Resolved:
     preset: Preset
     job: Job | None
     notes: tuple[str, ...] = ()
+    sampled: str = ""  # how a sample is taken, where nobody has said it; "" where somebody has, or none is taken
     error: str | None = None
 
 
@@ -135,50 +134,45 @@ def resolve_data(options: Options, settings: Settings, *, running: bool) -> Data
     """Which data: the option, then DATASET, then the bundled messages.
 
     Raises:
-        SettingsError: a count below 1, a count for a run, or --columns that cannot be read.
+        SettingsError: a number that is no count, a count for a run, or --columns that cannot be read.
     """
-    named = options.dataset or settings.dataset or "bundled"
+    named, where = _dataset(options, settings)
     common: dict[str, Any] = {
         "columns": parse_columns(options.columns),
         "train_on": options.train_on,
         "skip_bad_lines": options.skip_bad_lines,
         "limit": options.limit,
     }
-    count = _as_count(named)
+    count = parse_count(named, where)
     if count is None:
         if options.tokens_per_example is not None:
-            raise SettingsError("--tokens-per-example goes with a count (--dataset 63000); a file has its own lengths.")
+            raise OptionError("--tokens-per-example goes with a count (--dataset 63000); a file has its own lengths.")
         source = (
             named
             if named == "bundled" or not Path(named).expanduser().exists()
             else str(Path(named).expanduser().resolve())
         )
         return DataSpec(source=source, **common)
-    _check_count(count)
     if running:
-        raise SettingsError(
-            f"--dataset {named} is a count: enough for planning, but a run needs messages. "
+        raise OptionError(
+            f"{where} {named} is a count: enough for planning, but a run needs messages. "
             "Give a file (--dataset messages.jsonl), or leave --dataset out to train on the bundled messages."
         )
     return DataSpec(source="count", num_examples=count, tokens_per_example=options.tokens_per_example, **common)
 
 
-def _as_count(named: str) -> int | None:
-    text = named.replace(",", "").replace("_", "")
-    short = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([kKmM])", text)
-    if short is not None and not Path(named).exists():  # 63k
-        return round(float(short[1]) * {"k": 1_000, "m": 1_000_000}[short[2].lower()])
-    try:
-        return int(text) if text.lstrip("+-").isascii() and text.lstrip("+-").isdigit() else None
-    except ValueError:  # more digits than Python converts
-        raise SettingsError("--dataset is a number too large to be a count.") from None
+def _dataset(options: Options, settings: Settings) -> tuple[str, str]:
+    """(what was named, where it was named)."""
+    if options.dataset or not settings.dataset:
+        return options.dataset or "bundled", "--dataset"
+    return settings.dataset, f"DATASET in {settings.origin.get('DATASET', '.env')}"
 
 
 def parse_columns(text: str | None) -> tuple[tuple[str, str], ...]:
     """ "prompt=q,completion=a" -> (("prompt", "q"), ("completion", "a")).
 
     Raises:
-        SettingsError: not of that form, or an unknown role.
+        OptionError: not of that form, or an unknown role.
     """
     pairs = []
     for part in (text or "").split(","):
@@ -186,9 +180,9 @@ def parse_columns(text: str | None) -> tuple[tuple[str, str], ...]:
             continue
         role, equals, column = (piece.strip() for piece in part.partition("="))
         if not equals or not column:
-            raise SettingsError(f"--columns has '{part}'; it must look like prompt=COLUMN,completion=COLUMN.")
+            raise OptionError(f"--columns has '{part}'; it must look like prompt=COLUMN,completion=COLUMN.")
         if role not in COLUMN_ROLES:
-            raise SettingsError(
+            raise OptionError(
                 f"--columns has '{role}'.{did_you_mean(role, COLUMN_ROLES)} Known: {', '.join(COLUMN_ROLES)}."
             )
         pairs.append((role, column))
@@ -226,7 +220,8 @@ def resolve_job(preset: Preset, options: Options, settings: Settings, facts: Dev
         )
     except SettingsError as reason:
         return Resolved(preset=applied, job=None, error=str(reason))
-    return Resolved(preset=applied, job=job, notes=(*notes, *((note,) if note else ())))
+    sampled = _chosen_sampling(preset, applied, options, settings)
+    return Resolved(preset=applied, job=job, notes=(*notes, *((note,) if note else ())), sampled=sampled)
 
 
 def _check_quantization(preset: Preset) -> None:
@@ -285,8 +280,10 @@ def _with_options(preset: Preset, options: Options) -> tuple[Preset, list[str]]:
     changes.update({name: value for name, value in direct.items() if value is not None})
     if options.sample_size is not None or options.sample_ratio is not None:
         changes.update(sample_size=options.sample_size, sample_ratio=options.sample_ratio)
-        if options.sample_size is not None and options.sampling_strategy is None:
-            changes["sampling_strategy"] = "top"  # SAMPLE_SIZE means the top N messages
+        if options.sample_size is not None and options.sampling_strategy is None and preset.sampling.takes_all:
+            changes["sampling_strategy"] = (
+                "top"  # SAMPLE_SIZE means the top N messages; a preset that samples knows how
+            )
     if options.gradient_accumulation_steps is not None:
         changes["gradient_accumulation_steps"] = options.gradient_accumulation_steps
         if options.micro_batch_size is not None:
@@ -303,6 +300,22 @@ def _with_options(preset: Preset, options: Options) -> tuple[Preset, list[str]]:
     return (replace(preset, **changes) if changes else preset), sorted(set(notes))
 
 
+def _chosen_sampling(preset: Preset, applied: Preset, options: Options, settings: Settings) -> str:
+    """What a sample is made of where nobody has said so: the published rule for a size, or the preset's own way."""
+    sampling, because = applied.sampling, "no --sampling-strategy was named"
+    if options.sampling_strategy is not None or (applied.phases and applied.phases[0].is_stage):
+        return ""
+    if options.sample_size is None and options.sample_ratio is None:
+        if preset.name != YOURS or settings.sample_size is None or settings.sampling_strategy is not None:
+            return ""
+        because = "SAMPLING_STRATEGY is not set"
+    elif not preset.sampling.takes_all:
+        return f"keeps its own sampling strategy, '{sampling.strategy}', as {because}"
+    if sampling.strategy == "top":
+        return f"takes the top {sampling.size:,} by {sampling.score}, as {because}; 'random' draws them from all"
+    return f"draws its sample at random, as {because}"
+
+
 def option_fields() -> tuple[str, ...]:
     """Names of all options, for the command line's own check that it declares each."""
     return tuple(field.name for field in dataclasses.fields(Options))
@@ -314,21 +327,13 @@ def resolve_count(options: Options, settings: Settings) -> int:
     Raises:
         SettingsError: --dataset is not a count.
     """
-    named = options.dataset or settings.dataset
-    if named is None:
-        raise SettingsError("--step-time needs a count of examples: plan --dataset 63000 --step-time 30.")
-    count = _as_count(named)
+    named, where = _dataset(options, settings)
+    if named == "bundled":
+        raise OptionError("--step-time needs a count of examples: plan --dataset 63000 --step-time 30.")
+    count = parse_count(named, where)
     if count is None:
-        raise SettingsError(
-            f"--step-time measures and reads nothing, so --dataset must be a count, not '{named}': "
+        raise OptionError(
+            f"--step-time measures and reads nothing, so {where} must be a count, not '{named}': "
             "plan --dataset 63000 --step-time 30."
         )
-    _check_count(count)
     return count
-
-
-def _check_count(count: int) -> None:
-    if count < 1:
-        raise SettingsError(f"--dataset is {shown(count)}; a count must be at least 1.")
-    if count > MOST_EXAMPLES:
-        raise SettingsError(f"--dataset is {shown(count)}; a count must be at most {MOST_EXAMPLES:,}.")

@@ -194,11 +194,14 @@ def _notes(
     if untuned:
         notes.append(f"Tuned: {untuned}. 'plan tune' finds the fastest split of the same batches.")
     published = [c.resolved.preset for c in candidates if c.planned is not None and c.twin is None]
-    if any(_steps_by_formula(preset, training) not in (None, estimates[preset.name].num_steps) for preset in published):
-        notes.append(
-            "Steps: a run also takes the last, partial window as a step, where the published formula rounds "
-            "(63,000 messages at GA 64: 985 steps, by the formula 984)."
-        )
+    for preset in published:
+        steps, by_formula = estimates[preset.name].num_steps, _steps_by_formula(preset, training)
+        if by_formula is not None and by_formula != steps:
+            notes.append(
+                "Steps: a run also takes the last, partial window as a step, where the published formula rounds "
+                f"({preset.name}: {steps:,} here, by the formula {by_formula:,})."
+            )
+            break
     return tuple(notes)
 
 

@@ -28,15 +28,29 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     """Write the page of a run folder, finished or not; returns its path, RUN/report.html where none is given.
 
     Raises:
-        RunError: it is not a run folder, or the page cannot be written.
+        RunError: it is not a run folder, or the page cannot be written, or would be written over something else.
     """
     path = output or folder / "report.html"
+    if output is not None and _is_something_else(output):
+        raise RunError(f"'{output}' exists and is no report of a run. Choose another --output, or remove it first.")
     text = run_page(look_at(folder), now=datetime.now().astimezone())
     try:
         jsonio.write_atomically(path, text)
     except OSError as reason:
         raise RunError(f"'{path}' cannot be written ({reason.strerror or reason}). Choose another --output.") from None
     return path
+
+
+def _is_something_else(path: Path) -> bool:
+    """Whether a file is there that is neither empty nor an earlier page, as where data is named by a slip."""
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(4096)
+    except PermissionError:  # it cannot be told, but it could be replaced
+        return path.is_file()
+    except OSError:  # not there, or a folder: writing says what is wrong
+        return False
+    return bool(begin) and not (begin.startswith(b"<!doctype html>") and b"<title>Run " in begin)
 
 
 def run_page(view: RunView, *, now: datetime) -> str:

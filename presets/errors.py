@@ -3,6 +3,7 @@
 PlanError                 anything a user can mend; the message says what, value, rule and remedy
 ├── PresetError           a preset file, name or field is wrong
 ├── SettingsError         `.env`, the environment or an option is wrong, or settings contradict each other
+│   └── OptionError       an option's value is wrong by itself, whatever files hold; the exit code is 2
 ├── DataError             the dataset cannot be read, or holds nothing to train on
 ├── ModelError            the model or tokenizer cannot be loaded, or is not what the job needs
 ├── MeasurementError      the worker process failed in a way that is not "does not fit"
@@ -27,6 +28,10 @@ class PresetError(PlanError):
 
 class SettingsError(PlanError):
     """A setting from `.env`, the environment or an option is wrong or contradicts another."""
+
+
+class OptionError(SettingsError):
+    """The value of an option is wrong by itself, whatever files, presets and `.env` hold."""
 
 
 class DataError(PlanError):

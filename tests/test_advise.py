@@ -1,4 +1,4 @@
-"""Which row is taken for a purpose and for a deadline, and how times are read."""
+"""Which row is taken for a purpose and for a deadline."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from planner.advise import GOALS, for_deadline, for_goal, parse_moment, parse_within
+from planner.advise import GOALS, for_deadline, for_goal
 from planner.commands_choice import _advice_text
 from planner.report import BreakdownInfo, Quality, Row
-from presets.errors import SettingsError
 from presets.schema import load_preset
 
 NOW = datetime(2026, 11, 25, 18, 0).astimezone()  # a Wednesday
@@ -178,50 +177,3 @@ def test_a_goal_whose_row_cannot_run_goes_to_the_next_and_says_so() -> None:
     assert found.row is not None
     assert found.row.name == "aggressive"
     assert found.given_up == ("recommended: does not fit",)
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("8h", 8 * HOUR),
-        ("90min", 5400),
-        ("90 m", 5400),
-        ("1d 4h", 28 * HOUR),
-        ("2h30", 2.5 * HOUR),
-        ("1.5h", 5400),
-        ("45s", 45),
-    ],
-)
-def test_spans_of_time(text: str, seconds: float) -> None:
-    assert parse_within(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "8", "h", "8 hours ago", "-3h", "0h", "nan h", "1e9d", "8h tomorrow"])
-def test_what_is_no_span_of_time_is_refused(text: str) -> None:
-    with pytest.raises(SettingsError, match="--within"):
-        parse_within(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "moment"),
-    [
-        ("18:30", datetime(2026, 11, 25, 18, 30)),
-        ("9:00", datetime(2026, 11, 26, 9, 0)),
-        ("today 23:59", datetime(2026, 11, 25, 23, 59)),
-        ("tomorrow 09:00", datetime(2026, 11, 26, 9, 0)),
-        ("Fri 09:00", datetime(2026, 11, 27, 9, 0)),
-        ("wednesday 12:00", datetime(2026, 12, 2, 12, 0)),
-        ("2026-11-27 09:00", datetime(2026, 11, 27, 9, 0)),
-        ("2026-11-27T09:00", datetime(2026, 11, 27, 9, 0)),
-    ],
-)
-def test_moments(text: str, moment: datetime) -> None:
-    assert parse_moment(text, NOW, "--deadline") == moment.astimezone()
-
-
-@pytest.mark.parametrize(
-    "text", ["", "soon", "25:00", "tomorrow", "today 17:59", "2020-01-01 09:00", "someday 09:00", "9"]
-)
-def test_what_is_no_moment_to_come_is_refused(text: str) -> None:
-    with pytest.raises(SettingsError, match="--deadline"):
-        parse_moment(text, NOW, "--deadline")

@@ -75,7 +75,7 @@ def test_advice_for_a_deadline_keeps_to_the_upper_end(home: Path, measured: dict
 def test_without_a_terminal_advice_has_to_be_asked_for(home: Path) -> None:
     assert "--goal" in plan(home, "advise", *COMMON, code=2).stderr
     assert "do not go together" in plan(home, "advise", "--goal", "first", "--within", "8h", code=2).stderr
-    assert "--deadline is 'soon'" in plan(home, "advise", "--deadline", "soon", code=1).stderr
+    assert "--deadline is 'soon'" in plan(home, "advise", "--deadline", "soon", code=2).stderr
 
 
 def test_what_the_guide_rules_out_does_not_run_without_force(home: Path) -> None:

@@ -85,21 +85,28 @@ def test_bad_input_gives_one_clear_line_and_starts_nothing(tmp_path: Path, tiny_
         (["--dataset", "empty.jsonl", *model], r"empty\.jsonl"),
         (["--dataset", "odd.jsonl", *model], r"foo"),
         (["--dataset", str(chat_file), *model, "--columns", "prompt=nope"], r"nope"),
-        (["--dataset", str(chat_file), *model, "--columns", "promt=x"], r"Did you mean 'prompt'"),
         (["--dataset", "5", "--model", "noconfig"], r"no config\.json"),
         (["--dataset", "5", "--model", "./missing"], r"no such folder"),
-        (["--dataset=-5"], r"a count must be at least 1"),
-        (["--dataset", "0"], r"a count must be at least 1"),
-        (["--dataset", "63000", "--run", "baseline"], r"a count: enough for planning, but a run needs messages"),
         (["--run", "yours"], r"'yours' is made from \.env"),
-        (["--run", "baseline", "--output", "bad.jsonl"], r"output 'bad\.jsonl' exists"),
+        (["--run", "baseline", "--output", "bad.jsonl"], r"output 'bad\.jsonl' is a file\. Choose another --output"),
         (["--resume", "noconfig"], r"is not a run folder"),
         (["--dataset", "63000", "--micro-batch-size", "7"], r"cannot be split into micro-batches of 7"),
         (["check", "noconfig"], r"is not a run folder"),
     ]
+    wrong_by_themselves = [
+        (["--dataset", str(chat_file), *model, "--columns", "promt=x"], r"Did you mean 'prompt'"),
+        (["--dataset=-5"], r"a count must be at least 1"),
+        (["--dataset", "1e12"], r"a count must be at most 1,000,000,000"),
+        (["--dataset", "63000", "--run", "baseline"], r"a count: enough for planning, but a run needs messages"),
+        (["--dataset", "63000", "--step-time", "30", "--precision-target", "nan"], r"no share above 0 and below 1"),
+        (["--dataset", str(chat_file), "--step-time", "30"], r"must be a count"),
+        (["advise", "--within", "x"], r"--within is 'x'"),
+    ]
     before = sorted(path.name for path in tmp_path.iterdir())
     for arguments, message in cases:
         refused(plan(*arguments, cwd=tmp_path), message)
+    for arguments, message in wrong_by_themselves:
+        refused(plan(*arguments, cwd=tmp_path), message, code=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 

@@ -82,11 +82,83 @@ def test_other_weights_under_the_adapter_are_refused(stopped: Path) -> None:
     assert said.startswith(f"model '{stopped.parent / 'base'}': its weights are not those that the adapter was trained")
 
 
+def edit_config(run: Path, **changes: Any) -> None:
+    path = run.parent / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_config_that_makes_the_same_weights_compute_otherwise_is_refused(stopped: Path) -> None:
+    before = (stopped.parent / "base" / "config.json").read_text()
+    assert json.loads(before)["hidden_act"] == "silu"
+    edit_config(stopped, hidden_act="gelu")
+    said = refusal(stopped)
+    assert said.startswith(f"model '{stopped.parent / 'base'}': its config.json does not say what it said when the run")
+    (stopped.parent / "base" / "config.json").write_text(before)
+    assert train(stopped, resume=True) is not None
+
+
+def test_what_a_config_says_beside_the_computation_may_change(stopped: Path) -> None:
+    path = stopped.parent / "base" / "config.json"
+    content = json.loads(path.read_text())
+    noise = {"transformers_version": "0.0.0", "_name_or_path": "elsewhere", "dtype": "float16", "use_cache": False}
+    path.write_text(json.dumps(dict(reversed([*content.items(), *noise.items()]))))
+    assert train(stopped, resume=True) is not None
+
+
+def test_a_checkpoint_from_before_the_config_was_kept_resumes_and_keeps_it_from_then_on(stopped: Path) -> None:
+    for state in (stopped / "checkpoints").glob("*/state.json"):
+        content = json.loads(state.read_text())
+        assert content["progress"].pop("config_digest")
+        state.write_text(json.dumps(content))
+        (state.parent / "SHA256SUMS").unlink()
+        content["format"] = 1
+        state.write_text(json.dumps(content))
+    edit_config(stopped, initializer_range=0.03)
+    assert train(stopped, resume=True) is not None
+    last = max((stopped / "checkpoints").glob("step-*")) / "state.json"
+    assert json.loads(last.read_text())["progress"]["config_digest"] == origin.config_digest(
+        str(stopped.parent / "base")
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "is_noise"),
+    [
+        ({"transformers_version": "6"}, True),
+        ({"torch_dtype": "bfloat16"}, True),
+        ({"text_config": {"dtype": "float16", "rope_theta": 1e4}}, True),
+        ({"text_config": {"rope_theta": 10_001}}, False),
+        ({"attention_dropout": 0.1}, False),
+        ({"layers": [2, 1]}, False),
+        ({"tie": 1}, False),
+        ({"another": None}, False),
+    ],
+)
+def test_the_digest_of_a_config_is_of_what_it_says_of_the_computation(
+    tmp_path: Path, change: dict[str, Any], is_noise: bool
+) -> None:
+    content = {"attention_dropout": 0.0, "text_config": {"rope_theta": 10_000}, "layers": [1, 2], "tie": True}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    before = origin.config_digest(str(tmp_path))
+    assert before is not None
+    (tmp_path / "config.json").write_text(json.dumps(content | change, indent=1))
+    assert (origin.config_digest(str(tmp_path)) == before) == is_noise
+
+
+def test_a_config_that_cannot_be_told_is_not_compared(tmp_path: Path) -> None:
+    assert origin.config_digest(str(tmp_path)) is None
+    assert origin.config_digest("owner/nothing-of-that-name") is None
+    for content in (b"\xff", b"{", b"[" * 100_000):
+        (tmp_path / "config.json").write_bytes(content)
+        assert origin.config_digest(str(tmp_path)) is None
+
+
 def test_a_checkpoint_without_digests_still_resumes(stopped: Path) -> None:
     for state in (stopped / "checkpoints").glob("*/state.json"):
         content = json.loads(state.read_text())
         assert content["progress"].pop("data_digest")
         assert content["progress"].pop("base_digest")
+        assert content["progress"].pop("config_digest")
         state.write_text(json.dumps(content))
         (state.parent / "SHA256SUMS").unlink()
         content["format"] = 1

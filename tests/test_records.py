@@ -152,6 +152,34 @@ def test_a_bad_record_is_named_with_its_line_and_a_remedy(tmp_path: Path, record
     assert (len(skipped.examples), skipped.num_bad_lines) == (2, 1)
 
 
+def test_of_several_bad_lines_the_number_and_the_first_ones_are_told_at_once(tmp_path: Path) -> None:
+    bad = [{"messages": []}, [1], {"question": "x\ny"}, message(role="boss" * 200), {"a\nb": 1}, "text"]
+    records = [one for each in bad for one in (CHAT, each)]
+    path = write(tmp_path / "a.jsonl", *records)
+    title, *told = error(path).split("\n")
+    assert title == f"{path}: 6 of 12 records cannot be used. Fix them, or pass --skip-bad-lines. The first 5:"
+    assert [line.split(":")[0] for line in told] == [f"  line {number}" for number in (2, 4, 6, 8, 10)]
+    assert told[0] == "  line 2: messages is empty"
+    assert told[4] == r"  line 10: has no 'messages' (it has a\nb)"
+    assert all(len(line) < 250 for line in told)
+    of_four = error(path, limit=2)
+    assert of_four.startswith(f"{path}, line 2: messages is empty. Fix"), "what lies beyond the limit is not read"
+    title, *told = error(write(tmp_path / "b.jsonl", CHAT, {"messages": []}, [1])).split("\n")
+    assert title.endswith("2 of 3 records cannot be used. Fix them, or pass --skip-bad-lines. They are:")
+    assert len(told) == 2
+
+
+def test_bad_lines_are_counted_in_the_one_pass_in_which_they_are_found(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", CHAT, {"messages": []}, CHAT, [1], CHAT)
+    opened = open_source(str(path))
+    begun, given = [], []
+    spec = DataSpec(source=str(path))
+    examples = Examples(spec, lambda: begun.append(1) or opened.records(), name=str(path))  # type: ignore[func-returns-value]
+    with pytest.raises(DataError, match="2 of 5 records"):
+        given.extend(examples)
+    assert (len(begun), len(given)) == (1, 1)
+
+
 def test_a_line_that_is_not_json_is_named_with_its_column(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(CHAT) + '\n\n{"messages": [] "x": 1}\n', encoding="utf-8")

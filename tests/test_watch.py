@@ -23,7 +23,7 @@ from planner.outcome import outcome_text
 from planner.run_report import run_page, write_report
 from planner.run_view import look_at
 from planner.watch import lines_of
-from presets.errors import PlanError
+from presets.errors import PlanError, RunError
 from trainer.sparkline import sparkline
 
 NOW = datetime(2026, 11, 25, 18, 0).astimezone()
@@ -292,6 +292,18 @@ def test_a_page_that_cannot_be_written_gives_one_clear_line(folder: Path) -> Non
     done = CliRunner().invoke(cli, ["report", str(folder), "--output", str(folder / "missing" / "x.html")])
     assert done.exit_code == 1
     assert "cannot be written" in str(done.exception)
+
+
+@pytest.mark.parametrize("content", ['{"text": "a"}\n', "<!doctype html>\n<title>Mine</title>", "\0"])
+def test_a_page_is_not_written_over_what_is_no_page_of_a_run(folder: Path, tmp_path: Path, content: str) -> None:
+    kept, page = tmp_path / "chats.jsonl", tmp_path / "page.html"
+    kept.write_text(content)
+    with pytest.raises(RunError, match=r"chats\.jsonl' exists and is no report of a run\. Choose another --output"):
+        write_report(folder, kept)
+    assert kept.read_text() == content
+    page.write_text("")
+    for _ in range(2):  # an empty file, then its own page
+        assert write_report(folder, page).read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
 def test_the_speed_is_that_of_the_latest_steps_not_of_a_partial_last_one(folder: Path) -> None:

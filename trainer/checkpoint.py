@@ -53,6 +53,7 @@ class Progress:
     plan_digest: str | None = None  # of the batch plan that `windows_done` counts in
     data_digest: str | None = None  # of the examples that the plan names; None in checkpoints of before
     base_digest: str | None = None  # of the weights under an adapter; None also where they cannot be told
+    config_digest: str | None = None  # of the model's config.json; None in checkpoints of before
 
 
 class _Damaged(RunError):

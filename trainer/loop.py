@@ -281,12 +281,13 @@ def _losses_for_sampling(job: Job, data: TokenizedDataset, model: Any, accelerat
 
 
 def _beginning(job: Job, data: TokenizedDataset, plan: BatchPlan, clock: Clock) -> ckpt.Progress:
-    """No step done yet, and what the run goes over. Full fine-tuning leaves nothing of the base to a resume."""
+    """No step done yet, and what the run goes over. Full fine-tuning leaves no weight of the base to a resume."""
     with clock.part("data"):
         examples = origin.data_digest(data, plan)
     with clock.part("load"):
         base = origin.base_digest(job.model) if job.preset.adapter == "lora" else None
-    return ckpt.Progress(plan_digest=plan.digest(), data_digest=examples, base_digest=base)
+        config = origin.config_digest(job.model)
+    return ckpt.Progress(plan_digest=plan.digest(), data_digest=examples, base_digest=base, config_digest=config)
 
 
 def _clear_leftovers(folder: Path) -> None:
@@ -316,6 +317,7 @@ def _restore(run: Run) -> None:
         plan_digest=begun.plan_digest,
         data_digest=begun.data_digest or progress.data_digest,
         base_digest=begun.base_digest or progress.base_digest,
+        config_digest=begun.config_digest or progress.config_digest,
     )
     run.notes += notes
     run.wall_before = progress.wall_seconds
@@ -341,6 +343,11 @@ def _require_same_origin(run: Run, progress: ckpt.Progress) -> None:
         raise RunError(
             f"model '{job.model}': its weights are not those that the adapter was trained over until now. Put them "
             "back as they were, or start a new run."
+        )
+    if _differ(progress.config_digest, begun.config_digest):
+        raise RunError(
+            f"model '{job.model}': its config.json does not say what it said when the run was started: the model would "
+            "compute otherwise. Put it back as it was, or start a new run."
         )
 
 

@@ -16,7 +16,12 @@ from trainer.tokens import TokenizedDataset
 _TOKENS_AT_ONCE = 1 << 22
 _SAMPLE = 4096  # bytes read at the begin, in the middle and at the end of each tensor
 _LONGEST_HEADER = 100 << 20  # as safetensors has it
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+# Of a config, at any depth: who wrote it and from where, and what a job decides itself whatever stands there.
+_NOISE = frozenset((
+    "transformers_version", "_name_or_path", "_commit_hash", "dtype", "torch_dtype", "use_cache", "attn_implementation",
+    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
+))  # fmt: skip
 
 
 def data_digest(data: TokenizedDataset, plan: BatchPlan) -> str:
@@ -63,6 +68,41 @@ def base_digest(model: str) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return sha.hexdigest() if files else None
+
+
+def config_digest(model: str) -> str | None:
+    """SHA-256 over what a base's config.json says of the computation, in hexadecimal: without noise, keys in any order.
+
+    The same weights compute otherwise with another base frequency, activation or dropout. As the file has it, not as
+    transformers fills it in: its defaults change between versions. None where it cannot be found or read.
+
+    Args:
+        model: folder or hub name; of the latter the file in the cache.
+    """
+    path = Path(model).expanduser() / CONFIG
+    if not path.is_file():
+        from huggingface_hub import try_to_load_from_cache
+
+        try:
+            found = try_to_load_from_cache(model, CONFIG)
+        except ValueError:  # neither a folder nor a name that the hub could have
+            return None
+        if not isinstance(found, str):
+            return None
+        path = Path(found)
+    try:
+        content = _significant(json.loads(path.read_text(encoding="utf-8")))
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _significant(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _significant(item) for key, item in value.items() if key not in _NOISE}
+    if isinstance(value, list):
+        return [_significant(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value  # 1e4 and 10000 are the same
 
 
 def _weight_files(model: str) -> list[Path]:

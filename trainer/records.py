@@ -11,7 +11,7 @@ from typing import Any
 
 from presets import jsonio
 from presets.errors import DataError, did_you_mean
-from presets.text import listed, shown
+from presets.text import listed, printable, shown
 from trainer.job import DataSpec
 from trainer.sources import RawRecord, Source
 
@@ -35,6 +35,8 @@ _SHAREGPT_ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
     "function": "tool", "observation": "tool",
 }  # fmt: skip
+_MOST_PROBLEMS = 5  # bad records that are told of
+_LONGEST_PROBLEM = 200  # characters, where there are several
 _MOST_COLUMNS = 10_000  # remembered; where every record has its own, they are no columns
 _KNOWN_SHAPES = "messages, prompt + completion, question + answer, instruction (+ input) + output, text"
 
@@ -63,8 +65,8 @@ class Examples:
 
     Nothing of them is kept, so that a file of any size takes no memory. What is counted is known after one whole pass.
 
-    Iterating raises DataError: the first record that cannot be used (unless `spec.skip_bad_lines`), unknown columns, no
-    record.
+    Iterating raises DataError: records that cannot be used (unless `spec.skip_bad_lines`), unknown columns, no record.
+    From the first bad record on nothing more is given; the rest is read to say at once how many are bad.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class Examples:
         self._seen: dict[str, None] = {}  # columns, in order of appearance
         self._found = dict.fromkeys(SCORE_ALIASES, 0)
         self._unreadable = dict.fromkeys(SCORE_ALIASES, 0)
-        self._first_problem = ""
+        self._problems: list[str] = []  # of the first bad records
 
     def has(self, score: str) -> bool:
         """Whether any example carries this score ("engagement" or "created_at")."""
@@ -99,10 +101,8 @@ class Examples:
             try:
                 example, failed = self._read(raw)
             except BadRecord as problem:
-                text = f"{raw.location}: {problem}. {raw.remedy}"
-                if not self.spec.skip_bad_lines:
-                    raise DataError(text) from None
-                self._first_problem = self._first_problem or text
+                if len(self._problems) < _MOST_PROBLEMS:
+                    self._problems.append(f"{raw.location}: {problem}. {raw.remedy}")
                 self.num_bad_lines += 1
                 continue
             if not self.num_examples:
@@ -111,8 +111,22 @@ class Examples:
             for score in SCORE_ALIASES:
                 self._found[score] += not math.isnan(getattr(example, score))
                 self._unreadable[score] += score in failed
-            yield example
+            if self.spec.skip_bad_lines or not self.num_bad_lines:
+                yield example
+        if self.num_bad_lines and not self.spec.skip_bad_lines:
+            raise DataError(self._bad_lines())
         self._check_whole()
+
+    def _bad_lines(self) -> str:
+        """One bad record in a line; of several their number and the first ones, a line each."""
+        if self.num_bad_lines == 1:
+            return self._problems[0]
+        told = [printable(_without_remedy(text).removeprefix(f"{self.name}, ")) for text in self._problems]
+        told = [text if len(text) <= _LONGEST_PROBLEM else f"{text[:_LONGEST_PROBLEM]}..." for text in told]
+        total = self.num_examples + self.num_bad_lines
+        title = f"{self.name}: {self.num_bad_lines:,} of {total:,} records cannot be used."
+        first = f"The first {len(told)}:" if self.num_bad_lines > len(told) else "They are:"
+        return "\n".join((f"{title} Fix them, or pass --skip-bad-lines. {first}", *(f"  {text}" for text in told)))
 
     def _read(self, raw: RawRecord) -> tuple[Example, list[str]]:
         if raw.problem:
@@ -135,7 +149,7 @@ class Examples:
                 raise _unrecognised(self.name, self._seen, self._columns)
             reason = "there is no record in it. Give a file with records."
             if self.num_bad_lines:
-                reason = f"all {self.num_bad_lines:,} records are bad, the first: {self._first_problem}"
+                reason = f"all {self.num_bad_lines:,} records are bad, the first: {self._problems[0]}"
             raise DataError(f"{self.name}: nothing to train on; {reason}")
         for score in SCORE_ALIASES:
             is_unknown = score in self._columns and self._columns[score] not in self._seen
@@ -153,7 +167,7 @@ class Examples:
         if self._is_plain_pair:
             notes.append("prompt and completion are joined as plain text, without the chat template")
         if self.num_bad_lines:
-            first = re.split(r"\. (Fix|Save) ", self._first_problem)[0]
+            first = _without_remedy(self._problems[0])
             notes.append(f"{self.num_bad_lines:,} bad line(s) skipped, the first: {first}")
         total = self.num_examples
         for score, failed in self._unreadable.items():
@@ -163,6 +177,10 @@ class Examples:
             if missing and missing + failed < total:
                 notes.append(f"{score} is missing in {missing:,} of {total:,} records")
         return notes
+
+
+def _without_remedy(problem: str) -> str:
+    return re.split(r"\. (Fix|Save) ", problem)[0]
 
 
 def read_examples(spec: DataSpec, source: Source) -> Examples:
