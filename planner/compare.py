@@ -271,6 +271,7 @@ def predicted_of(comparison: Comparison, candidate: Candidate) -> Predicted:
         correction_runs=None if by is None else by.num_runs,
         signature_key=past.signature_keys.get(name),
         parts=_parts(found),
+        is_tuned=candidate.twin is not None,
     )
 
 

@@ -7,7 +7,7 @@ from datetime import datetime
 
 import numpy as np
 
-from planner.candidates import BASELINE, TUNED, Candidate
+from planner.candidates import BASELINE, Candidate
 from planner.correction import Correction
 from planner.estimate import Estimate, accumulation_saving, mean_micro_seconds
 from planner.figures import finish_at
@@ -25,7 +25,7 @@ from planner.report import (
     Quality,
     Row,
 )
-from planner.twin import Twin
+from planner.twin import TUNED, Twin
 from presets.schema import Preset, Published, load_preset, preset_names
 from trainer.job import DataSpec
 from trainer.tokens import TokenizedDataset

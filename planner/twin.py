@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 
 from trainer.job import Job
 
+TUNED = "tuned"
 TOO_SHORT = "what the time did not suffice to tell from chance: give more with --budget"
+
+
+def twin_name(preset: str) -> str:
+    """The name of a preset's tuned twin: of its row, and of its runs in the history."""
+    return f"{preset}, {TUNED}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

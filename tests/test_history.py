@@ -513,6 +513,24 @@ def test_runs_that_cannot_be_compared_are_marked() -> None:
     assert (second["error"], second["inside"]) == (None, None)
 
 
+def test_runs_of_a_tuned_twin_are_told_apart_from_those_of_its_preset() -> None:
+    job = fakes.make_job("recommended")
+    record = RunRecord(
+        status="finished", job=job, predicted=Predicted(is_tuned=True), actual=Actual(seconds=9.0), versions={}
+    )
+    tuned = PastRun.of(record, Path("tuned"), NOW)
+    written = PastRun.of(replace(record, predicted=Predicted()), Path("written"), NOW)
+    assert [line.split("  ")[1].strip() for line in runs_text([tuned, written], NOW).splitlines()[2:]] == [
+        "recommended, tuned",
+        "recommended",
+    ]
+    plain = json.loads(runs_json([tuned, written]))["runs"]
+    assert [(one["name"], one["tuned_from"]) for one in plain] == [
+        ("recommended, tuned", "recommended"),
+        ("recommended", None),
+    ]
+
+
 def test_a_run_that_stood_still_in_between_is_not_compared_with_its_prediction() -> None:
     from planner.history import PAUSED
 

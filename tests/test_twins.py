@@ -201,7 +201,7 @@ def test_a_changed_job_is_split_as_the_twin_says() -> None:
 
 def test_compare_shows_a_known_twin_after_its_preset_and_runs_it_alone(tmp_path: Path) -> None:
     from planner.candidates import MeasureSettings
-    from planner.compare import compare
+    from planner.compare import compare, predicted_of
     from planner.hardware import DeviceFacts
     from planner.resolve import Options
     from presets.demo import demo_folder
@@ -244,8 +244,10 @@ def test_compare_shows_a_known_twin_after_its_preset_and_runs_it_alone(tmp_path:
     assert "not yet aggressive." in untuned
     alone = plan(names=("recommended",), running=True, tuned=True)
     assert [candidate.name for candidate in alone.candidates] == ["recommended, tuned"]
+    assert predicted_of(alone, alone.candidates[0]).is_tuned  # and so the run's entry in the history
     written = plan(names=("recommended",), running=True)
     assert [candidate.name for candidate in written.candidates] == ["recommended"]
+    assert not predicted_of(written, written.candidates[0]).is_tuned
     from planner.explain import explain_text
 
     text = explain_text(searched)

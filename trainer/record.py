@@ -72,6 +72,7 @@ class Predicted:
     correction_runs: int | None = None
     signature_key: str | None = None  # runs that share it are comparable
     parts: Breakdown | None = None  # of `seconds`; a part that is unknown counts as 0
+    is_tuned: bool = False  # the run is of the preset's tuned twin
 
     def window_seconds(self, plan: BatchPlan, lengths: IntArray) -> FloatArray:
         """Planned seconds of each window, (num_windows,), which add up to `train_seconds`; tokens where none are known.
