@@ -50,13 +50,27 @@ def is_faster(new: FloatArray, old: FloatArray) -> bool:
     95 % upper bound (Student's t, one-sided) under 0. Warm-up dropped from one of them is dropped from both: rounds are
     matched from the last one back.
     """
+    found = _log_ratio(new, old)
+    return found is not None and found[0] < -WORTH and sum(found) < 0
+
+
+def _log_ratio(new: FloatArray, old: FloatArray) -> tuple[float, float] | None:
+    """Mean of log(new / old) over the rounds of both, and half of its 90 % interval; None from too few rounds."""
     count = min(len(new), len(old))
     if count < LEAST_ROUNDS:
-        return False
+        return None
     ratio = np.log(new[-count:] / old[-count:])
-    mean = float(ratio.mean())
     error = float(ratio.std(ddof=1)) / math.sqrt(count)
-    return mean < -WORTH and mean + t_quantile(count - 1) * error < 0
+    return float(ratio.mean()), t_quantile(count - 1) * error
+
+
+def _range(before: FloatArray, now: FloatArray) -> tuple[float | None, float | None]:
+    """The 90 % range of seconds before / seconds now, as `is_faster` judges it."""
+    found = _log_ratio(now, before)
+    if found is None:
+        return None, None
+    mean, half = found
+    return math.exp(-mean - half), math.exp(-mean + half)
 
 
 def make_chain(wanted: Wanted, timed: Sequence[Timed], steps: Sequence[Change]) -> list[Step]:
@@ -130,15 +144,17 @@ def twin_of(
         if is_faster(replicates[number], replicates[best]):
             best = number
     links: list[Link] = []
-    before: float | None = None  # the last link that is kept and was timed
+    before: int | None = None  # the last link that is kept and was timed
     for number, now in enumerate(seconds):
         if now is None:
             continue
         is_kept = number <= best
         if before is not None:
-            links.append(Link(name=chain[number].name, seconds=now, factor=before / now, is_kept=is_kept))
+            factor = (seconds[before] or 0.0) / now
+            low, high = _range(replicates[before], replicates[number])
+            links.append(Link(name=chain[number].name, seconds=now, factor=factor, is_kept=is_kept, low=low, high=high))
         if is_kept:
-            before = now
+            before = number
     fastest = seconds[best]
     assert fastest is not None
     return Twin(

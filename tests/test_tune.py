@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tuning import DATA, LENGTHS, Device, Prober, device_of, tuned
 
-from planner.chain import WORTH, is_faster
+from planner.chain import WORTH, Step, is_faster, twin_of
 from planner.prober import LoadReply, MicroRows
 from planner.tune import tune
 from planner.twin import Change, Twin, Wanted
@@ -22,13 +22,15 @@ from presets.schema import preset_names
 from trainer.job import Job
 from trainer.planning import plan_job, stand_in
 
+LEAN = Change(name="lean loss", loss="lean")
+
 
 def test_where_every_micro_step_costs_a_lot_by_itself_fewer_of_them_are_chosen() -> None:
     (twin,) = tuned(device_of(base=0.2, per_token=1e-5, per_token_width=0.0))
     layout = twin.changes[0]
     assert layout.packed_length is not None or (layout.micro_batch_size or 0) >= 4
-    assert twin.gain > 2
-    assert twin.speedup == pytest.approx(twin.baseline_seconds / twin.seconds)
+    assert twin.loop_gain > 2
+    assert twin.loop_speedup == pytest.approx(twin.baseline_seconds / twin.seconds)
 
 
 def test_where_only_real_tokens_cost_nothing_is_changed() -> None:
@@ -48,8 +50,29 @@ def test_the_links_stand_in_their_order_and_multiply_to_the_speed_up() -> None:
     assert kept[1].factor == pytest.approx(2.0, rel=0.05)
     assert kept[-1].name == "lean loss"
     assert kept[-1].factor == pytest.approx(1.25, rel=0.05)
-    assert math.prod(link.factor for link in kept) == pytest.approx(twin.speedup)
+    assert math.prod(link.factor for link in kept) == pytest.approx(twin.loop_speedup)
     assert twin.explained.startswith("accumulation 1.0")
+
+
+@pytest.mark.parametrize(
+    ("factor", "noise", "verdict"), [(1.1, 0.0, "slower"), (0.99, 0.0, "too little"), (0.99, 0.05, "not told from")]
+)
+def test_what_was_tried_and_left_out_says_why_with_its_range(factor: float, noise: float, verdict: str) -> None:
+    scatter = 1 + noise * np.array([1.0, -1.0, 0.5, -0.5])
+    steps = [Step(name="baseline", job=make_job()), Step(name="lean loss", job=make_job(), changes=(LEAN,))]
+    wanted = Wanted(name="baseline", job=make_job(), baseline=make_job())
+    twin = twin_of(wanted, steps, [np.full(4, 10.0), 10 * factor * scatter])
+    assert twin.changes == ()
+    (link,) = twin.links
+    assert link.low is not None
+    assert link.high is not None
+    assert link.low <= 1 / factor <= link.high
+    assert verdict in link.verdict
+    assert f"lean loss {link.factor:.2f}x ({link.verdict})" in twin.explained
+    if noise:
+        assert f"{link.low:.2f}-{link.high:.2f}: not told from chance" in twin.explained
+    (untold,) = twin_of(wanted, steps, [np.full(2, 10.0), np.full(2, 5.0)]).links
+    assert untold.verdict == "no range is known"
 
 
 def test_where_the_time_is_too_short_to_tell_it_says_so_and_keeps_nothing_more() -> None:
@@ -132,8 +155,7 @@ def test_where_only_checkpointing_fits_it_is_turned_on_and_the_fastest_split_fou
     (twin,) = tuned(Tight(LENGTHS, base=0.2, per_token=1e-5, per_token_width=0.0), budget=300.0)
     assert twin.changes[0].gradient_checkpointing is True
     assert any(change.is_layout for change in twin.changes)
-    assert twin.written_seconds is twin.baseline_seconds is twin.speedup is twin.gain is None
-    assert "as written it could not be timed" in twin.headline
+    assert twin.written_seconds is twin.baseline_seconds is twin.loop_speedup is twin.loop_gain is None
     assert twin.job(make_job("recommended")).preset.gradient_checkpointing
 
 
@@ -144,8 +166,8 @@ def test_where_only_a_smaller_split_fits_it_is_taken() -> None:
     assert twin.written_seconds is None
     assert any(change.is_layout for change in twin.changes)
     assert twin.baseline_seconds is not None
-    assert twin.speedup is not None
-    assert twin.speedup > 1
+    assert twin.loop_speedup is not None
+    assert twin.loop_speedup > 1
 
 
 def test_one_preset_that_does_not_fit_stops_no_other() -> None:
@@ -164,9 +186,9 @@ def test_one_preset_that_does_not_fit_stops_no_other() -> None:
 def test_a_baseline_that_fails_costs_only_the_speed_up_over_it() -> None:
     device = device_of(base=0.2, per_token=1e-5, per_token_width=0.0, broken=("fp32",))
     (twin,) = tuned(device, device="cuda", precision="fp16", base_precision="fp16", budget=300.0)
-    assert twin.speedup is None
-    assert twin.gain is not None
-    assert twin.gain > 1
+    assert twin.loop_speedup is None
+    assert twin.loop_gain is not None
+    assert twin.loop_gain > 1
     assert any("baseline" in reason and "ended by itself" in reason for reason in twin.refused)
 
 

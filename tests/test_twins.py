@@ -144,7 +144,7 @@ def test_an_interrupted_search_goes_on_after_the_last_stage_that_it_ended(
     assert searches.stages(told) == left
     for name, twin in whole.items():
         assert found[name].changes == twin.changes
-        assert found[name].speedup == pytest.approx(twin.speedup, rel=0.02)
+        assert found[name].loop_speedup == pytest.approx(twin.loop_speedup, rel=0.02)
         assert found[name].refused == twin.refused
 
 
@@ -194,14 +194,15 @@ def test_a_changed_job_is_split_as_the_twin_says() -> None:
     assert job.loss == "lean"
     assert job.preset.gradient_checkpointing
     assert job.global_batch_sizes == (64,)
-    assert twin.speedup == 4.0
-    assert twin.gain == 2.0
+    assert twin.loop_speedup == 4.0
+    assert twin.loop_gain == 2.0
     assert twin.text == "packed to 512 tokens, lean loss, checkpointing"
 
 
 def test_compare_shows_a_known_twin_after_its_preset_and_runs_it_alone(tmp_path: Path) -> None:
     from planner.candidates import MeasureSettings
     from planner.compare import compare, predicted_of
+    from planner.explain import PARTS, explain_text
     from planner.hardware import DeviceFacts
     from planner.resolve import Options
     from presets.demo import demo_folder
@@ -248,12 +249,20 @@ def test_compare_shows_a_known_twin_after_its_preset_and_runs_it_alone(tmp_path:
     written = plan(names=("recommended",), running=True)
     assert [candidate.name for candidate in written.candidates] == ["recommended"]
     assert not predicted_of(written, written.candidates[0]).is_tuned
-    from planner.explain import explain_text
-
     text = explain_text(searched)
     assert "forward+backward" in text
-    assert "recommended, tuned: " in text
-    assert "accumulation 1.0" in text
+    assert f"recommended, tuned: {twin['speedup']:.2f}x over the baseline as written; loop: accumulation 1.0" in text
+    # Where the baseline is not in the table the figure still is that of whole runs, from what the search timed.
+    without = plan(names=("recommended",))
+    parts = without.report.rows[1].breakdown
+    loop = parts.forward_backward + parts.optimizer
+    rest = sum(getattr(parts, name) or 0.0 for name, _ in PARTS) - loop
+    ratio = without.candidates[1].twin.loop_speedup
+    shown = [row.speedup for row in without.report.rows]
+    assert shown[1] == pytest.approx((ratio * loop + rest) / (loop + rest))
+    assert shown[1] < 0.95 * ratio
+    assert shown[0] == pytest.approx(1.0, abs=0.05)
+    assert f"recommended, tuned: {shown[1]:.2f}x over the baseline as written" in explain_text(without)
 
 
 def test_a_search_that_was_too_short_is_made_again_with_more_time_and_only_then(
