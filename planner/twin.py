@@ -90,6 +90,13 @@ def changed(job: Job, changes: Sequence[Change]) -> Job:
     return job
 
 
+def split_text(job: Job) -> str:
+    """ "packed to 512 tokens", "micro-batch 8": how the job's batches are split, whether as written or not."""
+    packed = f"packed to {job.packed_length or job.preset.max_length:,} tokens" if job.packing else ""
+    alone = f"micro-batch {job.micro_batch_size}"
+    return packed if packed and job.micro_batch_size == 1 else f"{packed}, {alone}" if packed else alone
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Link:
     """One link of the chain from the baseline to the twin."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 from fakes import make_data, make_job
-from tuning import DATA, LENGTHS, Device, device_of
+from tuning import DATA, LENGTHS, Device, device_of, saving
 
 from planner.history import History
 from planner.reuse import Keys
@@ -75,14 +76,17 @@ def test_a_twin_is_kept_for_this_data_and_machine_only(tmp_path: Path) -> None:
 class Searches:
     """The same command given several times, on a fake device and with a history of its own."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, make: Callable[[], Device] | None = None) -> None:
         from planner.hardware import DeviceFacts
         from presets.demo import demo_folder
 
         self.model = str(demo_folder())
         self.facts = DeviceFacts(name="Fake", kind="cpu", memory_bytes=8 << 30, free_bytes=4 << 30, driver="1")
         self.history = History(home=home)
-        self.device = device_of()
+        self.make = make or (
+            lambda: device_of(base=0.2, per_token=1e-4, per_token_width=0.0, lean_factor=0.8, memory=64 << 30)
+        )
+        self.device = self.make()
 
     def search(
         self,
@@ -100,7 +104,7 @@ class Searches:
             if stop_at is not None and text.startswith(stop_at):
                 raise KeyboardInterrupt
 
-        self.device = device_of(base=0.2, per_token=1e-4, per_token_width=0.0, lean_factor=0.8, memory=64 << 30)
+        self.device = self.make()
         baseline = make_job("baseline", model=self.model)
         twins: dict[str, Twin] = {}
         try:
@@ -122,7 +126,8 @@ class Searches:
 
     def stages(self, told: list[str]) -> list[str]:
         """The stages that were timed."""
-        return [one for one in ("layouts", "steps", "the chain") if any(t.startswith(f"{one}: timing") for t in told)]
+        every = ("layouts", "larger splits", "steps", "the chain")
+        return [one for one in every if any(text.startswith(f"{one}: timing") for text in told)]
 
 
 @pytest.mark.parametrize(
@@ -146,6 +151,24 @@ def test_an_interrupted_search_goes_on_after_the_last_stage_that_it_ended(
         assert found[name].changes == twin.changes
         assert found[name].loop_speedup == pytest.approx(twin.loop_speedup, rel=0.02)
         assert found[name].refused == twin.refused
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "left"),
+    [
+        ("larger splits: timing", ["larger splits", "steps", "the chain"]),
+        ("steps: timing", ["steps", "the chain"]),
+        ("the chain: timing", ["the chain"]),
+    ],
+)
+def test_an_interrupted_search_keeps_which_larger_splits_are_to_be_tried_and_which_were(
+    tmp_path: Path, stop_at: str, left: list[str]
+) -> None:
+    searches = Searches(tmp_path, lambda: saving(base=0.2))
+    assert searches.search("recommended", stop_at=stop_at)[0] == {}
+    found, told = searches.search("recommended")
+    assert searches.stages(told) == left
+    assert [change.text for change in found["recommended"].changes] == ["checkpointing", "micro-batch 8"]
 
 
 def test_one_of_the_presets_of_an_interrupted_search_goes_on_alone(tmp_path: Path) -> None:

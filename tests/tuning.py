@@ -60,3 +60,28 @@ def tuned(
     found = tune(wanted, data, device.factory, budget_seconds=budget, clock=device.clock, seed=device.seed)
     assert all(isinstance(one, Twin) for one in found)
     return found  # type: ignore[return-value]
+
+
+class Saving(Device):
+    """Checkpointing fits four times as much, and takes a quarter longer; the lean loss fits a little more."""
+
+    slower: float = 1.25
+
+    def factory(self, job: Job) -> FakeProber:
+        return SavingProber(self, job)
+
+
+class SavingProber(Prober):
+    device: Saving
+
+    def _seconds(self, rows: MicroRows) -> float:
+        longest = int(LENGTHS.max())
+        saves = self.job.preset.gradient_checkpointing
+        self.device.fits_padded_tokens = 8 * longest if saves else 2 * longest
+        return super()._seconds(rows) * (self.device.slower if saves else 1)
+
+
+def saving(**changes: Any) -> Saving:
+    device = Saving(LENGTHS, per_token=1e-5, per_token_width=0.0, memory=64 << 30, **changes)
+    device.packing_refused = "it leaks"
+    return device
