@@ -38,7 +38,7 @@ trap 'kill "$server" 2>/dev/null' EXIT
 preload() {
   "$python" bench/preloaded.py serve "$socket" 2>"$socket.log" &
   server=$!
-  for _ in $(seq 240); do grep -q ready "$socket.log" && break; sleep 0.5; done
+  for _ in $(seq 240); do grep -q "preloaded: ready" "$socket.log" && break; sleep 0.5; done
   export PRELOADED="$socket"
 }
 server=""

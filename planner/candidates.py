@@ -19,7 +19,7 @@ from planner.prober import ProberFactory
 from planner.resolve import Options, Resolved, resolve_job
 from planner.reuse import Keys
 from planner.safety import blocking, verdicts
-from planner.twin import Twin, Untimed, Wanted
+from planner.twin import TUNED, Twin, Untimed, Wanted, twin_name
 from planner.twins import find_twins, known_twin
 from presets.env import Settings
 from presets.errors import DataError, SettingsError
@@ -33,7 +33,6 @@ Say = Callable[[str], None]
 Shown = Callable[[Say], AbstractContextManager[Progress]]  # how the progress of measuring is shown while it lasts
 
 BASELINE = "baseline"
-TUNED = "tuned"
 TUNE_BUDGETS = 3.0  # a search takes this many times a measurement's budget: it times three times as much
 OPENED_SECONDS = 0.3  # data that was there so soon lay in the cache, as it will for the run: no need to open it twice
 
@@ -66,10 +65,6 @@ class Candidate:
     def name(self) -> str:
         """The row's name: the preset's, or that of its twin."""
         return twin_name(self.resolved.preset.name) if self.twin is not None else self.resolved.preset.name
-
-
-def twin_name(preset: str) -> str:
-    return f"{preset}, tuned"
 
 
 def make_candidates(

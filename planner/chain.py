@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from planner.student import t_quantile
-from planner.twin import TOO_SHORT, Change, Link, Twin, Wanted
+from planner.twin import TOO_SHORT, Change, Link, Twin, Wanted, changed, split_text
 from presets.errors import MeasurementError
 from trainer.job import Job
 from trainer.tokens import FloatArray
@@ -33,6 +33,11 @@ class Timed:
         """Its split or packing, where that is not as written. Before it may stand what makes it fit."""
         return next((one for one in self.changes if one.is_layout), None)
 
+    @property
+    def relief(self) -> tuple[Change, ...]:
+        """What makes it fit, where it does not without."""
+        return tuple(one for one in self.changes if not one.is_layout)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
@@ -50,13 +55,27 @@ def is_faster(new: FloatArray, old: FloatArray) -> bool:
     95 % upper bound (Student's t, one-sided) under 0. Warm-up dropped from one of them is dropped from both: rounds are
     matched from the last one back.
     """
+    found = _log_ratio(new, old)
+    return found is not None and found[0] < -WORTH and sum(found) < 0
+
+
+def _log_ratio(new: FloatArray, old: FloatArray) -> tuple[float, float] | None:
+    """Mean of log(new / old) over the rounds of both, and half of its 90 % interval; None from too few rounds."""
     count = min(len(new), len(old))
     if count < LEAST_ROUNDS:
-        return False
+        return None
     ratio = np.log(new[-count:] / old[-count:])
-    mean = float(ratio.mean())
     error = float(ratio.std(ddof=1)) / math.sqrt(count)
-    return mean < -WORTH and mean + t_quantile(count - 1) * error < 0
+    return float(ratio.mean()), t_quantile(count - 1) * error
+
+
+def _range(before: FloatArray, now: FloatArray) -> tuple[float | None, float | None]:
+    """The 90 % range of seconds before / seconds now, as `is_faster` judges it."""
+    found = _log_ratio(now, before)
+    if found is None:
+        return None, None
+    mean, half = found
+    return math.exp(-mean - half), math.exp(-mean + half)
 
 
 def make_chain(wanted: Wanted, timed: Sequence[Timed], steps: Sequence[Change]) -> list[Step]:
@@ -83,18 +102,40 @@ def make_chain(wanted: Wanted, timed: Sequence[Timed], steps: Sequence[Change]) 
     if written.compile != wanted.baseline.compile:
         chain.append(Step(name="compiled", job=written))
     best = timed[0]
+    fits = next((one for one in timed if not one.relief), None)
     changes: tuple[Change, ...] = ()
-    job = written
-    for change in best.changes:
-        if change.packed_length is not None:
-            chain += _rows_together(timed)
-        changes, job = (*changes, change), change.applied(job)
-        chain.append(Step(name=change.text, job=job, changes=changes))
+    if best.relief and fits is not None:
+        # Larger than what fits without: that one first, so that it is kept where the larger one does not hold.
+        chain += _reach(written, (), fits.changes, timed)
+        changes = fits.changes
+    chain += _reach(written, changes, best.changes, timed)
+    changes, job = best.changes, best.job
     for step in steps:
         if all(step.name != one.name for one in changes):
             changes, job = (*changes, step), step.applied(job)
             chain.append(Step(name=step.text, job=job, changes=changes))
     return chain
+
+
+def _reach(written: Job, before: tuple[Change, ...], changes: tuple[Change, ...], timed: Sequence[Timed]) -> list[Step]:
+    """From a layout to another one with less memory, or from the preset as written to a layout, change by change.
+
+    Args:
+        before: changes of the layout that is come from: its split is left at the end, for the new one.
+    """
+    found: list[Step] = []
+    job, done = changed(written, before), before
+    for change in changes:
+        if change.is_layout:
+            done = tuple(one for one in done if not one.is_layout)
+            job = changed(written, done)
+            if change.packed_length is not None and not before:
+                found += _rows_together([one for one in timed if one.relief == done])
+        done, job = (*done, change), change.applied(job)
+        found.append(Step(name=change.text, job=job, changes=done))
+    if done != changes:  # back to the split as written
+        found.append(Step(name=split_text(written), job=changed(written, changes), changes=changes))
+    return found
 
 
 def _rows_together(timed: Sequence[Timed]) -> list[Step]:
@@ -130,15 +171,17 @@ def twin_of(
         if is_faster(replicates[number], replicates[best]):
             best = number
     links: list[Link] = []
-    before: float | None = None  # the last link that is kept and was timed
+    before: int | None = None  # the last link that is kept and was timed
     for number, now in enumerate(seconds):
         if now is None:
             continue
         is_kept = number <= best
         if before is not None:
-            links.append(Link(name=chain[number].name, seconds=now, factor=before / now, is_kept=is_kept))
+            factor = (seconds[before] or 0.0) / now
+            low, high = _range(replicates[before], replicates[number])
+            links.append(Link(name=chain[number].name, seconds=now, factor=factor, is_kept=is_kept, low=low, high=high))
         if is_kept:
-            before = now
+            before = number
     fastest = seconds[best]
     assert fastest is not None
     return Twin(

@@ -280,6 +280,7 @@ def predicted_of(comparison: Comparison, candidate: Candidate) -> Predicted:
         signature_key=past.signature_keys.get(name),
         parts=_parts(found),
         calibrated=found.calibrated,
+        is_tuned=candidate.twin is not None,
     )
 
 

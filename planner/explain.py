@@ -8,6 +8,8 @@ from tabulate import tabulate
 
 from planner.compare import Comparison
 from planner.figures import UNKNOWN, duration
+from planner.speedup import speedup, speedup_by_loops
+from planner.twin import Twin, twin_name
 from presets.text import printable
 
 PARTS = (
@@ -48,10 +50,26 @@ def explain_text(comparison: Comparison, *, width: int | None = None, ascii_only
     )
     twins = [candidate.twin for candidate in comparison.candidates if candidate.twin is not None]
     if twins:
-        lines += ["", "What each change gained, one after the other, timed in turns in the search"]
+        lines += [
+            "",
+            "What each twin gains over a whole run, then each change over the loop alone, one after the other",
+        ]
     for twin in twins:
-        text = f"{twin.preset}, tuned: {twin.headline}: {twin.explained or twin.text}"
+        text = f"{twin_name(twin.preset)}: {_gained(comparison, twin)}; loop: {twin.explained or twin.text}"
         lines.append(textwrap.fill(printable(text), min(width or 110, 110), subsequent_indent="  "))
     refused = sorted({reason for twin in twins for reason in twin.refused})
     lines += [f"not offered: {printable(reason)}" for reason in refused]
     return "\n".join(lines)
+
+
+def _gained(comparison: Comparison, twin: Twin) -> str:
+    """What its run gains, and over what: the baseline's, or where that does not fit that of the preset as written."""
+    name = twin_name(twin.preset)
+    over = next(row.speedup for row in comparison.report.rows if row.name == name)
+    if over is not None:
+        return f"{over:.2f}x over the baseline as written"
+    tuned, written = comparison.estimates[name], comparison.estimates.get(twin.preset)
+    gain = speedup(written, tuned) or speedup_by_loops(twin.loop_gain, tuned)
+    if gain is not None:
+        return f"{gain:.2f}x over itself as written (the baseline could not be timed)"
+    return "no speed-up can be told: as written it could not be timed"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from planner.twin import Change, Wanted, changed
@@ -27,6 +27,7 @@ class Halfway:
 
     preset: str
     layouts: tuple[Layout, ...]  # the fastest first; as written is among them where it fits
+    bounded: tuple[tuple[Change, ...], ...] = ()  # layouts that memory left out, still to be tried with less
     steps: tuple[Change, ...] | None = None  # changes of the step that save time; None: not searched yet
     refused: tuple[str, ...] = ()
     budget_seconds: float = 0.0  # of the command; a more generous one begins anew
@@ -49,9 +50,3 @@ def usable(earlier: Sequence[Halfway], wanted: Sequence[Wanted]) -> dict[str, li
         except SettingsError:
             return {}
     return found
-
-
-def common_steps(earlier: Mapping[str, Halfway]) -> tuple[Change, ...] | None:
-    """The changes of the step that all these presets have in common; None where they were not searched for all."""
-    found = {one.steps for one in earlier.values()}
-    return found.pop() if len(found) == 1 else None

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from planner.twin import TUNED, twin_name
 from presets import jsonio
 from presets.errors import PlanError
 from presets.home import plan_home
@@ -49,7 +50,7 @@ class PastRun:
     folder: str  # absolute, links followed: one entry a run folder, the last one counts
     ended_at: str  # ISO, UTC
     status: str  # "finished", "stopped" or "failed"
-    name: str  # of the preset
+    name: str  # of the preset, or of its tuned twin: "recommended, tuned"
     model: str
     num_examples: int | None = None
     raw_seconds: float | None = None
@@ -80,7 +81,7 @@ class PastRun:
             folder=_place(str(folder.absolute())),
             ended_at=ended_at.astimezone(UTC).isoformat(timespec="seconds"),
             status=record.status,
-            name=record.job.name,
+            name=twin_name(record.job.name) if predicted.is_tuned else record.job.name,
             model=record.job.model,
             num_examples=predicted.num_examples,
             raw_seconds=predicted.raw_seconds,
@@ -103,6 +104,12 @@ class PastRun:
             versions=", ".join(f"{name} {version}" for name, version in sorted(record.versions.items())),
             calibrated=predicted.calibrated,
         )
+
+    @property
+    def tuned_from(self) -> str | None:
+        """The preset whose tuned twin was run; None where it ran as written."""
+        preset, comma, kind = self.name.rpartition(", ")
+        return preset if comma and kind == TUNED else None
 
     @property
     def is_uninterrupted(self) -> bool:

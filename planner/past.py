@@ -160,8 +160,10 @@ def _model(name: str) -> str:
 
 
 def runs_json(runs: Sequence[PastRun]) -> str:
-    """The runs as one JSON object; `error` and `inside` are null where a run cannot be compared."""
+    """The runs as one JSON object; `error` and `inside` are null where a run cannot be compared, `tuned_from` where it
+    is not of a tuned twin."""
     plain: list[dict[str, Any]] = [
-        {**jsonio.to_plain(run), "error": run.error, "inside": run.is_inside} for run in runs
+        {**jsonio.to_plain(run), "tuned_from": run.tuned_from, "error": run.error, "inside": run.is_inside}
+        for run in runs
     ]
     return json.dumps({"schema": SCHEMA, "runs": plain}, indent=2, ensure_ascii=False, allow_nan=False)

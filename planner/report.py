@@ -106,7 +106,7 @@ class Row:
     note: str | None = None  # one remark a line
     error: str | None = None  # why there is no time, e.g. "does not fit"
     tuned_from: str | None = None  # the preset that this row is the tuned twin of
-    speedup: float | None = None  # the baseline's seconds / this row's, in this table
+    speedup: float | None = None  # predicted seconds of the baseline's whole run / this row's, of the same parts
     breakdown: BreakdownInfo | None = None
     calibrated: bool = True  # False: the range is what was seen on an unsteady machine, not a 90 % interval
     measured_at: str | None = None  # ISO, local time with offset, where the basis is "cached"

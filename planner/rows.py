@@ -7,7 +7,7 @@ from datetime import datetime
 
 import numpy as np
 
-from planner.candidates import BASELINE, TUNED, Candidate
+from planner.candidates import BASELINE, Candidate
 from planner.correction import Correction
 from planner.estimate import Estimate, accumulation_saving, mean_micro_seconds
 from planner.figures import finish_at
@@ -25,7 +25,8 @@ from planner.report import (
     Quality,
     Row,
 )
-from planner.twin import Twin
+from planner.speedup import speedup, speedup_by_loops
+from planner.twin import TUNED, Twin
 from presets.schema import Preset, Published, load_preset, preset_names
 from trainer.job import DataSpec
 from trainer.tokens import TokenizedDataset
@@ -58,6 +59,7 @@ def make_report(
     assert first.data is not None
     evaluation = first.planned.plan.evaluation
     training = len(first.data) - len(evaluation)
+    twins = {one.twin.preset: one.twin for one in candidates if one.twin is not None}
     tokens = int(first.data.lengths.sum()) - int(first.data.lengths[evaluation].sum())
     return PlanReport(
         device=DeviceInfo(name=facts.name, kind=facts.kind, memory_bytes=facts.memory_bytes),
@@ -74,17 +76,23 @@ def make_report(
             lengths="assumed" if first.data.report.lengths == "assumed" else "measured",
             num_tokens=tokens,
         ),
-        rows=tuple(_row(candidate, estimates, past, now) for candidate in candidates),
+        rows=tuple(_row(candidate, twins, estimates, past, now) for candidate in candidates),
         notes=_notes(candidates, estimates, found, first.data, training, len(evaluation)),
     )
 
 
-def _row(candidate: Candidate, estimates: dict[str, Estimate], past: Past, now: datetime) -> Row:
+def _row(
+    candidate: Candidate, twins: dict[str, Twin], estimates: dict[str, Estimate], past: Past, now: datetime
+) -> Row:
     preset, job, name = candidate.resolved.preset, candidate.resolved.job, candidate.name
     found = estimates.get(name)
     measured_at = past.measured_at.get(job.preset.max_length) if job else None
     by, raw = past.corrections.get(name), past.raw.get(name)
-    first = estimates.get(BASELINE)
+    searched = twins.get(preset.name)
+    if searched is None:
+        loops = None
+    else:
+        loops = searched.loop_speedup if candidate.twin is not None else searched.written_loop_speedup
     accumulation = job.gradient_accumulation_steps if job else (preset.gradient_accumulation_steps,)
     published = preset.published if is_as_published(preset) else Published()
     common = {
@@ -126,7 +134,7 @@ def _row(candidate: Candidate, estimates: dict[str, Estimate], past: Past, now: 
         fits=found.fits,
         finish_at=finish_at(now, found.seconds),
         calibrated=found.calibrated,
-        speedup=_speedup(first, found, candidate.twin),
+        speedup=speedup(estimates.get(BASELINE), found) or speedup_by_loops(loops, found),
         breakdown=_breakdown(found),
         measured_at=None if measured_at is None else measured_at.astimezone().isoformat(timespec="seconds"),
         correction=None
@@ -134,13 +142,6 @@ def _row(candidate: Candidate, estimates: dict[str, Estimate], past: Past, now: 
         else CorrectionInfo(factor=by.factor, num_runs=by.num_runs, raw_seconds=raw.seconds),
         error=found.error or ("does not fit" if found.fits is False else None),
     )
-
-
-def _speedup(baseline: Estimate | None, found: Estimate, twin: Twin | None) -> float | None:
-    """Over the baseline: of the whole run where it stands in the same table, else of the loop, from the search."""
-    if baseline is not None and baseline.seconds and found.seconds:
-        return baseline.seconds / found.seconds
-    return twin.speedup if twin is not None else None
 
 
 def _breakdown(found: Estimate) -> BreakdownInfo | None:

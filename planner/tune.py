@@ -1,12 +1,13 @@
 """The fastest way to train on the same batches: another split, packing, and what else leaves the gradient as it is.
 
-The search goes through three stages, each one call of `measure`, so that what is compared was timed in turns:
+The search goes through these stages, each one call of `measure`, so that what is compared was timed in turns:
 
 1. Layouts. Every split of the global batch into micro-batches, and packed rows of several lengths, under the step as it
    is. Memory is proven from the smallest up, to the first that does not fit. Where none fits they are tried again with
-   what takes less memory: the lean loss, checkpointing, both.
+   what takes less memory: the lean loss, checkpointing, both. Where memory alone bounds the fastest layout, the next
+   larger ones are tried with each of these too, beside the fastest that fits without.
 2. Steps. With the fastest layout: the lean loss, the other attention, fewer threads, no checkpointing, no compiling.
-   Each alone.
+   Each alone. Presets whose layouts are not alike are looked at apart, where time allows (`planner.step_changes`).
 3. The chain. The baseline as published, then one change after the other in the order in which they are listed, all in
    turns. What is kept is the fastest link; each link's share is its ratio to the one before.
 
@@ -17,26 +18,20 @@ Only changes that leave the window's gradient the same up to float tolerance are
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-import numpy as np
-
-from planner.chain import LEAST_ROUNDS, WORTH, Step, Timed, is_faster, make_chain, twin_of
-from planner.estimate import Estimate, estimate
-from planner.estimator import Estimator, plan_work
-from planner.group import Group
-from planner.halfway import Halfway, Layout, common_steps, usable
-from planner.measure import Progress, measure
-from planner.measurement import LEFT_OUT, Measurements, PlannedRow, StepSignature
-from planner.prober import DoesNotFit, ProberFactory
-from planner.standing import Standing
-from planner.twin import TOO_SHORT, Change, Twin, Untimed, Wanted, changed
-from presets.errors import MeasurementError, PlanError, SettingsError
-from trainer.job import Job
-from trainer.planning import plan_job, stand_in
-from trainer.process import cores, threads_of_a_process
-from trainer.tokens import FloatArray, TokenizedDataset
+from planner.chain import LEAST_ROUNDS, Step, Timed, is_faster, make_chain, twin_of
+from planner.halfway import Halfway, Layout, usable
+from planner.larger import bounded_by_memory, reliefs
+from planner.measure import Progress
+from planner.prober import ProberFactory
+from planner.step_changes import leaders, step_changes
+from planner.trials import Changes, Trials, row_name
+from planner.twin import TOO_SHORT, Change, Twin, Untimed, Wanted, split_text
+from presets.errors import MeasurementError
+from presets.text import listed
+from trainer.tokens import TokenizedDataset
 
 CPU_MICRO_BATCHES = (1, 2, 4, 8)
 GPU_MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -46,6 +41,7 @@ WINDOW_MULTIPLE = 256  # tokens, to which a window's longest row is rounded up
 DOES_NOT_FIT = "it does not fit"
 LEAST_MEMORY = "with the lean loss, checkpointing, or both"
 STAGE_SHARES = (0.45, 0.25, 0.30)  # of the time budget
+LARGER_SHARE = 0.15  # what it takes beyond what the layouts left of theirs, the later stages have less
 
 
 def tune(
@@ -65,7 +61,7 @@ def tune(
 
     Args:
         wanted: presets with the same step as written (adapter, precision, model): they share every timing.
-        budget_seconds: bounds the seconds spent timing, over all three stages.
+        budget_seconds: bounds the seconds spent timing, over all stages.
         quantized: also try 8-bit and 4-bit bases, which are not the same training.
         earlier: what an interrupted search found; its stages are not repeated where it knows each wanted preset.
         keep: told after each stage but the last what is found so far, one for each preset.
@@ -95,61 +91,62 @@ class _Tuning:
             raise MeasurementError("there is nothing to tune: no configuration was given.")
         self.wanted = wanted
         self.data = data
-        self.factory = factory
         self.budget = budget
         self.quantized = quantized
-        self.progress = progress
-        self.clock = clock
-        self.seed = seed
         self.keep = keep
-        self.refused: list[str] = []
+        self.trials = Trials(wanted, data, factory, progress, clock, seed)
+        self.refused = self.trials.refused
         self.untimed: dict[str, str] = {}  # preset -> why nothing of it can be timed
-        self.plans: dict[tuple[object, ...], PlannedRow] = {}
-        self.standing = Standing()
-        self.variants: dict[str, tuple[str, tuple[Change, ...]]] = {}  # row -> preset and changes
+        self.bounded: dict[str, list[Changes]] = {}  # layouts to be tried with less memory
+        self.later = 1.0  # share of their time that the stages after the layouts have
 
     def tune(self, earlier: Sequence[Halfway]) -> tuple[Twin | Untimed, ...]:
         try:
             best, steps = self._interrupted(earlier)
             if not best:
                 best = self._first_stage(self._layouts())
-                if not self.untimed:
-                    self._keep(best, None)
+                self._keep(best, None)
+            if any(self.bounded.values()):
+                best = self._larger(best)
+                self._keep(best, None)
             if steps is None:
                 steps = self._second_stage(best)
-                if TOO_SHORT not in self.refused and not self.untimed:
+                if TOO_SHORT not in self.refused:
                     self._keep(best, steps)
             return self._third_stage(best, steps)
         finally:
-            self.standing.close()
+            self.trials.close()
 
-    def _interrupted(self, earlier: Sequence[Halfway]) -> tuple[dict[str, list[Timed]], list[Change] | None]:
+    def _interrupted(
+        self, earlier: Sequence[Halfway]
+    ) -> tuple[dict[str, list[Timed]], dict[str, tuple[Change, ...]] | None]:
         """Layouts and changes of the step that an earlier search found before it was interrupted."""
         found = usable(earlier, self.wanted)
         if not found:
             return {}, None
         by_name = {one.preset: one for one in earlier if one.preset in found}
-        for one in by_name.values():
+        for name, one in by_name.items():
             self.refused += one.refused
-        steps = common_steps(by_name)
-        if self.progress:
-            stages = "layouts" if steps is None else "layouts, steps"
-            self.progress(f"{stages}: known from a search that was interrupted", 0.0)
+            self.bounded[name] = list(one.bounded)
+        steps = {name: one.steps for name, one in by_name.items() if one.steps is not None}
+        is_whole = len(steps) == len(found)
+        self.trials.tell(f"{'layouts, steps' if is_whole else 'layouts'}: known from a search that was interrupted")
         best = {
             name: [Timed(job=job, changes=layout.changes, seconds=layout.seconds) for job, layout in layouts]
             for name, layouts in found.items()
         }
-        return best, None if steps is None else list(steps)
+        return best, steps if is_whole else None
 
-    def _keep(self, best: dict[str, list[Timed]], steps: list[Change] | None) -> None:
-        if self.keep is None:
+    def _keep(self, best: dict[str, list[Timed]], steps: Mapping[str, Sequence[Change]] | None) -> None:
+        if self.keep is None or self.untimed:
             return
         self.keep(
             [
                 Halfway(
                     preset=name,
                     layouts=tuple(Layout(changes=one.changes, seconds=one.seconds) for one in timed),
-                    steps=None if steps is None else tuple(steps),
+                    bounded=tuple(self.bounded.get(name, ())),
+                    steps=None if steps is None else tuple(steps[name]),
                     refused=tuple(dict.fromkeys(self.refused)),
                 )
                 for name, timed in best.items()
@@ -171,7 +168,7 @@ class _Tuning:
         if first.device == "cuda" and not first.packing:
             lengths = sorted({*lengths, *self._whole_windows(MOST_PACKED_TOKENS[first.device])})
         if lengths and not first.packing:
-            reason = self._ask_packing(first, lengths[-1])
+            reason = self.trials.packing_refused(first, lengths[-1])
             if reason is None:
                 found += [Change(name="packing", packed_length=length, micro_batch_size=1) for length in lengths]
             else:
@@ -187,27 +184,10 @@ class _Tuning:
         """
         found = set()
         for wanted in self.wanted:
-            plan = self._row(wanted.name, wanted.job).plan
+            plan = self.trials.row(wanted.name, wanted.job).plan
             longest = int(plan.per_window(self.data.lengths).max())
             found.add(-(-longest // WINDOW_MULTIPLE) * WINDOW_MULTIPLE)
         return {tokens for tokens in found if tokens <= most}
-
-    def _ask_packing(self, job: Job, packed_length: int) -> str | None:
-        """Why packing is not for this model; asked of the model itself."""
-        if self.progress:
-            self.progress("check: packed rows against separate ones", 0.0)
-        group = Group(StepSignature.of(job), [])
-        self.standing.give([group])
-        try:
-            if group.prober is None:
-                group.prober = self.factory(job)
-                group.load = group.prober.load()
-            return group.prober.packing_refused(packed_length)
-        except (PlanError, DoesNotFit) as reason:
-            group.error = str(reason)
-            return group.error
-        finally:
-            self.standing.keep(group)
 
     def _first_stage(self, layouts: list[Change]) -> dict[str, list[Timed]]:
         """The layouts of each preset, the fastest first; as written is among them where it fits.
@@ -218,7 +198,7 @@ class _Tuning:
             MeasurementError: nothing is left.
         """
         timed = self._with_relief((), layouts, self.wanted)
-        for relief in self._reliefs():
+        for relief in reliefs(self.wanted[0].job):
             tight = [one for one in self.wanted if not timed[one.name] and one.name not in self.untimed]
             if tight:
                 timed |= self._with_relief(relief, layouts, tight)
@@ -231,204 +211,146 @@ class _Tuning:
         self.wanted = [one for one in self.wanted if timed[one.name]]
         return {one.name: timed[one.name] for one in self.wanted}
 
-    def _reliefs(self) -> list[tuple[Change, ...]]:
-        """What makes a step fit at the same gradient, the cheapest first."""
-        job = self.wanted[0].job
-        lean = [Change(name="lean loss", loss="lean")] if job.loss == "plain" else []
-        checkpointing = [Change(name="checkpointing", gradient_checkpointing=True)]
-        if job.preset.gradient_checkpointing:
-            checkpointing = []
-        return list(dict.fromkeys(tuple(one) for one in (lean, checkpointing, lean + checkpointing) if one))
-
-    def _with_relief(
-        self, relief: tuple[Change, ...], layouts: list[Change], wanted: Sequence[Wanted]
-    ) -> dict[str, list[Timed]]:
+    def _with_relief(self, relief: Changes, layouts: list[Change], wanted: Sequence[Wanted]) -> dict[str, list[Timed]]:
         """Each preset's layouts with these changes, the fastest first. What fails for another reason than memory is
         not tried again."""
-        rows = self._rows({one.name: [relief, *((*relief, layout) for layout in layouts)] for one in wanted})
+        rows = self.trials.rows({one.name: [relief, *((*relief, layout) for layout in layouts)] for one in wanted})
         what = f"layouts, {' and '.join(change.text for change in relief)}" if relief else "layouts"
-        found = self._measure(rows, STAGE_SHARES[0], what)
-        timed = self._timed(rows, found)
+        optional = [row.name for row in rows if " + " in row.name]  # never what is as written
+        found = self.trials.measure(rows, STAGE_SHARES[0] * self.budget, what, optional=optional)
+        timed = self.trials.timed(rows, found)
+        too_large = {} if relief else self.trials.too_large(rows, found)
         for one in wanted:
-            verdict = found.verdict(_row_name(one.name, relief))
+            verdict = found.verdict(row_name(one.name, relief))
             if not timed[one.name] and (verdict is None or verdict.fits is not False):
                 self.untimed[one.name] = (verdict.error if verdict else None) or "no verdict"
+            if timed[one.name] and one.name in too_large:
+                self.bounded[one.name] = bounded_by_memory(timed[one.name], too_large[one.name])
         return {one.name: timed[one.name] for one in wanted}
+
+    def _larger(self, best: dict[str, list[Timed]]) -> dict[str, list[Timed]]:
+        """The layouts again, and before them the larger ones that are faster with less memory than those that fit."""
+        asked: dict[str, list[Changes]] = {}
+        for one in self.wanted:
+            tried = [(*relief, *layout) for relief in reliefs(one.job) for layout in self.bounded.get(one.name, ())]
+            if tried:
+                asked[one.name] = [best[one.name][0].changes, *tried]
+        self.bounded = {}
+        if not asked:
+            return best
+        rows = self.trials.rows(asked)
+        needed = {row_name(name, changes[0]) for name, changes in asked.items()}
+        optional = [row.name for row in rows if row.name not in needed]
+        share = LARGER_SHARE * self.budget
+        left = max(0.0, STAGE_SHARES[0] * self.budget - self.trials.spent)
+        before = self.trials.spent
+        found = self.trials.measure(rows, share, "larger splits", optional=optional)
+        beyond = max(0.0, self.trials.spent - before - left)
+        self.later = 1 - min(share, beyond) / (sum(STAGE_SHARES[1:]) * self.budget)
+        timed = self.trials.timed(rows, found)
+        merged = dict(best)
+        for name in asked:
+            fastest = best[name][0]
+            base = next((one for one in timed[name] if one.changes == fastest.changes), None)
+            if base is None:
+                continue
+            if len(base.replicates) < LEAST_ROUNDS:
+                self.refused.append(TOO_SHORT)
+            faster = [
+                replace(one, seconds=one.seconds * fastest.seconds / base.seconds)  # as if timed with the others
+                for one in timed[name]
+                if one is not base and is_faster(one.replicates, base.replicates)
+                if self.trials.lean_is_real(found, name, one)
+            ]
+            merged[name] = sorted([*best[name], *faster], key=lambda one: one.seconds)
+        return merged
 
     # --- 2: steps -----------------------------------------------------------------------------------------------------
 
-    def _second_stage(self, best: dict[str, list[Timed]]) -> list[Change]:
-        """Changes of the step that save time with the fastest layout of the first preset, the best first."""
-        wanted = self.wanted[0]
-        fastest = best[wanted.name][0]
-        tried = self._step_changes(fastest.job, wanted.job)
-        if not tried:
-            return []
-        rows = self._rows({wanted.name: [fastest.changes, *((*fastest.changes, change) for change in tried)]})
-        found = self._measure(rows, STAGE_SHARES[1], "steps")
-        timed = self._timed(rows, found)[wanted.name]
-        base = next((one for one in timed if one.changes == fastest.changes), None)
-        if base is None:
-            return []
-        if len(base.replicates) < LEAST_ROUNDS:
-            self.refused.append(TOO_SHORT)
-        return [
-            one.changes[-1]
-            for one in timed  # the fastest first
-            if one is not base and self._lean_is_real(found, wanted.name, one)
-            if is_faster(one.replicates, base.replicates)
-        ]
+    def _second_stage(self, best: dict[str, list[Timed]]) -> dict[str, tuple[Change, ...]]:
+        """Of each preset the changes of the step that save time with its fastest layout, or a like one, the best first.
 
-    def _step_changes(self, job: Job, written: Job) -> list[Change]:
-        preset = job.preset
-        found: list[Change] = []
-        if job.loss == "plain":
-            found.append(Change(name="lean loss", loss="lean"))
-        other = Change(name="attention", attention="eager" if preset.attention == "sdpa" else "sdpa")
-        # Eager attention knows no documents: it does the whole packed row, tokens x tokens, under a mask.
-        if not (job.packing and other.attention == "eager"):
-            asked = other.applied(job)
-            reason = self._ask_packing(asked, job.packed_length or preset.max_length) if job.packing else None
+        What gains with one layout is in the chain of every preset that it leads, and so timed with theirs.
+        """
+        seconds = STAGE_SHARES[1] * self.later * self.budget
+        tried = {one.name: self._step_changes(best[one.name][0], one) for one in self.wanted}
+        plans = {one.name: self.trials.row(one.name, best[one.name][0].job).plan for one in self.wanted}
+        micro_batches = {name: plan.num_micro_batches // plan.num_devices for name, plan in plans.items()}
+        counts = {name: len(changes) for name, changes in tried.items()}
+        led_by = leaders(self.wanted, best, micro_batches, counts, seconds)
+        asked = {}
+        for name in dict.fromkeys(led_by.values()):
+            fastest = best[name][0].changes
+            if tried[name]:
+                asked[name] = [fastest, *((*fastest, change) for change in tried[name])]
+        gains: dict[str, tuple[Change, ...]] = {}
+        if asked:
+            rows = self.trials.rows(asked)
+            found = self.trials.measure(rows, seconds, "steps")
+            timed = self.trials.timed(rows, found)
+            for name, variants in asked.items():
+                base = next((one for one in timed[name] if one.changes == variants[0]), None)
+                if base is None:
+                    continue
+                if len(base.replicates) < LEAST_ROUNDS:
+                    self.refused.append(TOO_SHORT)
+                gains[name] = tuple(
+                    one.changes[-1]
+                    for one in timed[name]  # the fastest first
+                    if one is not base and self.trials.lean_is_real(found, name, one)
+                    if is_faster(one.replicates, base.replicates)
+                )
+        for leader in asked:
+            splits = {name: split_text(best[name][0].job) for name, led in led_by.items() if led == leader}
+            others = [f"'{name}' ({text})" for name, text in splits.items() if text != splits[leader]]
+            if others:
+                self.refused.append(
+                    f"changes of the step that gain with the split of {listed(others)} alone: they were looked for "
+                    f"with that of '{leader}' ({splits[leader]})"
+                )
+        return {
+            name: tuple(change for change in gains.get(leader, ()) if change in tried[name])
+            for name, leader in led_by.items()
+        }
+
+    def _step_changes(self, fastest: Timed, wanted: Wanted) -> list[Change]:
+        job = fastest.job
+        found = []
+        for change in step_changes(job, wanted.job, quantized=self.quantized):
+            reason = None
+            if change.attention is not None and job.packing:
+                asked = change.applied(job)
+                reason = self.trials.packing_refused(asked, job.packed_length or job.preset.max_length)
             if reason is None:
-                found.append(other)
+                found.append(change)
             else:
-                self.refused.append(f"{other.text} with packing: {reason}")
-        if written.preset.gradient_checkpointing:  # not where it was added to make it fit
-            found.append(Change(name="checkpointing", gradient_checkpointing=False))
-        if job.compile:
-            found.append(Change(name="compiled", compile=False))
-        if job.device == "cpu":
-            # No more than a process's share: one worker is timed, which would not see what the others are then left.
-            most = threads_of_a_process(None, job.num_devices) or cores()
-            now = job.num_threads or most
-            found += [Change(name="threads", num_threads=number) for number in sorted({most, now // 2} - {now, 0})]
-        if self.quantized and preset.adapter == "lora":
-            found += [
-                Change(name="quantized base", base_precision=kind, is_neutral=False)
-                for kind in ("8bit", "4bit")
-                if job.base_precision != kind
-            ]
+                self.refused.append(f"{change.text} with packing: {reason}")
         return found
-
-    def _lean_is_real(self, found: Measurements, name: str, one: Timed) -> bool:
-        """Whether a lean loss that was asked for was also used; the worker falls back to the plain one and says why."""
-        if one.changes[-1].loss != "lean":
-            return True
-        verdict = found.verdict(_row_name(name, one.changes))
-        measured = found.of(verdict.signature) if verdict is not None else None
-        reason = measured.load.lean_refused if measured is not None and measured.load is not None else None
-        if reason:
-            self.refused.append(f"lean loss: {reason}")
-        return not reason
 
     # --- 3: the chain -------------------------------------------------------------------------------------------------
 
-    def _third_stage(self, best: dict[str, list[Timed]], steps: list[Change]) -> tuple[Twin | Untimed, ...]:
-        chains = {one.name: make_chain(one, best[one.name], steps) for one in self.wanted}
+    def _third_stage(
+        self, best: dict[str, list[Timed]], steps: Mapping[str, Sequence[Change]]
+    ) -> tuple[Twin | Untimed, ...]:
+        chains = {one.name: make_chain(one, best[one.name], steps[one.name]) for one in self.wanted}
         rows = {
-            name: [self._row(f"{name} #{number}", step.job) for number, step in enumerate(chain)]
+            name: [self.trials.row(f"{name} #{number}", step.job) for number, step in enumerate(chain)]
             for name, chain in chains.items()
         }
-        found = self._measure([row for some in rows.values() for row in some], STAGE_SHARES[2], "the chain")
+        seconds = STAGE_SHARES[2] * self.later * self.budget
+        found = self.trials.measure([row for some in rows.values() for row in some], seconds, "the chain")
         twins: list[Twin | Untimed] = [Untimed(preset=name, reason=reason) for name, reason in self.untimed.items()]
         for one in self.wanted:
             chain = chains[one.name]
             replicates = [
-                self._usable(row, found, _link_name(one, step)) for row, step in zip(rows[one.name], chain, strict=True)
+                self.trials.usable(row, found, _link_name(one, step))
+                for row, step in zip(rows[one.name], chain, strict=True)
             ]
             twins.append(twin_of(one, chain, replicates, self.refused))
         return tuple(twins)
-
-    # --- measuring ----------------------------------------------------------------------------------------------------
-
-    def _rows(self, asked: dict[str, list[tuple[Change, ...]]]) -> list[PlannedRow]:
-        jobs = {wanted.name: wanted.job for wanted in self.wanted}
-        rows = []
-        for name, variants in asked.items():
-            for changes in variants:
-                try:
-                    job = changed(jobs[name], changes)
-                except SettingsError:
-                    continue  # this global batch has no such split
-                rows.append(self._row(_row_name(name, changes), job))
-                self.variants[rows[-1].name] = (name, changes)
-        return rows
-
-    def _row(self, name: str, job: Job) -> PlannedRow:
-        """A row and its batch plan; jobs that differ only in their step share a plan."""
-        key = (job.preset.sampling, job.preset.phases, job.preset.num_epochs, job.global_batch_sizes,
-               job.micro_batch_size, job.packing, job.packed_length, job.group_by_length)  # fmt: skip
-        known = self.plans.get(key)
-        if known is None:
-            known = PlannedRow(name=name, job=job, plan=plan_job(stand_in(job), self.data).plan)
-            self.plans[key] = known
-        return PlannedRow(name=name, job=job, plan=known.plan)
-
-    def _measure(self, rows: list[PlannedRow], share: float, what: str) -> Measurements:
-        def tell(text: str, spent: float) -> None:
-            if self.progress:
-                self.progress(f"{what}: {text}", spent)
-
-        return measure(
-            rows,
-            self.data,
-            self.factory,
-            budget_seconds=share * self.budget,
-            precision_target=WORTH / 2,
-            progress=tell,
-            clock=self.clock or time.perf_counter,
-            with_fixed=False,
-            optional=frozenset(row.name for row in rows if " + " in row.name),  # never what is as written
-            standing=self.standing,
-            seed=self.seed,
-        )
-
-    def _estimate(self, row: PlannedRow, found: Measurements) -> Estimate | None:
-        try:
-            return estimate(row, self.data, found)
-        except MeasurementError:
-            return None
-
-    def _replicates(self, row: PlannedRow, found: Measurements) -> FloatArray:
-        """The loop's seconds by round, without rare slow micro-steps: they hit one candidate and miss another.
-
-        With the seconds of compiling, which is a part of a compiled run.
-        """
-        measured = found.of(StepSignature.of(row.job))
-        if measured is None or not measured.rounds:
-            return np.zeros(0)
-        work = plan_work(row, row.plan.micro_shapes(self.data.lengths), found.strata)
-        try:
-            once = measured.load.compile_seconds if measured.load is not None else 0.0
-            return Estimator(measured.rounds, found.strata, row.kind).total(work).replicates + once
-        except MeasurementError:  # nothing of this kind: it did not fit
-            return np.zeros(0)
-
-    def _usable(self, row: PlannedRow, found: Measurements, what: str) -> FloatArray:
-        """The row's replicates; none where it does not fit, or where its worker failed: then `refused` says so."""
-        one = self._estimate(row, found)
-        if one is not None and one.error not in (None, LEFT_OUT) and one.fits is not False:
-            self.refused.append(f"{what}: {one.error}")
-            return np.zeros(0)
-        return self._replicates(row, found) if one is not None and one.fits else np.zeros(0)
-
-    def _timed(self, rows: list[PlannedRow], found: Measurements) -> dict[str, list[Timed]]:
-        """Per preset what could be timed, the fastest first."""
-        timed: dict[str, list[Timed]] = {wanted.name: [] for wanted in self.wanted}
-        for row in rows:
-            name, changes = self.variants[row.name]
-            replicates = self._usable(row, found, changes[-1].text if changes else f"{name} as written")
-            if len(replicates):
-                seconds = float(replicates.mean())
-                timed[name].append(Timed(job=row.job, changes=changes, seconds=seconds, replicates=replicates))
-        return {name: sorted(ones, key=lambda one: one.seconds) for name, ones in timed.items()}
 
 
 def _link_name(wanted: Wanted, step: Step) -> str:
     return (
         f"{wanted.name} {step.name}" if step.name == "baseline" and wanted.name == wanted.baseline.name else step.name
     )
-
-
-def _row_name(preset: str, changes: tuple[Change, ...]) -> str:
-    return " + ".join((preset, *(change.text for change in changes)))

@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 
 from trainer.job import Job
 
+TUNED = "tuned"
 TOO_SHORT = "what the time did not suffice to tell from chance: give more with --budget"
+
+
+def twin_name(preset: str) -> str:
+    """The name of a preset's tuned twin: of its row, and of its runs in the history."""
+    return f"{preset}, {TUNED}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +90,13 @@ def changed(job: Job, changes: Sequence[Change]) -> Job:
     return job
 
 
+def split_text(job: Job) -> str:
+    """ "packed to 512 tokens", "micro-batch 8": how the job's batches are split, whether as written or not."""
+    packed = f"packed to {job.packed_length or job.preset.max_length:,} tokens" if job.packing else ""
+    alone = f"micro-batch {job.micro_batch_size}"
+    return packed if packed and job.micro_batch_size == 1 else f"{packed}, {alone}" if packed else alone
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Link:
     """One link of the chain from the baseline to the twin."""
@@ -92,6 +105,18 @@ class Link:
     seconds: float  # of the training loop after it
     factor: float  # seconds before / seconds after
     is_kept: bool = True
+    low: float | None = None  # of the factor's 90 % range; None: from too few rounds, or of an earlier version
+    high: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Why it is not kept, where it is not."""
+        if self.low is None or self.high is None:
+            return "no range is known"
+        if self.high < 1:
+            return "slower"
+        why = "not told from chance" if self.low <= 1 else "too little to be seen in a run"
+        return f"{self.low:.2f}-{self.high:.2f}: {why}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +125,7 @@ class Twin:
 
     preset: str
     changes: tuple[Change, ...]  # none: as written is the fastest
-    links: tuple[Link, ...]  # from the baseline as written; the product of the factors is `speedup`
+    links: tuple[Link, ...]  # from the baseline as written; the product of the factors is `loop_speedup`
     written_seconds: float | None  # of the training loop, as written, beside `seconds` in turns; None: does not fit
     seconds: float
     baseline_seconds: float | None  # None: the baseline does not fit
@@ -109,13 +134,19 @@ class Twin:
     budget_seconds: float = 0.0  # of the search
 
     @property
-    def speedup(self) -> float | None:
-        """Over the baseline as written."""
+    def loop_speedup(self) -> float | None:
+        """Of the training loop alone, over the baseline as written; `planner.speedup` makes a whole run's of it."""
         return None if self.baseline_seconds is None else self.baseline_seconds / self.seconds
 
     @property
-    def gain(self) -> float | None:
-        """Over the same preset as written."""
+    def written_loop_speedup(self) -> float | None:
+        """The same of the preset as written."""
+        known = self.baseline_seconds is not None and self.written_seconds is not None
+        return self.baseline_seconds / self.written_seconds if known else None  # type: ignore[operator]
+
+    @property
+    def loop_gain(self) -> float | None:
+        """Of the training loop alone, over the same preset as written."""
         return None if self.written_seconds is None else self.written_seconds / self.seconds
 
     @property
@@ -132,19 +163,10 @@ class Twin:
         return ", ".join(change.text for change in self.changes) or "as written"
 
     @property
-    def headline(self) -> str:
-        """What it gains, and over what: the baseline, or where that does not fit itself as written."""
-        if self.speedup is not None:
-            return f"{self.speedup:.2f}x over the baseline as written"
-        if self.gain is not None and self.changes:
-            return f"{self.gain:.2f}x over itself as written (the baseline could not be timed)"
-        return "no speed-up can be told: as written it could not be timed" if self.changes else "as written"
-
-    @property
     def explained(self) -> str:
-        """Each link's share, in the order in which they were applied."""
+        """Each link's share of the training loop's speed-up, in the order in which they were applied."""
         kept = [f"{one.name} {one.factor:.2f}x" for one in self.links if one.is_kept]
-        dropped = [f"{one.name} {one.factor:.2f}x" for one in self.links if not one.is_kept]
+        dropped = [f"{one.name} {one.factor:.2f}x ({one.verdict})" for one in self.links if not one.is_kept]
         return ", ".join(kept) + (f"; tried and left out: {', '.join(dropped)}" if dropped else "")
 
 

@@ -1,11 +1,9 @@
-"""What past runs correct, what happens to the file they are kept in, and `plan history`."""
+"""What happens to the file that measurements and runs are kept in, and `plan history`."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import random
 import sqlite3
 import subprocess
 import sys
@@ -13,7 +11,6 @@ import threading
 import time
 from contextlib import closing, suppress
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +19,10 @@ import pytest
 from planned import NOW, Bench, past_run
 from test_cli import PYTHON, plan, refused
 
-from planner.compare import predicted_of
-from planner.correction import Correction, corrected, correction, past_correction
-from planner.estimate import Estimate
 from planner.history import (
     _SCHEMA,
     APPLICATION_ID,
     BUSY_SECONDS,
-    COLUMNS,
     FILE_NAME,
     SCHEMA_VERSION,
     History,
@@ -37,226 +30,7 @@ from planner.history import (
     _identity,
 )
 from planner.past import accuracy, accuracy_text, runs_json, runs_text, wilson
-from planner.table import measured_text
-from presets import jsonio
 from trainer.record import Actual, Predicted, RunRecord
-
-# --- corrections ------------------------------------------------------------------------------------------------------
-
-
-def generations(history: History, ratio: float, count: int) -> list[float]:
-    """Corrected training seconds of `count` runs, each predicted as 80 s raw and really taking 80 x ratio."""
-    shown = []
-    for number in range(count):
-        by = past_correction(history, "k")
-        shown.append(80.0 * (by.factor if by else 1.0))
-        history.add_run(past_run(number, train_seconds=shown[-1], actual_train_seconds=80.0 * ratio))
-    return shown
-
-
-@pytest.mark.parametrize("ratio", [1.3, 0.8])
-def test_corrections_converge_on_the_true_ratio_and_stay_there(tmp_path: Path, ratio: float) -> None:
-    shown = generations(History(home=tmp_path), ratio, 30)
-    assert shown[:3] == [80.0, 80.0, 80.0]  # from three runs on
-    assert shown[3] == pytest.approx(80.0 * ratio, rel=0.02)
-    assert shown[10:] == pytest.approx([80.0 * ratio] * 20, rel=0.002)
-
-
-def test_right_predictions_are_left_as_they_are(tmp_path: Path) -> None:
-    assert generations(History(home=tmp_path), 1.0, 30) == [80.0] * 30
-
-
-def test_only_the_latest_ten_runs_of_the_same_signature_count(tmp_path: Path) -> None:
-    history = History(home=tmp_path)
-    for number in range(10):
-        history.add_run(past_run(number, actual_train_seconds=800.0))
-    for number in range(10, 20):
-        history.add_run(past_run(number, actual_train_seconds=88.0))
-    by = past_correction(history, "k")
-    assert by is not None
-    assert (by.num_runs, by.factor) == (10, pytest.approx(1.1, rel=0.005))
-    assert past_correction(history, "another") is None
-
-
-def test_interrupted_runs_are_listed_and_do_not_correct(tmp_path: Path) -> None:
-    history = History(home=tmp_path)
-    job = fakes.make_job()
-    by_loss = fakes.make_job("prioritized", sampling_strategy="top", sample_score="loss", sample_ratio=0.5)
-    predicted = Predicted(seconds=100.0, train_seconds=80.0, raw_train_seconds=80.0, signature_key="k")
-    usual = Actual(seconds=900.0, train_seconds=800.0, num_resumes=0, micro_batch_split=1)
-    cases = [
-        ("finished", job, replace(usual, num_resumes=1)),
-        ("finished", job, replace(usual, paused_seconds=7200.0)),
-        ("stopped", job, usual),
-        ("failed", job, usual),
-        ("finished", job, replace(usual, micro_batch_split=2)),
-        ("finished", by_loss, usual),
-    ]
-    for number, (status, of, actual) in enumerate(cases):
-        record = RunRecord(status=status, job=of, predicted=predicted, actual=actual, versions={"torch": "2.13.0"})
-        history.add_run(PastRun.of(record, Path(f"/runs/{number}"), NOW))
-    assert len(history.runs()) == 6
-    assert all(run.not_counted for run in history.runs())
-    assert past_correction(history, "k") is None
-    assert [run.error is None for run in history.runs()] == [False, False, True, True, True, True]
-    for number in range(3):
-        record = RunRecord(status="finished", job=job, predicted=predicted, actual=usual, versions={})
-        history.add_run(PastRun.of(record, Path(f"/runs/whole-{number}"), NOW))
-    by = past_correction(history, "k")
-    assert by is not None
-    assert by.num_runs == 3
-
-
-def test_a_run_folder_has_one_entry_and_the_later_one_counts(tmp_path: Path) -> None:
-    history = History(home=tmp_path)
-    history.add_run(past_run(1, status="stopped"))
-    history.add_run(past_run(2))
-    history.add_run(past_run(1, num_resumes=1, ended_at=(NOW + timedelta(hours=9)).isoformat()))
-    assert [(run.folder, run.status, run.num_resumes) for run in history.runs()] == [
-        ("/runs/1", "finished", 1),
-        ("/runs/2", "finished", 0),
-    ]
-
-
-def test_a_run_folder_reached_by_a_link_or_by_dots_is_one_run(tmp_path: Path) -> None:
-    history = History(home=tmp_path)
-    folder, link = tmp_path / "runs" / "one", tmp_path / "link"
-    folder.mkdir(parents=True)
-    link.symlink_to(folder)
-    ways = [folder, link, tmp_path / "runs" / ".." / "runs" / "one"]
-    actual = Actual(seconds=100.0, train_seconds=100.0)
-    predicted = Predicted(seconds=80.0, train_seconds=80.0, raw_train_seconds=80.0, signature_key="k")
-    record = RunRecord(status="finished", job=fakes.make_job(), predicted=predicted, actual=actual, versions={})
-    for way in ways:
-        history.add_run(PastRun.of(record, way, NOW))
-    assert [run.folder for run in history.runs()] == [str(folder.resolve())]
-    assert past_correction(history, "k") is None
-
-
-def test_entries_of_one_folder_that_were_stored_under_several_names_count_once_and_go(tmp_path: Path) -> None:
-    history = History(home=tmp_path)
-    folder = tmp_path.resolve() / "one"
-    history.add_run(past_run(1))
-    with closing(sqlite3.connect(history.path)) as db:
-        for number, name in enumerate([f"{folder}", f"{folder}/../one", f"{folder}/.", "/runs/2", "/runs/3"]):
-            row = replace(past_run(1), folder=name, ended_at=(NOW + timedelta(hours=number)).isoformat())
-            values = [getattr(row, one) for one in COLUMNS]
-            db.execute(f"INSERT INTO runs VALUES ({', '.join('?' for _ in COLUMNS)})", values)
-        db.commit()
-    told = ["/runs/3", "/runs/2", f"{folder}/.", "/runs/1"]
-    assert [run.folder for run in history.runs()] == told
-    assert [run.folder for run in history.runs(limit=3)] == told[:3]
-    assert [run.folder for run in history.counted_runs("k", 4)] == told
-    history.add_run(replace(past_run(1), folder=str(folder)))
-    with closing(sqlite3.connect(history.path)) as db:
-        stored = {name for (name,) in db.execute("SELECT folder FROM runs")}
-    assert stored == {"/runs/1", "/runs/2", "/runs/3", str(folder)}
-
-
-def test_runs_that_scatter_hardly_correct_and_widen_the_range() -> None:
-    alike, scattered = correction([1.3, 1.3, 1.3]), correction([1.0, 1.0, 2.2])
-    assert alike is not None
-    assert scattered is not None
-    assert math.log(scattered.factor) < 0.5 * scattered.mean
-    assert alike.half_width < 0.08
-    ten = correction([1.3] * 10)
-    assert ten is not None
-    assert ten.half_width < 0.035
-    assert scattered.half_width > math.log(2.2)
-    assert correction([1.3, 1.3]) is None
-
-
-def test_the_corrected_range_holds_the_next_run_as_often_as_it_says() -> None:
-    """Ratios of a machine scatter by 8 % around 1.2, the measured range is far too narrow: past runs mend it."""
-    draw = random.Random(3)
-    raw = Estimate(
-        name="x", fits=True, train_seconds=100.0, train_seconds_low=99.0, train_seconds_high=101.0,
-        seconds=100.0, seconds_low=99.0, seconds_high=101.0,
-    )  # fmt: skip
-    for runs in (3, 10):
-        held = 0
-        for _ in range(1000):
-            by = correction([1.2 * math.exp(draw.gauss(0, 0.08)) for _ in range(runs)])
-            assert by is not None
-            found = corrected(raw, by)
-            assert found.train_seconds_low is not None
-            assert found.train_seconds_high is not None
-            held += found.train_seconds_low <= 120.0 * math.exp(draw.gauss(0, 0.08)) <= found.train_seconds_high
-        assert 0.80 < held / 1000 < 0.97, runs
-
-
-def test_a_correction_keeps_a_wider_measured_range_and_the_fixed_parts() -> None:
-    raw = fakes_estimate()
-    by = Correction(num_runs=4, mean=math.log(1.5), weight=0.5, half_width=0.01)
-    found = corrected(raw, by)
-    factor = math.sqrt(1.5)
-    assert found.train_seconds == pytest.approx(100 * factor)
-    assert found.seconds == pytest.approx(100 * factor + 7)
-    assert found.train_seconds_low == pytest.approx(50 * factor)
-    # Upwards it reaches as far as the unshrunk ratio would.
-    assert found.train_seconds_high == pytest.approx(200 * 1.5)
-    assert found.seconds_per_step == pytest.approx(10 * factor)
-    assert "corrected by x1.22 from 4 runs on this machine" in found.notes
-
-
-def fakes_estimate() -> Estimate:
-    from planner.estimate import FixedSeconds
-
-    return Estimate(
-        name="x", fits=True, num_steps=10, seconds_per_step=10.0, train_seconds=100.0, train_seconds_low=50.0,
-        train_seconds_high=200.0, fixed=FixedSeconds(load=7.0), seconds=107.0, seconds_low=57.0, seconds_high=207.0,
-    )  # fmt: skip
-
-
-def test_a_plan_is_corrected_by_past_runs_and_the_run_keeps_the_raw_figures(bench: Bench) -> None:
-    first = bench.plan()
-    key = first.past.signature_keys["baseline"]
-    assert first.past.corrections == {}
-    raw = first.estimates["baseline"]
-    for number in range(4):
-        bench.history.add_run(past_run(number, signature_key=key, actual_train_seconds=80.0 * 1.25))
-    second = bench.plan()
-    row = json.loads(second.report.to_json())["rows"][0]
-    assert row["correction"]["num_runs"] == 4
-    assert row["correction"]["factor"] == pytest.approx(1.25, rel=0.01)
-    assert row["correction"]["raw_seconds"] == second.past.raw["baseline"].seconds
-    assert "corrected by x1.25 from 4 runs on this machine" in measured_text(second.report, now=NOW)
-    kept = predicted_of(second, second.candidates[0])
-    assert kept.raw_train_seconds == raw.train_seconds
-    raw = second.past.raw["baseline"]
-    assert (kept.raw_seconds, kept.raw_seconds_low) == (raw.seconds, raw.seconds_low)
-    assert kept.raw_seconds_high == raw.seconds_high
-    assert kept.train_seconds == pytest.approx(1.25 * raw.train_seconds, rel=0.01)
-    assert kept.signature_key == key
-    assert kept.cost is not None
-    assert raw.cost is not None
-    assert kept.cost.per_token == pytest.approx(raw.cost.per_token * second.past.corrections["baseline"].factor)
-    # What enters the history is the raw figure, however the run was corrected.
-    record = RunRecord(
-        status="finished", job=fakes.make_job(), predicted=kept, actual=Actual(train_seconds=50.0), versions={}
-    )
-    assert PastRun.of(record, Path("run"), NOW).raw_train_seconds == raw.train_seconds
-    assert PastRun.of(record, Path("run"), NOW).train_seconds == kept.train_seconds
-
-
-@pytest.mark.parametrize("drift", [0.0, 0.5])
-def test_a_run_keeps_whether_its_range_is_a_90_percent_range(bench: Bench, drift: float) -> None:
-    bench.device = {"noise": 0.02, "drift": drift}
-    found = bench.plan(names=("baseline",))
-    assert found.report.rows[0].calibrated is (drift == 0)
-    kept = predicted_of(found, found.candidates[0])
-    record = RunRecord(status="finished", job=fakes.make_job(), predicted=kept, actual=Actual(), versions={})
-    record = jsonio.from_json(RunRecord, jsonio.to_json(record))
-    bench.history.add_run(PastRun.of(record, Path("run"), NOW))
-    assert [run.calibrated for run in bench.history.runs()] == [drift == 0]
-
-
-def test_estimates_of_older_run_folders_can_be_read() -> None:
-    old = '{"seconds": 5.0, "seconds_low": 4.0, "seconds_high": 6.0, "train_seconds": 3.0, "peak_memory_bytes": 9}'
-    found = jsonio.from_json(Predicted, old)
-    assert (found.seconds, found.raw_seconds, found.signature_key) == (5.0, None, None)
-    assert found.calibrated is None
-
 
 # --- the file ---------------------------------------------------------------------------------------------------------
 
@@ -575,6 +349,24 @@ def test_runs_that_cannot_be_compared_are_marked() -> None:
     [first, second, _] = json.loads(runs_json([past_run(1), past_run(2, num_resumes=1), past_run(3)]))["runs"]
     assert (first["error"], first["inside"]) == (pytest.approx(0.3), False)
     assert (second["error"], second["inside"]) == (None, None)
+
+
+def test_runs_of_a_tuned_twin_are_told_apart_from_those_of_its_preset() -> None:
+    job = fakes.make_job("recommended")
+    record = RunRecord(
+        status="finished", job=job, predicted=Predicted(is_tuned=True), actual=Actual(seconds=9.0), versions={}
+    )
+    tuned = PastRun.of(record, Path("tuned"), NOW)
+    written = PastRun.of(replace(record, predicted=Predicted()), Path("written"), NOW)
+    assert [line.split("  ")[1].strip() for line in runs_text([tuned, written], NOW).splitlines()[2:]] == [
+        "recommended, tuned",
+        "recommended",
+    ]
+    plain = json.loads(runs_json([tuned, written]))["runs"]
+    assert [(one["name"], one["tuned_from"]) for one in plain] == [
+        ("recommended, tuned", "recommended"),
+        ("recommended", None),
+    ]
 
 
 def test_a_run_that_stood_still_in_between_is_not_compared_with_its_prediction() -> None:

@@ -4,84 +4,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fakes import FakeDevice, FakeProber, chat_lengths, make_data, make_job
+from fakes import FakeProber, make_data, make_job
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tuning import DATA, LENGTHS, Device, Prober, device_of, tuned
 
-from planner.chain import WORTH, is_faster
-from planner.history import History
-from planner.prober import LoadReply, MicroRows
-from planner.reuse import Keys
+from planner.chain import WORTH, Step, is_faster, twin_of
+from planner.measurement import StepSignature
+from planner.prober import DoesNotFit, LoadReply, MicroRows
 from planner.tune import tune
 from planner.twin import Change, Twin, Wanted
-from planner.twins import find_twins, known_twin
 from presets.errors import MeasurementError
 from presets.schema import preset_names
 from trainer.job import Job
 from trainer.planning import plan_job, stand_in
-from trainer.tokens import TokenizedDataset
 
-LENGTHS = chat_lengths(1500, longest=512)
-DATA = make_data(LENGTHS)
-
-
-class Device(FakeDevice):
-    """A fake device on which lean losses, attention and threads have a cost too."""
-
-    lean_factor: float = 1.0
-    eager_factor: float = 1.1
-
-    def factory(self, job: Job) -> FakeProber:
-        return Prober(self, job)
-
-
-class Prober(FakeProber):
-    device: Device
-
-    def _seconds(self, rows: MicroRows) -> float:
-        seconds = super()._seconds(rows)
-        if self.job.loss == "lean":
-            seconds *= self.device.lean_factor
-        if self.job.preset.attention == "eager":
-            seconds *= self.device.eager_factor
-        if self.job.num_threads == 1:
-            seconds *= 1.5
-        return seconds
-
-    def load(self) -> LoadReply:
-        refused = self.device.lean_refused if self.job.loss == "lean" else None
-        return replace(super().load(), lean_refused=refused)
-
-
-def device_of(**changes: Any) -> Device:
-    lean, eager = changes.pop("lean_factor", 1.0), changes.pop("eager_factor", 1.1)
-    made = Device(LENGTHS, **changes)
-    made.lean_factor, made.eager_factor = lean, eager
-    return made
-
-
-def tuned(
-    device: Device, /, *names: str, data: TokenizedDataset = DATA, budget: float = 90.0, **job: Any
-) -> tuple[Twin, ...]:
-    baseline = make_job("baseline", device=job.get("device", "cpu"))
-    wanted = [Wanted(name=name, job=make_job(name, **job), baseline=baseline) for name in names or ("recommended",)]
-    found = tune(wanted, data, device.factory, budget_seconds=budget, clock=device.clock, seed=device.seed)
-    assert all(isinstance(one, Twin) for one in found)
-    return found  # type: ignore[return-value]
+LEAN = Change(name="lean loss", loss="lean")
 
 
 def test_where_every_micro_step_costs_a_lot_by_itself_fewer_of_them_are_chosen() -> None:
     (twin,) = tuned(device_of(base=0.2, per_token=1e-5, per_token_width=0.0))
     layout = twin.changes[0]
     assert layout.packed_length is not None or (layout.micro_batch_size or 0) >= 4
-    assert twin.gain > 2
-    assert twin.speedup == pytest.approx(twin.baseline_seconds / twin.seconds)
+    assert twin.loop_gain > 2
+    assert twin.loop_speedup == pytest.approx(twin.baseline_seconds / twin.seconds)
 
 
 def test_where_only_real_tokens_cost_nothing_is_changed() -> None:
@@ -101,8 +51,29 @@ def test_the_links_stand_in_their_order_and_multiply_to_the_speed_up() -> None:
     assert kept[1].factor == pytest.approx(2.0, rel=0.05)
     assert kept[-1].name == "lean loss"
     assert kept[-1].factor == pytest.approx(1.25, rel=0.05)
-    assert math.prod(link.factor for link in kept) == pytest.approx(twin.speedup)
+    assert math.prod(link.factor for link in kept) == pytest.approx(twin.loop_speedup)
     assert twin.explained.startswith("accumulation 1.0")
+
+
+@pytest.mark.parametrize(
+    ("factor", "noise", "verdict"), [(1.1, 0.0, "slower"), (0.99, 0.0, "too little"), (0.99, 0.05, "not told from")]
+)
+def test_what_was_tried_and_left_out_says_why_with_its_range(factor: float, noise: float, verdict: str) -> None:
+    scatter = 1 + noise * np.array([1.0, -1.0, 0.5, -0.5])
+    steps = [Step(name="baseline", job=make_job()), Step(name="lean loss", job=make_job(), changes=(LEAN,))]
+    wanted = Wanted(name="baseline", job=make_job(), baseline=make_job())
+    twin = twin_of(wanted, steps, [np.full(4, 10.0), 10 * factor * scatter])
+    assert twin.changes == ()
+    (link,) = twin.links
+    assert link.low is not None
+    assert link.high is not None
+    assert link.low <= 1 / factor <= link.high
+    assert verdict in link.verdict
+    assert f"lean loss {link.factor:.2f}x ({link.verdict})" in twin.explained
+    if noise:
+        assert f"{link.low:.2f}-{link.high:.2f}: not told from chance" in twin.explained
+    (untold,) = twin_of(wanted, steps, [np.full(2, 10.0), np.full(2, 5.0)]).links
+    assert untold.verdict == "no range is known"
 
 
 def test_where_the_time_is_too_short_to_tell_it_says_so_and_keeps_nothing_more() -> None:
@@ -140,7 +111,7 @@ def test_a_preset_with_another_base_than_the_baseline_s_is_timed_as_written_too(
 
 def test_memory_bounds_the_search_and_runs_out_at_most_once_a_step() -> None:
     longest = int(LENGTHS.max())
-    failures = []
+    failures: dict[StepSignature, list[int]] = {}
 
     class Small(Device):
         def factory(self, job: Job) -> FakeProber:
@@ -150,8 +121,9 @@ def test_memory_bounds_the_search_and_runs_out_at_most_once_a_step() -> None:
         def memory(self, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float) -> Any:
             try:
                 return super().memory(windows, more, seconds)
-            except Exception:
-                failures.append(self.job.micro_batch_size)
+            except DoesNotFit:
+                largest = max(self.device.shape(rows)[0] for window in windows for rows in window)
+                failures.setdefault(StepSignature.of(self.job), []).append(largest)
                 raise
 
     device = Small(LENGTHS, base=0.2, per_token=1e-5, fits_padded_tokens=2 * longest)
@@ -159,7 +131,10 @@ def test_memory_bounds_the_search_and_runs_out_at_most_once_a_step() -> None:
     for change in twin.changes:
         assert (change.packed_length or 0) <= 2 * longest
         assert (change.micro_batch_size or 1) * longest <= 2 * longest
-    assert len(failures) <= 3
+    assert StepSignature.of(make_job("recommended")) in failures
+    for sizes in failures.values():
+        assert len(set(sizes)) == 1
+        assert len(sizes) <= 2  # the second time by itself, where it was not the first time
 
 
 def test_where_nothing_fits_it_is_an_error_that_says_what_was_tried() -> None:
@@ -185,8 +160,7 @@ def test_where_only_checkpointing_fits_it_is_turned_on_and_the_fastest_split_fou
     (twin,) = tuned(Tight(LENGTHS, base=0.2, per_token=1e-5, per_token_width=0.0), budget=300.0)
     assert twin.changes[0].gradient_checkpointing is True
     assert any(change.is_layout for change in twin.changes)
-    assert twin.written_seconds is twin.baseline_seconds is twin.speedup is twin.gain is None
-    assert "as written it could not be timed" in twin.headline
+    assert twin.written_seconds is twin.baseline_seconds is twin.loop_speedup is twin.loop_gain is None
     assert twin.job(make_job("recommended")).preset.gradient_checkpointing
 
 
@@ -197,8 +171,8 @@ def test_where_only_a_smaller_split_fits_it_is_taken() -> None:
     assert twin.written_seconds is None
     assert any(change.is_layout for change in twin.changes)
     assert twin.baseline_seconds is not None
-    assert twin.speedup is not None
-    assert twin.speedup > 1
+    assert twin.loop_speedup is not None
+    assert twin.loop_speedup > 1
 
 
 def test_one_preset_that_does_not_fit_stops_no_other() -> None:
@@ -214,38 +188,12 @@ def test_one_preset_that_does_not_fit_stops_no_other() -> None:
     assert isinstance(twins["recommended"], Twin)
 
 
-def test_one_preset_of_which_nothing_can_be_timed_is_named_and_the_others_found(tmp_path: Path) -> None:
-    """Of another precision, and so of another search; where all fail, so does the command."""
-    from planner.hardware import DeviceFacts
-    from planner.twin import Untimed
-
-    facts = DeviceFacts(name="Fake", kind="cpu", memory_bytes=8 << 30, free_bytes=4 << 30, driver="1")
-    half = make_job("aggressive", precision="fp16", base_precision="fp16")
-    jobs = {"recommended": make_job("recommended"), "aggressive": half}
-
-    def search(*names: str) -> dict[str, Twin | Untimed]:
-        device = device_of(base=0.2, per_token=1e-5, per_token_width=0.0, broken=("fp16",))
-        wanted = [Wanted(name=name, job=jobs[name], baseline=make_job("baseline")) for name in names]
-        return find_twins(
-            wanted, DATA, lambda _: device.factory, budget_seconds=300, history=History(home=tmp_path),
-            keys=Keys(facts), now=datetime(2026, 1, 1, tzinfo=UTC), clock=device.clock,
-        )  # fmt: skip
-
-    found = search("aggressive", "recommended")
-    failed = found["aggressive"]
-    assert isinstance(failed, Untimed)
-    assert "ended by itself" in failed.reason
-    assert isinstance(found["recommended"], Twin)
-    with pytest.raises(MeasurementError, match="ended by itself"):
-        search("aggressive")
-
-
 def test_a_baseline_that_fails_costs_only_the_speed_up_over_it() -> None:
     device = device_of(base=0.2, per_token=1e-5, per_token_width=0.0, broken=("fp32",))
     (twin,) = tuned(device, device="cuda", precision="fp16", base_precision="fp16", budget=300.0)
-    assert twin.speedup is None
-    assert twin.gain is not None
-    assert twin.gain > 1
+    assert twin.loop_speedup is None
+    assert twin.loop_gain is not None
+    assert twin.loop_gain > 1
     assert any("baseline" in reason and "ended by itself" in reason for reason in twin.refused)
 
 
@@ -336,7 +284,7 @@ def test_no_more_threads_are_tried_than_a_process_of_the_run_has_cores(
     from trainer import process
 
     monkeypatch.setattr(process, "cores", lambda: 8)
-    monkeypatch.setattr("planner.tune.cores", lambda: 8)
+    monkeypatch.setattr("planner.step_changes.cores", lambda: 8)
     asked: set[int | None] = set()
 
     class Watched(Device):
@@ -424,260 +372,3 @@ def test_a_tuned_plan_trains_on_the_same_examples_in_each_window(
     assert changed.num_steps == written.num_steps
     for window in range(written.num_steps):
         assert sorted(changed.documents_of_window(window)) == sorted(written.documents_of_window(window))
-
-
-def test_a_twin_is_kept_for_this_data_and_machine_only(tmp_path: Path) -> None:
-    from planner.hardware import DeviceFacts
-    from presets.demo import demo_folder
-
-    facts = DeviceFacts(name="Fake", kind="cpu", memory_bytes=8 << 30, free_bytes=4 << 30, driver="1")
-    history = History(home=tmp_path)
-    job = make_job("recommended", model=str(demo_folder()))
-    device = device_of(base=0.2, per_token=1e-5)
-    found = find_twins(
-        [Wanted(name="recommended", job=job, baseline=make_job("baseline", model=str(demo_folder())))],
-        DATA,
-        lambda folder: device.factory,
-        history=history,
-        keys=Keys(facts),
-        budget_seconds=60,
-        now=datetime(2026, 1, 1, tzinfo=UTC),
-        clock=device.clock,
-    )
-    assert known_twin(history, Keys(facts), job, DATA) == found["recommended"]
-    assert known_twin(history, Keys(facts), job, DATA, quantized=True) is None
-    assert known_twin(history, Keys(facts), job, make_data(LENGTHS[:-1])) is None
-    assert known_twin(history, Keys(replace(facts, driver="2")), job, DATA) is None
-    assert known_twin(history, Keys(facts), replace(job, micro_batch_size=2), DATA) is None
-    assert known_twin(history, Keys(facts), make_job("aggressive", model=job.model), DATA) is None
-
-
-class Searches:
-    """The same command given several times, on a fake device and with a history of its own."""
-
-    def __init__(self, home: Path) -> None:
-        from planner.hardware import DeviceFacts
-        from presets.demo import demo_folder
-
-        self.model = str(demo_folder())
-        self.facts = DeviceFacts(name="Fake", kind="cpu", memory_bytes=8 << 30, free_bytes=4 << 30, driver="1")
-        self.history = History(home=home)
-        self.device = device_of()
-
-    def search(
-        self,
-        *names: str,
-        stop_at: str | None = None,
-        budget: float = 300.0,
-        fresh: bool = False,
-        later: timedelta = timedelta(0),
-    ) -> tuple[dict[str, Twin], list[str]]:
-        """The twins and what was told; told `stop_at`, the user presses Ctrl-C."""
-        told: list[str] = []
-
-        def progress(text: str, _share: float) -> None:
-            told.append(text)
-            if stop_at is not None and text.startswith(stop_at):
-                raise KeyboardInterrupt
-
-        self.device = device_of(base=0.2, per_token=1e-4, per_token_width=0.0, lean_factor=0.8, memory=64 << 30)
-        baseline = make_job("baseline", model=self.model)
-        twins: dict[str, Twin] = {}
-        try:
-            twins = find_twins(
-                [Wanted(name=name, job=make_job(name, model=self.model), baseline=baseline) for name in names],
-                DATA,
-                lambda folder: self.device.factory,
-                history=self.history,
-                keys=Keys(self.facts),
-                budget_seconds=budget,
-                fresh=fresh,
-                now=datetime(2026, 1, 1, tzinfo=UTC) + later,
-                progress=progress,
-                clock=self.device.clock,
-            )
-        except KeyboardInterrupt:
-            assert stop_at is not None
-        return twins, told
-
-    def stages(self, told: list[str]) -> list[str]:
-        """The stages that were timed."""
-        return [one for one in ("layouts", "steps", "the chain") if any(t.startswith(f"{one}: timing") for t in told)]
-
-
-@pytest.mark.parametrize(
-    ("stop_at", "left"),
-    [
-        ("layouts: timing", ["layouts", "steps", "the chain"]),
-        ("steps: timing", ["steps", "the chain"]),
-        ("the chain: timing", ["the chain"]),
-    ],
-)
-def test_an_interrupted_search_goes_on_after_the_last_stage_that_it_ended(
-    tmp_path: Path, stop_at: str, left: list[str]
-) -> None:
-    whole, _ = Searches(tmp_path / "other").search("recommended", "aggressive")
-    searches = Searches(tmp_path)
-    assert searches.search("recommended", "aggressive", stop_at=stop_at)[0] == {}
-    assert searches.device.alive == 0
-    found, told = searches.search("recommended", "aggressive")
-    assert searches.stages(told) == left
-    for name, twin in whole.items():
-        assert found[name].changes == twin.changes
-        assert found[name].speedup == pytest.approx(twin.speedup, rel=0.02)
-        assert found[name].refused == twin.refused
-
-
-def test_one_of_the_presets_of_an_interrupted_search_goes_on_alone(tmp_path: Path) -> None:
-    searches = Searches(tmp_path)
-    searches.search("recommended", "aggressive", stop_at="the chain: timing")
-    _, told = searches.search("aggressive")
-    assert searches.stages(told) == ["the chain"]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"fresh": True}, {"budget": 301.0}, {"later": timedelta(days=2)}, {"names": ("recommended", "aggressive")}],
-    ids=["fresh", "more time", "days later", "another preset"],
-)
-def test_a_search_begins_anew_where_it_should(tmp_path: Path, changes: dict[str, Any]) -> None:
-    searches = Searches(tmp_path)
-    searches.search("recommended", stop_at="the chain: timing")
-    _, told = searches.search(*changes.pop("names", ("recommended",)), **changes)
-    assert searches.stages(told) == ["layouts", "steps", "the chain"]
-
-
-def test_what_the_time_did_not_suffice_for_is_searched_again(tmp_path: Path) -> None:
-    searches = Searches(tmp_path)
-    searches.search("recommended", stop_at="the chain: timing", budget=40.0)
-    _, told = searches.search("recommended", budget=40.0)
-    assert searches.stages(told) == ["steps", "the chain"]
-
-
-def test_a_changed_job_is_split_as_the_twin_says() -> None:
-    change = Change(name="packing", packed_length=512, micro_batch_size=1)
-    twin = Twin(
-        preset="aggressive",
-        changes=(
-            change,
-            Change(name="lean loss", loss="lean"),
-            Change(name="checkpointing", gradient_checkpointing=True),
-        ),
-        links=(),
-        written_seconds=2.0,
-        seconds=1.0,
-        baseline_seconds=4.0,
-    )
-    job = twin.job(make_job("aggressive"))
-    assert job.packing
-    assert job.packed_length == 512
-    assert job.loss == "lean"
-    assert job.preset.gradient_checkpointing
-    assert job.global_batch_sizes == (64,)
-    assert twin.speedup == 4.0
-    assert twin.gain == 2.0
-    assert twin.text == "packed to 512 tokens, lean loss, checkpointing"
-
-
-def test_compare_shows_a_known_twin_after_its_preset_and_runs_it_alone(tmp_path: Path) -> None:
-    from planner.candidates import MeasureSettings
-    from planner.compare import compare
-    from planner.hardware import DeviceFacts
-    from planner.resolve import Options
-    from presets.demo import demo_folder
-    from presets.env import read_settings
-
-    devices: list[Device] = []
-
-    def factory(folder: Path, scratch: Path | None = None) -> Any:
-        made = Device(TokenizedDataset.load(folder).lengths, base=0.2, per_token=1e-5)
-        made.lean_factor, made.eager_factor = 1.0, 1.1
-        devices.append(made)
-        return made.factory
-
-    def plan(**more: Any) -> Any:
-        return compare(
-            Options(model=str(demo_folder()), limit=300),
-            read_settings(tmp_path, {}),
-            MeasureSettings(),
-            factory=factory,
-            facts=DeviceFacts(name="Fake", kind="cpu", memory_bytes=64 << 30, free_bytes=32 << 30),
-            history=History(home=tmp_path),
-            clock=lambda: devices[-1].clock(),
-            **more,
-        )
-
-    first = plan(names=("baseline", "recommended"))
-    assert [row.name for row in first.report.rows] == ["baseline", "recommended"]
-    assert any("plan tune" in note for note in first.report.notes)
-    searched = plan(names=("baseline", "recommended"), tuned=True)
-    names = ["baseline", "baseline, tuned", "recommended", "recommended, tuned"]
-    assert [row.name for row in searched.report.rows] == names
-    twin = searched.report.rows[3].to_plain()
-    assert twin["tuned_from"] == "recommended"
-    assert twin["speedup"] > 2
-    assert searched.report.rows[0].speedup == 1.0
-    known = plan(names=("baseline", "recommended"))
-    assert [row.name for row in known.report.rows] == names
-    assert not any("plan tune" in note for note in known.report.notes)
-    (untuned,) = (n for n in plan(names=("baseline", "recommended", "aggressive")).report.notes if "plan tune" in n)
-    assert "not yet aggressive." in untuned
-    alone = plan(names=("recommended",), running=True, tuned=True)
-    assert [candidate.name for candidate in alone.candidates] == ["recommended, tuned"]
-    written = plan(names=("recommended",), running=True)
-    assert [candidate.name for candidate in written.candidates] == ["recommended"]
-    from planner.explain import explain_text
-
-    text = explain_text(searched)
-    assert "forward+backward" in text
-    assert "recommended, tuned: " in text
-    assert "accumulation 1.0" in text
-
-
-def test_a_search_that_was_too_short_is_made_again_with_more_time_and_only_then(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import planner.candidates as candidates
-    from planner.candidates import MeasureSettings, Search, with_twins
-    from planner.hardware import DeviceFacts
-    from planner.twin import TOO_SHORT, Untimed
-    from presets.demo import demo_folder
-
-    model = str(demo_folder())
-    budgets: list[float] = []
-
-    def search_for(wanted: list[Wanted], *_: Any, budget_seconds: float, history: History, **more: Any) -> Any:
-        budgets.append(budget_seconds)
-        device = device_of(base=0.2, per_token=1e-4, per_token_width=0.0, lean_factor=0.5, memory=64 << 30)
-        found = find_twins(
-            wanted, DATA, lambda _: device.factory, budget_seconds=budget_seconds, history=history,
-            keys=more["keys"], now=more["now"], clock=device.clock,
-        )  # fmt: skip
-        assert not any(isinstance(one, Untimed) for one in found.values())
-        return found
-
-    monkeypatch.setattr(candidates, "find_twins", search_for)
-    job = make_job("recommended", model=model)
-    resolved: Any = type("Resolved", (), {"preset": job.preset, "job": job})
-    planned = candidates.PlannedRow(name="recommended", job=job, plan=plan_job(stand_in(job), DATA).plan)
-    asked = candidates.Candidate(resolved=resolved, planned=planned, data=DATA)
-    monkeypatch.setattr(candidates, "twin_candidate", lambda candidate, twin: replace(candidate, twin=twin))
-    facts = DeviceFacts(name="Fake", kind="cpu", memory_bytes=8 << 30, free_bytes=4 << 30, driver="1")
-    history = History(home=tmp_path)
-
-    def said(budget: float) -> str:
-        search = Search(
-            measuring=MeasureSettings(budget_seconds=budget), say=lambda _: None, shown=candidates.as_lines,
-            factory=lambda _: None, history=history, keys=Keys(facts), now=datetime(2026, 1, 1, tzinfo=UTC),
-            clock=lambda: 0.0,
-        )  # type: ignore[arg-type, return-value]  # fmt: skip
-        baseline = make_job("baseline", model=model)
-        (found,) = with_twins((asked,), lambda _: baseline, search, tuned=True, instead=True)
-        return "; ".join(found.notes if found.twin is None else found.twin.refused)
-
-    assert TOO_SHORT in said(13)
-    assert TOO_SHORT in said(13)
-    assert budgets == [39]
-    assert TOO_SHORT not in said(100)
-    assert TOO_SHORT not in said(200)
-    assert budgets == [39, 300]

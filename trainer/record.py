@@ -75,6 +75,7 @@ class Predicted:
     # False: the range is what was seen or feared on an unsteady machine, not a 90 % one. None: not told, by records of
     # earlier versions.
     calibrated: bool | None = None
+    is_tuned: bool = False  # the run is of the preset's tuned twin
 
     def window_seconds(self, plan: BatchPlan, lengths: IntArray) -> FloatArray:
         """Planned seconds of each window, (num_windows,), which add up to `train_seconds`; tokens where none are known.
