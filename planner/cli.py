@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from planner.report import PlanReport
     from planner.resolve import Options
     from presets.env import Settings
-    from trainer.record import RunRecord
+    from trainer.job import Job
 
 EXAMPLES = """\b
 More:
@@ -203,6 +203,7 @@ def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
         make_run_folder,
         start,
     )
+    from planner.remember import begun
     from planner.resolve import presets_to_compare
     from planner.room import require_room_for
     from planner.table import measured_text
@@ -249,8 +250,9 @@ def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
     require_room_for(job, output or Path("runs"), comparison.report.model.num_trainable_parameters)
     folder = make_run_folder(output, job, candidate.planned.plan, predicted_of(comparison, candidate), now)
     say(f"run folder: {folder}")
+    begun(folder, job)
     code = start(command(folder, job, accelerate_config=given["accelerate_config"]))
-    return _ended(folder, code, as_json=given["as_json"])
+    return _ended(folder, job, code, as_json=given["as_json"])
 
 
 def _dry_run(options: Options, settings: Settings, given: dict[str, Any], output: Path | None) -> None:
@@ -309,6 +311,7 @@ def _known_twin(candidate: Candidate, facts: DeviceFacts, *, quantized: bool) ->
 
 def _resume(folder: Path, accelerate_config: Path | None, *, trusted: bool, as_json: bool) -> int:
     from planner.launch import command, open_to_write, read_record, start
+    from planner.remember import begun, remember
 
     open_trusted(folder, trusted=trusted)
     try:
@@ -317,13 +320,14 @@ def _resume(folder: Path, accelerate_config: Path | None, *, trusted: bool, as_j
         say(f"note: {reason} It is written anew.")
         record = None
     if record is not None and record.status == "finished":
-        _remember(record, folder)  # where this program was ended before the trainer was
+        remember(record, folder)  # where this program was ended before the trainer was
         say(f"'{folder}' is finished: there is nothing to resume.")
         return 0
     job = open_to_write(folder)
     _check_tracker(job.tracker)
+    begun(folder, job)
     code = start(command(folder.absolute(), job, resume=True, accelerate_config=accelerate_config))
-    return _ended(folder, code, as_json=as_json)
+    return _ended(folder, job, code, as_json=as_json)
 
 
 def _check_tracker(name: str | None) -> None:
@@ -338,13 +342,13 @@ def _check_tracker(name: str | None) -> None:
         raise click.UsageError(f"--tracker: {reason}") from None
 
 
-def _ended(folder: Path, code: int, *, as_json: bool = False) -> int:
+def _ended(folder: Path, job: Job, code: int, *, as_json: bool = False) -> int:
     from planner.launch import read_record
     from planner.outcome import outcome_text
+    from planner.remember import ended
 
     record = read_record(folder)
-    if record is not None:
-        _remember(record, folder)
+    ended(folder, job, record, code)
     if record is not None and record.status == "finished":
         out_json(jsonio.to_json(record)) if as_json else out(outcome_text(record, folder))
     elif code not in (0, 1, 130, 143):
@@ -354,14 +358,6 @@ def _ended(folder: Path, code: int, *, as_json: bool = False) -> int:
         )
         return 1
     return code
-
-
-def _remember(record: RunRecord, folder: Path) -> None:
-    """The run in the history, as of when its record was written: told twice, it is the same entry."""
-    from planner.history import PastRun
-
-    ended_at = datetime.fromtimestamp((folder / "record.json").stat().st_mtime).astimezone()
-    open_history(say).add_run(PastRun.of(record, folder, ended_at))
 
 
 @cli.command("tune", cls=BriefHelp, short_help="Find the fastest way to train on the same batches.")

@@ -28,12 +28,13 @@ def history(limit: int, accuracy: bool, as_json: bool) -> None:
       plan history --accuracy
     """
     from planner import past
+    from planner.remember import as_they_stand
 
     if accuracy:
         found = past.accuracy(open_history(say).runs())
         out_json(past.accuracy_json(found)) if as_json else out(past.accuracy_text(found))
         return
-    runs = open_history(say).runs(limit)
+    runs = as_they_stand(open_history(say).runs(limit))
     out_json(past.runs_json(runs)) if as_json else out(past.runs_text(runs, datetime.now().astimezone()))
 
 

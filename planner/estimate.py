@@ -25,7 +25,7 @@ from presets.errors import MeasurementError
 from trainer.batching import MicroShapes
 from trainer.disk import LEAST_KEPT
 from trainer.job import Job
-from trainer.planning import checkpoint_interval, evaluation_steps, needs_loss, with_checkpoint_interval
+from trainer.planning import checkpoint_steps, evaluation_steps, needs_loss, with_checkpoint_interval
 from trainer.record import CostModel
 from trainer.tokens import IntArray, TokenizedDataset
 
@@ -354,8 +354,7 @@ def _forward_seconds(data: TokenizedDataset, examples: IntArray, samples: FixedS
 def evaluations_and_checkpoints(row: PlannedRow) -> tuple[int, int]:
     """How often a run evaluates (before, between, after) and writes a checkpoint (then, and every so many steps)."""
     steps = row.plan.num_steps
-    between, every = evaluation_steps(row.job, steps), checkpoint_interval(row.job, steps)
-    return len(between) + 2, len(between | set(range(every, steps + 1, every)) | {steps})
+    return len(evaluation_steps(row.job, steps)) + 2, len(checkpoint_steps(row.job, steps))
 
 
 def accumulation_saving(cost: CostModel, micro_seconds: float, *, accumulation: int = 16, to: int = 64) -> float:

@@ -34,6 +34,7 @@ TRIES = 3  # again once a damaged file is out of the way, or what passes has pas
 # Another process has just removed the journal, or put another file in this one's place. Each action can be done twice.
 PASSING = ("SQLITE_IOERR_DELETE_NOENT", "SQLITE_READONLY_DBMOVED")
 BUSY_SECONDS = 10.0  # waited for another process; a transaction takes milliseconds
+RUNNING = "running"
 PAUSED = "stood still in between: the clock ran on"
 MOST_MEASUREMENTS = 500  # the oldest go first; one takes about 100 kB
 
@@ -48,8 +49,8 @@ class PastRun:
     """
 
     folder: str  # absolute, links followed: one entry a run folder, the last one counts
-    ended_at: str  # ISO, UTC
-    status: str  # "finished", "stopped" or "failed"
+    ended_at: str  # ISO, UTC; where it is not known to have ended, when it was started
+    status: str  # "finished", "stopped", "failed", "killed", or "running" where it is not known to have ended
     name: str  # of the preset, or of its tuned twin: "recommended, tuned"
     model: str
     num_examples: int | None = None

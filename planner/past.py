@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from planner.figures import DOUBT, NOT_APPLICABLE, UNKNOWN, clock, duration, promised_range
-from planner.history import PastRun
+from planner.history import RUNNING, PastRun
 from presets import jsonio
 from presets.text import printable
 
@@ -132,7 +132,7 @@ def _cells(run: PastRun, now: datetime) -> tuple[str, ...]:
     resumed = ", resumed" if run.num_resumes and run.status == "finished" else ""
     inside = run.is_inside
     return (
-        _when(run.ended_at, now),
+        NOT_APPLICABLE if run.status == RUNNING else _when(run.ended_at, now),
         printable(run.name),
         _model(run.model),
         UNKNOWN if run.num_examples is None else f"{run.num_examples:,}",

@@ -11,6 +11,8 @@ from typing import Any
 from planner.launch import open_run, read_record
 from presets import jsonio
 from presets.rules import MOST_STEPS
+from trainer.alive import NAME as PROCESS
+from trainer.alive import still_there
 from trainer.batching import BatchPlan
 from trainer.job import Job
 from trainer.record import Predicted, RunRecord, read_predicted
@@ -32,12 +34,16 @@ class RunView:
     evaluations: tuple[tuple[int, float], ...]  # (step, held-out loss)
     num_steps: int | None  # planned; None where the plan is made by the run and is not yet
     seconds_since_sign: float | None  # since the run last wrote something
+    seconds_since_step: float | None = None  # since its last step; None where that was another process's
+    is_gone: bool = False  # its process is known to exist no more
 
     @property
     def state(self) -> str:
         """ "finished", "stopped", "failed", "starting", "running" or "silent"."""
         if self.record is not None:  # a resume takes the record of its stop away
             return self.record.status
+        if self.is_gone:
+            return "stopped"
         usual = float(self.steps[-1].get("seconds") or 0.0) if self.steps else STARTING_SECONDS
         if (self.seconds_since_sign or 0.0) > max(SILENT_SECONDS, 10 * usual):
             return "silent"
@@ -52,6 +58,7 @@ def look_at(folder: Path) -> RunView:
     """
     folder = folder.absolute()
     job = open_run(folder)
+    is_gone = still_there(folder) is False  # before the record is looked for: else it may end in between
     plan_file = folder / "batch_plan.npz"
     metrics = folder / "metrics.jsonl"
     signs = [path.stat().st_mtime for path in (metrics, folder / "train.log", folder / "job.json") if path.is_file()]
@@ -68,7 +75,23 @@ def look_at(folder: Path) -> RunView:
         ),
         num_steps=BatchPlan.load(plan_file).num_steps if plan_file.is_file() else None,
         seconds_since_sign=max(0.0, time.time() - max(signs)),
+        seconds_since_step=_since_step(metrics, folder / PROCESS),
+        is_gone=is_gone,
     )
+
+
+def _since_step(metrics: Path, process: Path) -> float | None:
+    """Seconds since the last line of metrics; None where a process that was started since has not come so far."""
+    try:
+        written = metrics.stat().st_mtime
+    except OSError:
+        return None
+    try:
+        if process.stat().st_mtime > written:
+            return None
+    except FileNotFoundError:  # a run of an earlier version
+        pass
+    return max(0.0, time.time() - written)
 
 
 def _by_step(path: Path) -> dict[int, dict[str, Any]]:

@@ -73,6 +73,8 @@ def lines_of(view: RunView, *, gpu: str | None, now: datetime, blocks: bool = Tr
         )
     if view.record is not None and view.record.error and view.state == "failed":
         lines.append(f"Error: {printable(view.record.error)}")
+    if view.is_gone and view.record is None:
+        lines.append("Its process is gone and left no word: it was killed, or the memory ran out.")
     if view.state == "stopped":
         lines.append(f"Go on with it: plan --resume {printable(str(view.folder))}")
     lines.append(f"settings  {printable(job.name)}, {_split(view)}, {job.precision} on {job.device}")
@@ -96,6 +98,7 @@ def _time_lines(view: RunView, last: dict[str, Any], now: datetime) -> list[str]
     lines = []
     left, drift = last.get("seconds_left"), last.get("drift")
     if view.state in ("running", "starting") and isinstance(left, (int, float)):
+        left = max(0.0, left - (view.seconds_since_step or 0.0))  # as the step ended; it may be evaluated since
         done_at = f", done {clock(now + timedelta(seconds=float(left)), now)}" if abs(left) < _LONGEST else ""
         lines.append(f"time      {duration(float(left))} left{done_at}")
     record = view.record

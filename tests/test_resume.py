@@ -138,8 +138,7 @@ def test_a_held_out_loss_that_is_no_number_is_never_the_best(
     for step, loss in enumerate(losses, start=1):
         run.progress = replace(run.progress, windows_done=step)
         monkeypatch.setattr(loop, "held_out_loss", lambda _, loss=loss: SimpleNamespace(loss=loss))
-        monkeypatch.setattr(loop, "_checkpoint", lambda *_: None)
-        loop._evaluate_and_keep_best(run)
+        loop._evaluate(run)
     assert (run.progress.best_step, run.progress.best_eval_loss) == best
 
 

@@ -10,6 +10,7 @@ import select
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def told(folder: Path) -> str:
-    return "\n".join(lines_of(look_at(folder), gpu=None, now=NOW))
+    """As it stands in the moment in which its last line was written."""
+    return "\n".join(lines_of(replace(look_at(folder), seconds_since_step=0.0), gpu=None, now=NOW))
 
 
 def test_a_run_that_starts_goes_on_and_ends(folder: Path) -> None:

@@ -20,6 +20,8 @@ from trainer import checkpoint as ckpt
 from trainer import origin
 from trainer import step as steps
 from trainer.agreement import NO_COMPANY, settle_packing
+from trainer.ahead import Ahead, earlier_evaluations
+from trainer.alive import note_process
 from trainer.batching import BatchPlan
 from trainer.compiled import compile_layers
 from trainer.data import load_tokenizer, prepare_data
@@ -31,7 +33,7 @@ from trainer.model import LoadedModel, load_model
 from trainer.monitor import Monitor
 from trainer.outputs import held_out_loss, save_result, write_record, write_samples
 from trainer.planning import (
-    checkpoint_interval,
+    checkpoint_steps,
     evaluation_steps,
     learning_rates,
     needs_loss,
@@ -132,6 +134,8 @@ def _prepare(folder: Path, resume: bool) -> Run:
         torch.set_num_threads(job.num_threads)
     if job.tracker:
         check_tracker(job.tracker)
+    if is_main_process():
+        note_process(folder)
     accelerator = Accelerator(
         cpu=job.device == "cpu", mixed_precision="no", log_with=job.tracker, project_dir=str(folder)
     )
@@ -217,6 +221,7 @@ def _prepare(folder: Path, resume: bool) -> Run:
             planned,
             is_time=run.predicted.cost is not None,
             done=run.progress.windows_done,
+            ahead=Ahead(job, plan, run.predicted.parts, earlier=earlier_evaluations(folder), each=run.clock.each),
             trackers=trackers,
             device=job.device,
         )
@@ -377,7 +382,7 @@ def _train(run: Run) -> RunRecord | None:
         run.progress = replace(run.progress, eval_loss_before=before.loss if before else None)
         write_samples(run, "before")
     evaluate_at = evaluation_steps(job, plan.num_steps)
-    every = checkpoint_interval(job, plan.num_steps)
+    checkpoint_at = checkpoint_steps(job, plan.num_steps)
     while run.progress.windows_done < plan.num_steps:
         random_state = ckpt.random_state(run.accelerator.process_index)
         try:
@@ -386,10 +391,12 @@ def _train(run: Run) -> RunRecord | None:
             _discard_and_stop(run, random_state, asked.signal_number)
         done = run.progress.windows_done
         if done in evaluate_at:
-            _evaluate_and_keep_best(run)
-        elif done % every == 0:
+            _evaluate(run)
+        if done in checkpoint_at:  # the last step is: whoever ends the run while it is evaluated loses no training
             _checkpoint(run, ckpt.random_state(run.accelerator.process_index))
-    after = _evaluate_and_keep_best(run)
+    after = _evaluate(run)
+    if run.is_main:  # it may be the best now
+        ckpt.rotate(run.folder / "checkpoints", job.keep_checkpoints, run.progress.best_step)
     write_samples(run, "after")
     with run.clock.part("save"):
         save_result(run)
@@ -435,8 +442,8 @@ def _gather_random(run: Run, mine: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _evaluate_and_keep_best(run: Run) -> EvaluationResult | None:
-    """Evaluate at a window boundary and keep a checkpoint of it; the best one is never rotated away."""
+def _evaluate(run: Run) -> EvaluationResult | None:
+    """Evaluate at a window boundary where a checkpoint is written; that of the best is never rotated away."""
     result = held_out_loss(run)
     progress = run.progress
     if result is not None:
@@ -445,5 +452,4 @@ def _evaluate_and_keep_best(run: Run) -> EvaluationResult | None:
         # Nothing is less than NaN: kept as the best, it would stay so, whatever came later.
         if math.isfinite(result.loss) and (best is None or not math.isfinite(best) or result.loss < best):
             run.progress = replace(progress, best_eval_loss=result.loss, best_step=progress.windows_done)
-    _checkpoint(run, ckpt.random_state(run.accelerator.process_index))
     return result

@@ -15,6 +15,7 @@ import numpy as np
 
 from presets import jsonio
 from presets.text import printable
+from trainer.ahead import Ahead
 from trainer.bar import GIB, TrainingBar
 from trainer.tokens import FloatArray
 from trainer.trackers import Trackers
@@ -27,7 +28,12 @@ PAUSE_SECONDS = 30.0
 
 
 class Monitor:
-    """One run's display and files. `planned` are the planned seconds (or work) of each window, (num_windows,)."""
+    """One run's display and files.
+
+    Args:
+        planned: seconds (or work) of each window, (num_windows,).
+        ahead: what comes beside the windows; None: nothing.
+    """
 
     def __init__(
         self,
@@ -37,9 +43,11 @@ class Monitor:
         *,
         is_time: bool,
         done: int,
+        ahead: Ahead | None = None,
         trackers: Trackers | None = None,
         device: str = "cpu",
     ) -> None:
+        self.ahead = ahead
         self.planned = np.concatenate([[0.0], np.cumsum(planned)])
         self.is_time = is_time  # planned is in seconds, so drift can be said
         self.run, self.name, self.trackers = run, printable(name), trackers
@@ -63,15 +71,20 @@ class Monitor:
             print(text, file=sys.stderr, flush=True)
 
     def seconds_left(self, done: int) -> float | None:
-        """From the remaining work: what is left of the plan, at the pace this process has had so far."""
+        """Seconds to the end of the run, when the step `done` has just ended; None before there is a pace.
+
+        What is left of the plan, at the pace this process has had so far, and what comes beside the steps.
+        """
         left = float(self.planned[-1] - self.planned[done])
         worked = float(self.planned[done] - self.planned[self.started_at])
-        if worked <= 0:
-            return left if self.is_time else None
-        return left * self.elapsed / worked
+        if worked > 0:
+            left *= self.elapsed / worked
+        elif left > 0 and not self.is_time:
+            return None
+        return left + (self.ahead.seconds(done) if self.ahead is not None else 0.0)
 
     def drift(self, done: int) -> float | None:
-        """Seconds taken over seconds planned, minus 1; None before there is anything to compare."""
+        """Seconds of the steps taken over those planned, minus 1; None before there is anything to compare."""
         worked = float(self.planned[done] - self.planned[self.started_at])
         return self.elapsed / worked - 1 if self.is_time and worked > 0 else None
 
@@ -123,10 +136,10 @@ class Monitor:
             if self.bar is None:
                 print(f"{self.name}: step {done}/{self.total}  {told}", file=sys.stderr, flush=True)
 
-    def evaluation(self, step: int, loss: float, perplexity: float) -> None:
-        """A held-out loss after `step` windows; one that a resume takes again follows the earlier one."""
+    def evaluation(self, step: int, loss: float, perplexity: float, seconds: float) -> None:
+        """A held-out loss after `step` windows, and how long it took; one that a resume takes again follows."""
         with open(self.run / "evaluations.jsonl", "a", encoding="utf-8") as file:
-            values = {"loss": loss, "perplexity": perplexity}
+            values = {"loss": loss, "perplexity": perplexity, "seconds": round(seconds, 6)}
             finite = {name: value if np.isfinite(value) else None for name, value in values.items()}
             file.write(json.dumps({"step": step, **finite}) + "\n")
         if self.trackers is not None:
@@ -135,7 +148,7 @@ class Monitor:
     def _told(self, done: int, values: dict[str, float | int | bool | None]) -> list[str]:
         parts = [f"{values['tokens_per_second']:,.0f} tok/s"]
         left = self.seconds_left(done)
-        if left is not None and done < self.total:
+        if left is not None and (done < self.total or left >= 0.5):
             at = datetime.now() + timedelta(seconds=left)
             parts.append(f"{_short(left)} left, done {at:%a %H:%M}")
         drift = self.drift(done)

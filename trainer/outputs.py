@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def held_out_loss(run: Run) -> EvaluationResult | None:
     def total(tensor: Any) -> Any:
         return run.accelerator.reduce(tensor.to(run.accelerator.device), "sum").cpu()
 
+    begun = time.perf_counter()
     with run.clock.part("evaluation"):
         batches = len(evaluation_batches(run.data, run.plan.evaluation))
         result = evaluate(
@@ -46,7 +48,7 @@ def held_out_loss(run: Run) -> EvaluationResult | None:
     if result is not None:
         step = run.progress.windows_done
         if run.monitor is not None:
-            run.monitor.evaluation(step, result.loss, result.perplexity)
+            run.monitor.evaluation(step, result.loss, result.perplexity, time.perf_counter() - begun)
         run.say(f"step {step}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
     return result
 

@@ -218,6 +218,12 @@ def evaluation_steps(job: Job, num_steps: int) -> set[int]:
     return {round(num_steps * part / (times + 1)) for part in range(1, times + 1)} - {0, num_steps}
 
 
+def checkpoint_steps(job: Job, num_steps: int) -> set[int]:
+    """Steps after which a checkpoint is written: every so many, where the held-out loss is taken, and the last one."""
+    every = checkpoint_interval(job, num_steps)
+    return evaluation_steps(job, num_steps) | set(range(every, num_steps + 1, every)) | {num_steps}
+
+
 def checkpoint_interval(job: Job, num_steps: int) -> int:
     """Steps between checkpoints: the job's own, else a tenth of the run."""
     return job.checkpoint_every or max(1, -(-num_steps // 10))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.parts: dict[str, float] = {}
+        self._times: dict[str, list[float]] = {}
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -31,7 +33,13 @@ class Clock:
         try:
             yield
         finally:
-            self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - begun
+            seconds = time.perf_counter() - begun
+            self.parts[name] = self.parts.get(name, 0.0) + seconds
+            self._times.setdefault(name, []).append(seconds)
+
+    def each(self) -> dict[str, float]:
+        """Seconds that one of each part takes; the first, which is often slow, counts only where it is the only one."""
+        return {name: statistics.fmean(times[1:] or times) for name, times in self._times.items()}
 
 
 @dataclass(slots=True, eq=False)

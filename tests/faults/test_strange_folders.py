@@ -262,8 +262,8 @@ def test_a_checkpoint_of_the_version_before_checksums_is_still_read(make_run: An
 class TestLinks:
     @pytest.mark.parametrize(
         "name",
-        ["job.json", "checkpoints", "adapter", "metrics.jsonl", "train.log", ".lock", "checkpoints/step-000002",
-         "checkpoints/step-000002/state.json"],
+        ["job.json", "checkpoints", "adapter", "metrics.jsonl", "train.log", ".lock", "process.json",
+         "checkpoints/step-000002", "checkpoints/step-000002/state.json"],
     )  # fmt: skip
     def test_nothing_is_written_through_a_link_in_a_run_folder(
         self, make_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
