@@ -42,7 +42,7 @@ def _fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     ) as server:
         assert server.stderr is not None
         for line in server.stderr:
-            if "ready" in line:
+            if "preloaded: ready" in line:  # and not a library that says "already"
                 break
         yield path
         server.kill()

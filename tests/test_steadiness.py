@@ -50,13 +50,24 @@ def test_single_timings_show_a_movement_that_is_said_to_be_visible_and_noise_har
     assert np.mean([moved(random, 60).stands_out for _ in range(1000)]) == pytest.approx(0.02, abs=0.013)
 
 
-def test_a_class_that_comes_late_is_no_slope_and_neither_is_one_slow_timing() -> None:
+def test_a_class_that_comes_late_is_no_slope_and_a_slow_timing_hides_none() -> None:
     random = np.random.default_rng(4)
     timings = random.normal(0, 0.05, 60) + np.repeat([0.0, 0.5], 30)
     assert not movement(np.arange(60.0), timings, np.repeat([0, 1], 30)).stands_out
-    timings = random.normal(0, 0.05, 60)
-    timings[-1] = 3.0
-    assert not movement(np.arange(60.0), timings, np.zeros(60, dtype=np.int64)).stands_out
+    timings = random.normal(0, 0.05, 60) + np.linspace(0, 0.2, 60)
+    timings[5] = 3.0
+    found = movement(np.arange(60.0), timings, np.zeros(60, dtype=np.int64))
+    assert found.stands_out
+    assert found.by == pytest.approx(0.2, abs=0.08)
+
+
+def test_a_movement_of_single_timings_is_warned_of_where_rounds_are_few_and_seem_alike() -> None:
+    rounds = np.array([10.0, 10.1, 9.9, 10.0, 10.05])
+    along = Movement(by=0.15, error=0.03, degrees=30, scatter=0.08, count=33)
+    found = judge(rounds, rounds, np.zeros(33), along)
+    assert found.moved == 0.15
+    assert "its speed moved by 15%" in str(found.warning)
+    assert judge(rounds, rounds, np.zeros(33), Movement(by=0.15, error=0.1, degrees=30, count=33)).is_steady
 
 
 def test_few_timings_are_said_to_be_too_few_with_number_threshold_and_remedy() -> None:
