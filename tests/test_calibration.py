@@ -52,12 +52,10 @@ def test_drift_and_throttling_are_warned_of_where_micro_steps_are_long_and_few(p
 
 
 def test_a_range_from_few_micro_steps_is_not_called_calibrated_and_reaches_a_machine_that_drifts() -> None:
-    steady = estimator.judge(("mostly cut", "baseline", "slow", {"noise": 0.10, "base": 1.3}, 60))
+    steady = estimator.judge(("mostly cut", "baseline", "slow", estimator.CHECK_NOISE["slow"], 60))
     assert steady.held >= 0.86
     assert steady.unsteady <= 0.05
-    drifting = estimator.judge(
-        ("mostly cut", "baseline", "slow drift", {"noise": 0.10, "base": 1.3, "drift": 0.24}, 60)
-    )
+    drifting = estimator.judge(("mostly cut", "baseline", "slow drift", estimator.CHECK_NOISE["slow drift"], 60))
     assert drifting.alarms >= 0.95
     assert drifting.held >= 0.7
 
