@@ -20,7 +20,7 @@ from planner.measurement import (
     StepSignature,
 )
 from planner.prober import SaveReply
-from planner.steadiness import judge
+from planner.steadiness import judge, too_few
 from presets.errors import MeasurementError
 from trainer.batching import MicroShapes
 from trainer.disk import LEAST_KEPT
@@ -97,7 +97,7 @@ class Estimate:
     cost: CostModel | None = None
     num_rounds: int = 0
     checkpoint_every: int | None = None  # optimizer steps; the run is started with it
-    calibrated: bool = True  # False: the machine changed its speed while timed, and the range is a range, not 90 %
+    calibrated: bool = True  # False: its speed changed while timed, or too little was timed to tell; no 90 % range
     window_ratio: float | None = None  # whole windows as timed / as summed from their parts
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -145,7 +145,10 @@ def estimate(
     estimator = Estimator(measurement.rounds, found.strata, row.kind)
     total = estimator.total(work)
     least = TIMER_SECONDS * work.num_micro_batches
-    down, up = (max(math.hypot(half, between * total.seconds), least) for half in total.halves())
+    steadiness = judge(total.replicates, total.raw_replicates, estimator.timings(), total.movement)
+    # Where a change could not have shown, the run may lie half of it to either side, by chance apart from the noise.
+    apart = math.hypot(between, steadiness.hidden / 2) * total.seconds
+    down, up = (max(math.hypot(half, apart), least) for half in total.halves())
     # As far down in proportion as up: where the noise is large, a time of nothing or less is no answer. Further up
     # where the noise leans that way: the mean is then more often too small than too large.
     low = total.seconds / (1 + down / total.seconds)
@@ -159,11 +162,13 @@ def estimate(
             f"whole windows took {ratio:.2f} x the sum of their parts, more than {WINDOW_TOLERANCE:.0%} apart: the "
             "range is widened. Measure again on a quiet machine, or with a longer --budget."
         )
-    steadiness = judge(total.replicates, total.raw_replicates, estimator.timings())
     if steadiness.warning:
         # The run may meet any of the speeds that were seen.
         low, high = min(low, total.seconds * steadiness.fast), max(high, total.seconds * steadiness.slow)
         warnings.append(steadiness.warning)
+    unsure = too_few(steadiness, sum(one.seconds_spent for one in found.measurements))
+    if unsure:
+        warnings.append(unsure)
     conditions = summarise(
         [one.conditions for one in measurement.rounds if one.conditions is not None],
         on_cpu=row.job.device == "cpu",
@@ -210,7 +215,10 @@ def estimate(
         num_rounds=len(measurement.rounds),
         checkpoint_every=job.checkpoint_every,
         window_ratio=ratio,
-        calibrated=steadiness.is_steady and conditions.is_calibrated and len(measurement.rounds) > 1,
+        calibrated=steadiness.is_steady
+        and steadiness.can_tell
+        and conditions.is_calibrated
+        and len(measurement.rounds) > 1,
         notes=tuple(notes),
         warnings=tuple(warnings),
     )

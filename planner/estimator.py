@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +14,7 @@ import numpy as np
 from planner.intervals import half_width
 from planner.measurement import MicroSample, PlannedRow, Round
 from planner.outliers import set_apart
+from planner.slope import Movement, movement
 from planner.strata import Kind, Strata, keys
 from presets.errors import MeasurementError
 from trainer.batching import MicroShapes
@@ -128,19 +131,25 @@ class Total:
     own_variance: float  # of the run itself, around what is expected of it
     slow_down: float  # seconds by which rare slow micro-steps may add less: half of a 90 % interval
     slow_up: float  # and more
+    movement: Movement  # of the speed while it was timed
 
     def halves(self) -> tuple[float, float]:
         """How far the 90 % interval reaches down and up, in seconds."""
         floor = MIN_RELATIVE_HALF_WIDTH * self.seconds
-        half = max(floor, half_width(self.replicates, self.round_variance, self.degrees, self.own_variance))
-        return self._shared(half)
+        half = half_width(self.replicates, self.round_variance, self.degrees, self.own_variance, self._moved)
+        return self._shared(max(floor, half))
 
     @property
     def relative_half_width(self) -> float:
         """Half of the interval that more rounds would narrow, relative: the run's own scatter is left out."""
         if self.seconds <= 0:
             return math.inf
-        return sum(self._shared(half_width(self.replicates, self.round_variance, self.degrees))) / 2 / self.seconds
+        half = half_width(self.replicates, self.round_variance, self.degrees, moved=self._moved)
+        return sum(self._shared(half)) / 2 / self.seconds
+
+    @property
+    def _moved(self) -> float:
+        return abs(self.movement.by) * self.seconds if self.movement.stands_out else 0.0
 
     def _shared(self, half: float) -> tuple[float, float]:
         """Both halves, from that of the noise and what rare slow micro-steps may add or not.
@@ -151,6 +160,15 @@ class Total:
         up = math.hypot(half, self.slow_up)
         above = 1 - _NORMAL.cdf(_Z * up / half) if half > 0 else 0.05
         return math.hypot(_NORMAL.inv_cdf(0.90 + above) / _Z * half, self.slow_down), up
+
+
+def _with_times(one: Round) -> Iterator[tuple[float, MicroSample]]:
+    """A round's micro-batches, each with the moment in whose middle it was timed, on the measuring clock."""
+    at = one.started
+    for sample in one.samples:
+        seconds = sample.seconds or 0.0
+        yield at + seconds / 2, sample
+        at += seconds
 
 
 class Estimator:
@@ -164,14 +182,14 @@ class Estimator:
         """Raises: MeasurementError where no micro-batch of this kind was timed."""
         self.numbers = strata.numbers(kind)
         timed = [
-            (number, sample.stratum, sample.seconds, sample.rows * sample.width, sample.width)
+            (number, sample.stratum, sample.seconds, sample.rows * sample.width, sample.width, at)
             for number, one in enumerate(rounds)
-            for sample in one.samples
+            for at, sample in _with_times(one)
             if sample.seconds is not None and sample.stratum in self.numbers
         ]
-        columns = np.array(timed, dtype=np.float64).reshape(-1, 5).T  # in order of time
+        columns = np.array(timed, dtype=np.float64).reshape(-1, 6).T  # in order of time
         place = (columns[0].astype(np.int64), columns[1].astype(np.int64))
-        self._stratum, self._seconds = place[1], columns[2]
+        self._stratum, self._seconds, self._times = place[1], columns[2], columns[5]
         optimizer_steps = [value for one in rounds for value in one.optimizer_seconds]
         self.fit = _fit(columns[2], columns[3], columns[4], optimizer_steps)
         self._fitted_seconds = self._fitted(columns[3], columns[4])
@@ -234,6 +252,7 @@ class Estimator:
             own_variance=own + work.num_steps * optimizer,
             slow_down=slow.down * expected,
             slow_up=slow.up * expected,
+            movement=self.movement,
         )
 
     def timings(self) -> FloatArray:
@@ -243,6 +262,11 @@ class Estimator:
     def clean_timings(self) -> FloatArray:
         """The same, rare slow ones set apart."""
         return self._relative(self.outliers.clean)
+
+    @functools.cached_property
+    def movement(self) -> Movement:
+        """By how much the speed moved along a line, as single micro-steps show it."""
+        return movement(self._times, self.timings(), self._stratum)
 
     def _relative(self, seconds: FloatArray) -> FloatArray:
         expected = self._fitted_seconds * self.ratio[self._stratum]

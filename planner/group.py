@@ -24,7 +24,6 @@ class Group:
     rounds: list[Round] = field(default_factory=list)  # the first of them may be warm-up
     windows: list[tuple[int, WindowSample]] = field(default_factory=list)  # (rounds before it, window)
     fixed: FixedSamples = field(default_factory=FixedSamples)
-    warmed_up: bool = False  # the first of `rounds` is warm-up
     # Of its present process: by how much the first micro-step took longer than the same again, and the seconds of
     # rounds that ran twice.
     first_seconds: float = 0.0

@@ -18,6 +18,7 @@ def half_width(
     round_variance: float = 0.0,
     degrees: int = 1,
     own_variance: float = 0.0,
+    moved: float = 0.0,
 ) -> float:
     """Half of the 90 % interval for a total of which each round gives an independent look.
 
@@ -37,6 +38,7 @@ def half_width(
         round_variance: of one replicate, as it follows from the scatter of single micro-steps.
         degrees: of freedom of `round_variance`.
         own_variance: of what is to be predicted, around its mean.
+        moved: seconds by which the total moved while it was timed, where single micro-steps show it.
     """
     rounds = len(replicates)
     mean = float(replicates.mean()) if rounds else 0.0
@@ -56,7 +58,7 @@ def half_width(
         t_quantile(rounds - 1) * math.sqrt(variance * widening / rounds + own_variance),
         t_quantile(degrees) * math.sqrt(round_variance * widening / rounds + own_variance),
     )
-    return half + drift(replicates) / 2
+    return half + max(drift(replicates), moved) / 2
 
 
 def lopsided(timings: FloatArray) -> float:

@@ -28,11 +28,11 @@ from planner.measurement import (
 from planner.memory import SAME_SHAPE, MemoryProbe
 from planner.prober import DoesNotFit, ProberFactory
 from planner.standing import Standing
-from planner.steadiness import split_warmup
+from planner.steadiness import is_slow_to_start, split_warmup
 from planner.strata import Kind, Strata, keys, make_strata
 from presets.errors import MeasurementError, PlanError
 from trainer.batching import MicroShapes
-from trainer.tokens import TokenizedDataset
+from trainer.tokens import FloatArray, TokenizedDataset
 
 STRATA = (11, 8, 6, 4, 3, 2)  # tried from the left until three rounds fit the budget
 LEAST_PER_ROUND = 8  # micro-batches: where strata are few, several of each
@@ -323,17 +323,11 @@ class _Measuring:
                     return
                 decks = self._decks(groups)
             left = budget - (self.spent - begun)
-            done = number - (1 if groups[0].warmed_up else 0)
-            if number and not self._another_round(groups, budget, left, done):
+            if number and not self._another_round(groups, budget, left, number):
                 break
             draw = decks.draw(self.random)
             for group in groups if number % 2 == 0 else groups[::-1]:
                 self._guarded(group, functools.partial(self._round, group, draw))
-            if number == 0 and budget >= 3 * (self.spent - begun) and groups[0].signature.device == "cpu":
-                # The first round meets every class of shapes for the first time. With a tight budget it has to count:
-                # the memory probe has then been the warm-up.
-                for group in groups:
-                    group.warmed_up = True
             if number + 1 in WINDOW_AFTER:
                 for group in groups:
                     if group.prober is None:
@@ -375,15 +369,19 @@ class _Measuring:
 
     def _kept(self, group: Group) -> tuple[Round, ...]:
         """The rounds without warm-up."""
-        first = 1 if group.warmed_up and len(group.rounds) > 1 else 0
-        rounds = tuple(group.rounds[first:])
-        if len(rounds) <= LEAST_ROUNDS:
-            return rounds
+        rounds = tuple(group.rounds)
         known = self.warmup.get(group.signature)
         if known is None or known[0] != len(rounds):
             row = group.fitting[0]
-            totals = Estimator(rounds, self.strata, row.kind).total(self.work[row.name]).raw_replicates
-            known = self.warmup[group.signature] = (len(rounds), split_warmup(totals, LEAST_ROUNDS))
+
+            def totals(first: int) -> FloatArray:
+                return Estimator(rounds[first:], self.strata, row.kind).total(self.work[row.name]).raw_replicates
+
+            # The first round meets every class of shapes for the first time; where that does not show, it counts.
+            first = 1 if is_slow_to_start(totals(0)) else 0
+            if len(rounds) - first > LEAST_ROUNDS:
+                first += split_warmup(totals(first), LEAST_ROUNDS)
+            known = self.warmup[group.signature] = (len(rounds), first)
         return rounds[known[1] :]
 
     def _round(self, group: Group, draw: list[Drawn]) -> None:

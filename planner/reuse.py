@@ -55,7 +55,7 @@ TIMED_SOURCES = (
 # A change in one of these makes another prediction of the same timings.
 ESTIMATED_SOURCES = (
     ("planner", "estimate.py"), ("planner", "measure.py"), ("planner", "steadiness.py"), ("planner", "intervals.py"),
-    ("planner", "outliers.py"), ("planner", "estimator.py"), ("planner", "decks.py"),
+    ("planner", "outliers.py"), ("planner", "slope.py"), ("planner", "estimator.py"), ("planner", "decks.py"),
     ("planner", "fixed.py"),
 )  # fmt: skip
 NOT_SHAPE = ("_name_or_path", "transformers_version")  # of a config.json

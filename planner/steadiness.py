@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from planner.slope import NO_MOVEMENT, Movement
 from planner.student import t_quantile
 from trainer.tokens import FloatArray
 
@@ -14,8 +15,13 @@ MOST_WARMUP = 2  # rounds, beside the very first
 WARMUP_SHARE = 0.08  # of all rounds, at most: what lasts longer is a machine that was slow, and may be so again
 STEADY = 0.10  # relative: standard deviation of the rounds, or movement, above which the machine is called unsteady
 JUMP = 0.05  # relative: distance of two levels of speed above which they are worth a warning
-KOLMOGOROV_99 = 1.628  # 99 % quantile of the largest deviation of a Brownian bridge
-LAG_999 = 3.09  # 99.9 % quantile of the lag-1 correlation of n independent values, x sqrt(n)
+KOLMOGOROV_995 = 1.731  # 99.5 % quantile of the largest deviation of a Brownian bridge
+LAG_99 = 2.326  # 99 % quantile of the lag-1 correlation of n independent values, x sqrt(n)
+# Movement that has to stand out in 95 of 100 cases, or the timings are called too few to tell: what 24 % a minute makes
+# of the default minute, less than twice what counts as steady.
+HAS_TO_SHOW = 0.20
+MOST_HIDDEN = 1.0  # relative: half of it to either side is what a single round's range reaches, and that knows nothing
+MOST_ADVISED = 600  # seconds of budget that anybody is told to take
 LEAST_TIMINGS = 24  # below it the quantile, which is a limit, is not to be trusted
 
 
@@ -28,10 +34,21 @@ class Steadiness:
     jumped: float = 0.0  # from one level to another
     fast: float = 1.0  # the faster level, as a part of the mean
     slow: float = 1.0
+    movement: Movement = NO_MOVEMENT  # along a line through single timings
 
     @property
     def is_steady(self) -> bool:
         return self.spread <= STEADY and self.moved <= STEADY and self.jumped <= JUMP
+
+    @property
+    def can_tell(self) -> bool:
+        """Whether a machine that changes would have shown."""
+        return self.movement.visible <= HAS_TO_SHOW
+
+    @property
+    def hidden(self) -> float:
+        """The movement that the timings leave possible where they are too few to tell, else 0."""
+        return 0.0 if self.can_tell else min(MOST_HIDDEN, self.movement.most)
 
     @property
     def warning(self) -> str | None:
@@ -50,7 +67,29 @@ class Steadiness:
         )
 
 
-def judge(replicates: FloatArray, raw_replicates: FloatArray, timings: FloatArray) -> Steadiness:
+def too_few(found: Steadiness, spent: float) -> str | None:
+    """What to say where the timings could not have shown a change; number, threshold and what to do.
+
+    Args:
+        spent: seconds of timing, of all that was timed in turns.
+    """
+    if found.can_tell:
+        return None
+    seen = found.movement
+    # The error goes with 1 / sqrt(timings). A quarter more, since the last part of a budget is too short for a round.
+    enough = 1.25 * spent * (seen.visible / HAS_TO_SHOW) ** 2
+    more = f"--budget {10 * math.ceil(enough / 10)}" if enough <= MOST_ADVISED else "a much longer --budget"
+    much = f"{seen.visible:.0%}" if seen.visible < 1 else "half"
+    return (
+        f"too few timings to tell whether this machine is steady: with {seen.count} micro-steps a speed that moves by "
+        f"less than {much} may not stand out from noise, and {HAS_TO_SHOW:.0%} has to. The range reaches to what they "
+        f"leave possible. Measure again with {more}, or on a quieter machine."
+    )
+
+
+def judge(
+    replicates: FloatArray, raw_replicates: FloatArray, timings: FloatArray, along: Movement = NO_MOVEMENT
+) -> Steadiness:
     """Whether the speed stayed the same.
 
     Args:
@@ -58,24 +97,30 @@ def judge(replicates: FloatArray, raw_replicates: FloatArray, timings: FloatArra
             a round of few is no sign of a machine that changes.
         raw_replicates: (rounds,) the same with them: where the level did change, its slow phase may look like them.
         timings: (timings,) logarithm of seconds / expected seconds of every micro-step, in the order of time.
+        along: how these moved along a line.
     """
     rounds = len(replicates)
     mean = float(replicates.mean()) if rounds else 0.0
+    if rounds < 2:
+        return Steadiness()  # nothing to compare, and the range says so
+    moved = abs(along.by) if along.stands_out else 0.0
     if rounds < 3 or mean <= 0:
-        return Steadiness()
-    spread, moved = float(replicates.std(ddof=1)) / mean, drift(replicates) / mean
+        return Steadiness(moved=moved, movement=along)
+    spread = float(replicates.std(ddof=1)) / mean
+    if not along.count:  # two looks at the same thing would be two false alarms
+        moved = drift(replicates) / mean
     if not has_changed(timings):
-        return Steadiness(spread=spread, moved=moved)
+        return Steadiness(spread=spread, moved=moved, movement=along)
     fast, slow = two_levels(raw_replicates / raw_replicates.mean())
-    return Steadiness(spread=spread, moved=moved, jumped=slow / fast - 1, fast=fast, slow=slow)
+    return Steadiness(spread=spread, moved=moved, jumped=slow / fast - 1, fast=fast, slow=slow, movement=along)
 
 
 def has_changed(timings: FloatArray) -> bool:
     """Whether timings in the order of time are not of one level.
 
     Two looks, since each is blind to what the other sees. The largest deviation of the cumulative sum: independent
-    timings of one level make a Brownian bridge of it, which stays below `KOLMOGOROV_99` in 99 of 100 cases; a drift and
-    a single jump exceed it (a Kolmogorov-Smirnov statistic of a change point; Csörgő and Horváth, Limit Theorems in
+    timings of one level make a Brownian bridge of it, which stays below `KOLMOGOROV_995` in 199 of 200 cases; a drift
+    and a single jump exceed it (a Kolmogorov-Smirnov statistic of a change point; Csörgő and Horváth, Limit Theorems in
     Change-Point Analysis, 1997). And the correlation of each timing with the next: levels that take turns for longer
     than a few timings may cancel in the sum, but not there. Outliers are pulled in first: a single slow timing is no
     change of level.
@@ -94,7 +139,7 @@ def has_changed(timings: FloatArray) -> bool:
         return False
     bridge = float(np.abs(np.cumsum(deviation)).max()) / math.sqrt(squares)
     lag = float((deviation[1:] * deviation[:-1]).sum()) / squares + 1 / count  # without correlation its mean is -1 / n
-    return bridge > KOLMOGOROV_99 or lag > LAG_999 / math.sqrt(count)
+    return bridge > KOLMOGOROV_995 or lag > LAG_99 / math.sqrt(count)
 
 
 def two_levels(values: FloatArray) -> tuple[float, float]:
@@ -127,17 +172,25 @@ def drift(replicates: FloatArray) -> float:
 
 
 def split_warmup(totals: FloatArray, least: int = 5) -> int:
-    """How many leading rounds are warm-up: pyperf's rule, first values are while they lie above the fence of the rest.
+    """How many leading rounds are warm-up, beside the very first: while they are slow to start.
 
-    The fence is the third quartile of the later rounds plus 1.5 interquartile ranges, and at least 5 % above their
-    median (without noise the range is nothing, and every first value an outlier). At least `least` rounds stay. Where
-    more than `MOST_WARMUP` or `WARMUP_SHARE` would have to go, none does: that is no warm-up but a machine that changed
-    its speed, which the run may meet again and the interval has to show.
+    At least `least` rounds stay. Where more than `MOST_WARMUP` or `WARMUP_SHARE` would have to go, none does: that is
+    no warm-up but a machine that changed its speed, which the run may meet again and the interval has to show.
     """
     dropped = 0
-    while dropped <= MOST_WARMUP and len(totals) - dropped > least:
-        low, middle, high = np.quantile(totals[dropped + 1 :], [0.25, 0.5, 0.75])
-        if totals[dropped] <= max(high + 1.5 * (high - low), 1.05 * middle):
-            break
+    while dropped <= MOST_WARMUP and len(totals) - dropped > least and is_slow_to_start(totals[dropped:]):
         dropped += 1
     return dropped if dropped <= min(MOST_WARMUP, WARMUP_SHARE * len(totals)) else 0
+
+
+def is_slow_to_start(totals: FloatArray) -> bool:
+    """Whether the first of some rounds is warm-up: pyperf's rule, it lies above the fence of the later ones.
+
+    The fence is their third quartile plus 1.5 interquartile ranges, and at least 5 % above their median (without noise
+    the range is nothing, and every first value an outlier). Below it a first round that was slow moves the mean by no
+    more than the rounds scatter. Two later ones are needed, or there is no scatter to go by.
+    """
+    if len(totals) < 3:
+        return False
+    low, middle, high = np.quantile(totals[1:], [0.25, 0.5, 0.75])
+    return bool(totals[0] > max(high + 1.5 * (high - low), 1.05 * middle))

@@ -44,6 +44,22 @@ def test_drift_and_throttling_are_warned_of_and_the_range_is_not_called_calibrat
     assert cell.alarms >= 0.95
 
 
+@pytest.mark.parametrize("preset", ["baseline", "two-stage"])
+def test_drift_and_throttling_are_warned_of_where_micro_steps_are_long_and_few(preset: str) -> None:
+    for changes in ({"drift": 0.24}, {"throttle": 1.35, "dwell": 8.0}):
+        cell = estimator.judge(("mostly cut", preset, "drift", {"noise": 0.10, **changes}, 40))
+        assert cell.unsteady >= 0.95
+
+
+def test_a_range_from_few_micro_steps_is_not_called_calibrated_and_reaches_a_machine_that_drifts() -> None:
+    steady = estimator.judge(("mostly cut", "baseline", "slow", estimator.CHECK_NOISE["slow"], 60))
+    assert steady.held >= 0.86
+    assert steady.unsteady <= 0.05
+    drifting = estimator.judge(("mostly cut", "baseline", "slow drift", estimator.CHECK_NOISE["slow drift"], 60))
+    assert drifting.alarms >= 0.95
+    assert drifting.held >= 0.7
+
+
 @pytest.mark.parametrize("distribution", list(estimator.distributions()))
 def test_without_noise_the_error_is_under_a_hundredth(distribution: str) -> None:
     cell = estimator.judge((distribution, "recommended", "exact", {}, 1))

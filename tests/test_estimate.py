@@ -18,10 +18,11 @@ from planner.estimate import (
     evaluations_and_checkpoints,
     mean_micro_seconds,
 )
-from planner.estimator import fit_cost
+from planner.estimator import Estimator, fit_cost
 from planner.fixed import EVALUATION_BATCHES
 from planner.measure import measure, with_references
 from planner.measurement import MicroSample, PlannedRow, Round
+from planner.steadiness import HAS_TO_SHOW
 from trainer.evaluate import evaluation_batches
 from trainer.job import EvaluationSpec
 from trainer.planning import CHECKPOINT_SECONDS, plan_job, stand_in
@@ -287,6 +288,33 @@ def test_an_unsteady_machine_is_warned_of_and_a_steady_one_is_not() -> None:
     assert any("not steady" in warning for warning in unsteady.warnings)
     (steady,) = estimates(FakeDevice(LENGTHS, noise=0.05), [row])
     assert steady.warnings == ()
+
+
+def test_too_few_noisy_timings_to_tell_a_drift_widen_the_range_and_are_said() -> None:
+    row = make_row(make_job(), DATA)
+    (few,) = estimates(FakeDevice(LENGTHS, noise=0.10, base=2.0), [row])
+    (sure,) = estimates(FakeDevice(LENGTHS, noise=0.01, base=2.0), [row])
+    assert any("too few timings to tell whether this machine is steady" in one for one in few.warnings)
+    assert not few.calibrated
+    assert sure.warnings == ()
+    assert sure.calibrated
+    assert few.train_seconds is not None
+    assert few.train_seconds_low is not None
+    assert few.train_seconds_high is not None
+    assert few.train_seconds_high / few.train_seconds - 1 > HAS_TO_SHOW / 4
+    assert few.train_seconds / few.train_seconds_low - 1 > HAS_TO_SHOW / 4
+
+
+def test_a_drift_is_read_from_the_moments_of_single_micro_steps() -> None:
+    row = make_row(make_job(), DATA)
+    device = FakeDevice(LENGTHS, noise=0.01, base=1.0, drift=0.24)
+    found = measure([row], DATA, device.factory, clock=device.clock)
+    rounds = found.measurements[0].rounds
+    along = Estimator(rounds, found.strata, row.kind).movement
+    last = rounds[-1].started + sum(one.seconds or 0.0 for one in rounds[-1].samples)
+    passed = np.log((1 + 0.24 * last / 60) / (1 + 0.24 * rounds[0].started / 60))
+    assert along.stands_out
+    assert along.by == pytest.approx(passed, rel=0.15)
 
 
 def test_a_row_that_was_not_measured_is_named() -> None:

@@ -56,7 +56,7 @@ def test_timing_stops_when_the_range_is_narrow_enough_and_says_so() -> None:
     found = measure([make_row(make_job(), DATA)], DATA, device.factory, clock=device.clock)
     assert found.measurements[0].ended_by == "precision"
     assert len(found.measurements[0].rounds) >= 5
-    assert len(found.measurements[0].warmup) == 1
+    assert found.measurements[0].warmup == ()  # a first round that is like the others counts
     assert found.warnings == ()
 
 
@@ -366,3 +366,15 @@ def test_measurements_survive_json() -> None:
     device = FakeDevice(LENGTHS, noise=0.05)
     found = measure([make_row(make_job(), DATA)], DATA, device.factory, clock=device.clock)
     assert jsonio.from_json(Measurements, jsonio.to_json(found)) == found
+
+
+def test_a_first_round_like_the_others_counts_and_a_slow_one_does_not() -> None:
+    """Where a budget holds five rounds, throwing one away on suspicion would cost a fifth of what was timed."""
+    row = make_row(make_job(), DATA)
+    slow = FakeDevice(LENGTHS, base=1.0, noise=0.02)
+    found = measure([row], DATA, slow.factory, 60.0, clock=slow.clock).measurements[0]
+    assert len(found.rounds) <= 6
+    assert found.warmup == ()
+    starting = FakeDevice(LENGTHS, base=1.0, noise=0.02, slow_first=20)
+    found = measure([row], DATA, starting.factory, 90.0, clock=starting.clock).measurements[0]
+    assert len(found.warmup) == 1

@@ -7,8 +7,19 @@ import pytest
 
 from planner.intervals import half_width, lopsided
 from planner.outliers import MOST_UNSEEN, UNSEEN, set_apart
-from planner.steadiness import Steadiness, drift, has_changed, judge, split_warmup, two_levels
-from planner.student import t_quantile
+from planner.slope import Movement, movement
+from planner.steadiness import (
+    HAS_TO_SHOW,
+    Steadiness,
+    drift,
+    has_changed,
+    is_slow_to_start,
+    judge,
+    split_warmup,
+    too_few,
+    two_levels,
+)
+from planner.student import t_quantile, t_quantile_99
 
 NORMAL = np.random.default_rng(1)
 
@@ -16,6 +27,75 @@ NORMAL = np.random.default_rng(1)
 @pytest.mark.parametrize(("degrees", "quantile"), [(1, 6.314), (4, 2.132), (5, 2.015), (9, 1.833), (30, 1.697)])
 def test_t_quantiles_are_the_table_s(degrees: int, quantile: float) -> None:
     assert t_quantile(degrees) == pytest.approx(quantile, abs=2e-3)
+
+
+@pytest.mark.parametrize(("degrees", "quantile"), [(1, 31.82), (5, 3.365), (7, 2.998), (10, 2.764), (30, 2.457)])
+def test_t_quantiles_at_99_are_the_table_s(degrees: int, quantile: float) -> None:
+    assert t_quantile_99(degrees) == pytest.approx(quantile, abs=4e-3)
+
+
+def moved(random: np.random.Generator, count: int, *, by: float = 0.0, scatter: float = 0.1) -> Movement:
+    """Timings of two classes over a minute, whose speed moves by so much."""
+    times = np.linspace(0.0, 60.0, count)
+    return movement(times, random.normal(0, scatter, count) + by * times / 60, np.arange(count) % 2)
+
+
+def test_single_timings_show_a_movement_that_is_said_to_be_visible_and_noise_hardly_ever() -> None:
+    random = np.random.default_rng(3)
+    visible = moved(random, 60).visible
+    assert visible == pytest.approx((2.39 + 1.67) * 0.1 * np.sqrt(12 / 60), rel=0.3)
+    seen = [moved(random, 60, by=4.06 * 0.1 * np.sqrt(12 / 60)) for _ in range(400)]
+    assert np.mean([one.stands_out for one in seen]) == pytest.approx(0.95, abs=0.03)
+    assert np.mean([one.by for one in seen]) == pytest.approx(4.06 * 0.1 * np.sqrt(12 / 60), rel=0.05)
+    assert np.mean([moved(random, 60).stands_out for _ in range(1000)]) == pytest.approx(0.02, abs=0.013)
+
+
+def test_a_class_that_comes_late_is_no_slope_and_a_slow_timing_hides_none() -> None:
+    random = np.random.default_rng(4)
+    timings = random.normal(0, 0.05, 60) + np.repeat([0.0, 0.5], 30)
+    assert not movement(np.arange(60.0), timings, np.repeat([0, 1], 30)).stands_out
+    timings = random.normal(0, 0.05, 60) + np.linspace(0, 0.2, 60)
+    timings[5] = 3.0
+    found = movement(np.arange(60.0), timings, np.zeros(60, dtype=np.int64))
+    assert found.stands_out
+    assert found.by == pytest.approx(0.2, abs=0.08)
+
+
+def test_a_movement_of_single_timings_is_warned_of_where_rounds_are_few_and_seem_alike() -> None:
+    rounds = np.array([10.0, 10.1, 9.9, 10.0, 10.05])
+    along = Movement(by=0.15, error=0.03, degrees=30, scatter=0.08, count=33)
+    found = judge(rounds, rounds, np.zeros(33), along)
+    assert found.moved == 0.15
+    assert "its speed moved by 15%" in str(found.warning)
+    assert judge(rounds, rounds, np.zeros(33), Movement(by=0.15, error=0.1, degrees=30, count=33)).is_steady
+
+
+def test_few_timings_are_said_to_be_too_few_with_number_threshold_and_remedy() -> None:
+    random = np.random.default_rng(5)
+    rounds = np.array([10.0, 10.1, 9.9, 10.0])
+    enough = judge(rounds, rounds, np.zeros(9), moved(random, 90))
+    assert enough.can_tell
+    assert enough.hidden == 0.0
+    assert too_few(enough, 60.0) is None
+    few = judge(rounds, rounds, np.zeros(9), moved(random, 20))
+    assert not few.can_tell
+    assert HAS_TO_SHOW / 2 < few.hidden < 0.5
+    text = too_few(few, 60.0)
+    assert text is not None
+    assert "with 20 micro-steps" in text
+    assert "20% has to" in text
+    assert "--budget 2" in text or "--budget 1" in text
+    none = judge(rounds[:2], rounds[:2], np.zeros(2), movement(np.array([0.0, 9]), np.zeros(2), np.array([0, 1])))
+    assert not none.can_tell
+    assert none.hidden == 1.0
+    assert "a much longer --budget" in str(too_few(none, 60.0))
+
+
+def test_a_first_round_counts_unless_it_lies_above_the_fence_of_the_later_ones() -> None:
+    assert not is_slow_to_start(np.array([10.4, 10.0, 10.1, 9.9]))
+    assert is_slow_to_start(np.array([12.0, 10.0, 10.1, 9.9]))
+    assert not is_slow_to_start(np.array([8.0, 10.0, 10.1, 9.9]))
+    assert not is_slow_to_start(np.array([12.0, 10.0]))  # nothing to go by
 
 
 def test_correlated_rounds_widen_the_interval() -> None:
