@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 
 from planner.estimate import of_a_run
-from planner.estimator import plan_work
 from planner.hardware import DeviceFacts, cpu_name
 from planner.history import History
 from planner.measurement import Measurement, Measurements, PlannedRow, RowVerdict, StepSignature
-from planner.strata import Strata, keys
+from planner.strata import Strata
+from planner.works import Extremes, Works
 from presets import jsonio
 from presets.errors import PlanError
-from trainer.batching import BatchPlan, MicroShapes
+from trainer.batching import BatchPlan
 from trainer.evaluate import answerable
 from trainer.job import Job
 from trainer.model import inspect_model
@@ -55,7 +55,7 @@ TIMED_SOURCES = (
 ESTIMATED_SOURCES = (
     ("planner", "estimate.py"), ("planner", "measure.py"), ("planner", "steadiness.py"), ("planner", "intervals.py"),
     ("planner", "outliers.py"), ("planner", "estimator.py"), ("planner", "decks.py"),
-    ("planner", "fixed.py"),
+    ("planner", "fixed.py"), ("planner", "works.py"),
 )  # fmt: skip
 NOT_SHAPE = ("_name_or_path", "transformers_version")  # of a config.json
 LIKE = 2.0  # a class of micro-batches may lie on average this factor from those timed for it; the fit bridges that much
@@ -112,6 +112,7 @@ class Keys:
     facts: DeviceFacts
     _machine: dict[str, Any] | None = None
     _models: dict[tuple[str, bool], Any] = field(default_factory=dict)
+    _data: dict[TokenizedDataset, str] = field(default_factory=dict)
 
     def of_runs(self, job: Job) -> str | None:
         """Runs of jobs with the same key are comparable; None where the model's shape is not known."""
@@ -124,6 +125,14 @@ class Keys:
         if parts is None:
             return None
         return _digest({**parts, "max_length": job.preset.max_length, "packed_length": job.packed_length})
+
+    def of_data(self, data: TokenizedDataset) -> str:
+        """Data with the same key takes the same time: its examples' lengths, and how much of each is learnt from."""
+        if data not in self._data:
+            sha = hashlib.sha256(np.ascontiguousarray(data.lengths).data)
+            sha.update(np.ascontiguousarray(data.num_supervised).data)
+            self._data[data] = sha.hexdigest()[:16]
+        return self._data[data]
 
     def _parts(self, job: Job) -> dict[str, Any] | None:
         self._machine = self._machine or machine(self.facts)
@@ -210,13 +219,6 @@ def _digest(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def data_key(data: TokenizedDataset) -> str:
-    """Data with the same key takes the same time: its examples' lengths, and how much of each is learnt from."""
-    sha = hashlib.sha256(np.ascontiguousarray(data.lengths).tobytes())
-    sha.update(np.ascontiguousarray(data.num_supervised).tobytes())
-    return sha.hexdigest()[:16]
-
-
 # --- storing ----------------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +232,7 @@ def keep(
     now: datetime,
 ) -> None:
     """Store what was measured, under a key of step signature and data; what failed is left to be tried again."""
-    contents, of_data = {}, data_key(data)
+    contents, of_data = {}, made.of_data(data)
     call = uuid.uuid4().hex
     for measurement in found.measurements:
         members = [row for row in rows if StepSignature.of(row.job) == measurement.signature]
@@ -270,7 +272,12 @@ class _Unfit(Exception):
 
 
 def reuse(
-    history: History, made: Keys, rows: Sequence[PlannedRow], data: TokenizedDataset, asked: Sharpness
+    history: History,
+    made: Keys,
+    rows: Sequence[PlannedRow],
+    data: TokenizedDataset,
+    asked: Sharpness,
+    works: Works | None = None,
 ) -> Reused | str | None:
     """Stored measurements for these rows, or why those that are stored do not do, or None where there are none.
 
@@ -291,7 +298,8 @@ def reuse(
         if key is None:
             return None
         keyed[signature] = key
-    of_data = data_key(data)
+    of_data = made.of_data(data)
+    works = works or Works(data)
     own = history.measurements(f"{key}.{of_data}" for key in keyed.values())
     why: str | None = None
     for stored in ({name.partition(".")[0]: content for name, content in own.items()}, None):
@@ -300,7 +308,7 @@ def reuse(
             continue
         try:
             entries = {one: jsonio.from_json(CachedMeasurement, contents[key]) for one, key in keyed.items()}
-            return _checked(entries, wanted, data, asked, made.facts)
+            return _checked(entries, wanted, data, asked, made.facts, works)
         except PlanError:  # of another form than today's
             continue
         except _Unfit as reason:
@@ -314,25 +322,25 @@ def _checked(
     data: TokenizedDataset,
     asked: Sharpness,
     facts: DeviceFacts,
+    works: Works,
 ) -> Reused:
     first = next(iter(entries.values()))
     if any(entry.call != first.call for entry in entries.values()):
         raise _Unfit("the configurations were not measured together")
     verdicts: list[RowVerdict] = []
     notes = list(first.notes)
-    shapes_of: dict[int, MicroShapes] = {}
     for signature, rows in wanted.items():
         entry = entries[signature]
         _check_sharpness(entry, asked)
         for row in rows:
-            shapes = shapes_of.setdefault(id(row.plan), row.plan.micro_shapes(data.lengths))
-            cached = _judged(entry, row, shapes, facts)
+            extremes = works.extremes(row.plan)
+            cached = _judged(entry, row, extremes, facts)
             verdicts.append(replace(cached.verdict, name=row.name, signature=signature))
             if cached.verdict.fits:
-                _check_strata(entry, row, shapes)
+                _check_strata(entry, row, works)
                 if not row.is_reference:
                     _check_fixed(entry.measurement, row, data)
-                    notes += _memory_note(cached, row, shapes)
+                    notes += _memory_note(cached, extremes)
     return Reused(
         measurements=Measurements(
             strata=first.strata,
@@ -356,10 +364,9 @@ def _check_sharpness(entry: CachedMeasurement, asked: Sharpness) -> None:
     raise _Unfit("a sharper measurement is asked for than the one that is stored")
 
 
-def _judged(entry: CachedMeasurement, row: PlannedRow, shapes: MicroShapes, facts: DeviceFacts) -> CachedRow:
+def _judged(entry: CachedMeasurement, row: PlannedRow, extremes: Extremes, facts: DeviceFacts) -> CachedRow:
     """The stored verdict that covers a row: of those that fitted the smallest, so that its memory is the nearest."""
-    worst = int(keys(shapes).argmax())
-    padded, width = int(shapes.padded_tokens[worst]), int(shapes.width[worst])
+    padded, width = extremes.worst_padded, extremes.worst_width
     accumulates = _accumulates(row.plan)
     covering = [
         one
@@ -394,10 +401,10 @@ def _accumulates(plan: BatchPlan) -> bool:
     return bool((np.diff(plan.window_offsets) > plan.num_devices).any())
 
 
-def _check_strata(entry: CachedMeasurement, row: PlannedRow, shapes: MicroShapes) -> None:
+def _check_strata(entry: CachedMeasurement, row: PlannedRow, works: Works) -> None:
     if not entry.strata.numbers(row.kind):
         raise _Unfit(f"micro-batches of {row.job.micro_batch_size} were not measured")
-    work = plan_work(row, shapes, entry.strata)
+    work = works.of(row, entry.strata)
     timed: dict[int, list[int]] = {}
     for one in entry.measurement.rounds:
         for sample in one.samples:
@@ -426,8 +433,8 @@ def _check_fixed(measurement: Measurement, row: PlannedRow, data: TokenizedDatas
         raise _Unfit("sample answers were not timed")
 
 
-def _memory_note(cached: CachedRow, row: PlannedRow, shapes: MicroShapes) -> list[str]:
-    largest = int(shapes.padded_tokens.max())
+def _memory_note(cached: CachedRow, extremes: Extremes) -> list[str]:
+    largest = extremes.largest_padded
     if largest >= NEAR * _padded(cached):
         return []
     return [

@@ -35,7 +35,7 @@ from planner.standing import Standing
 from planner.twin import TOO_SHORT, Change, Twin, Untimed, Wanted, changed
 from presets.errors import MeasurementError, PlanError, SettingsError
 from trainer.job import Job
-from trainer.planning import plan_job, stand_in
+from trainer.planning import Plans, stand_in
 from trainer.tokens import FloatArray, TokenizedDataset
 
 CPU_MICRO_BATCHES = (1, 2, 4, 8)
@@ -104,7 +104,7 @@ class _Tuning:
         self.keep = keep
         self.refused: list[str] = []
         self.untimed: dict[str, str] = {}  # preset -> why nothing of it can be timed
-        self.plans: dict[tuple[object, ...], PlannedRow] = {}
+        self.plans = Plans(data)
         self.standing = Standing()
         self.variants: dict[str, tuple[str, tuple[Change, ...]]] = {}  # row -> preset and changes
 
@@ -354,13 +354,7 @@ class _Tuning:
 
     def _row(self, name: str, job: Job) -> PlannedRow:
         """A row and its batch plan; jobs that differ only in their step share a plan."""
-        key = (job.preset.sampling, job.preset.phases, job.preset.num_epochs, job.global_batch_sizes,
-               job.micro_batch_size, job.packing, job.packed_length, job.group_by_length)  # fmt: skip
-        known = self.plans.get(key)
-        if known is None:
-            known = PlannedRow(name=name, job=job, plan=plan_job(stand_in(job), self.data).plan)
-            self.plans[key] = known
-        return PlannedRow(name=name, job=job, plan=known.plan)
+        return PlannedRow(name=name, job=job, plan=self.plans.of(stand_in(job)).plan)
 
     def _measure(self, rows: list[PlannedRow], share: float, what: str) -> Measurements:
         def tell(text: str, spent: float) -> None:
