@@ -43,7 +43,7 @@ def run_case(name: str, examples: int) -> dict[str, Any]:
     small = make_data(chat_lengths(3000))
     job = make_job("recommended", **CASES[name])  # type: ignore[arg-type]
     small_row = make_row(job, small)
-    device = FakeDevice(small.lengths, noise=0.05)
+    device = FakeDevice(small.lengths, noise=0.05, memory=64 << 30)  # what does not fit has no estimate to time
     found = measure([small_row], small, device.factory, clock=device.clock)
 
     lengths = chat_lengths(examples, seed=6)
@@ -60,6 +60,8 @@ def run_case(name: str, examples: int) -> dict[str, Any]:
     planned, planned_cpu = time.perf_counter(), time.process_time()
     one = estimate(row, data, found)
     ended, ended_cpu = time.perf_counter(), time.process_time()
+    if one.train_seconds is None:
+        raise SystemExit(f"{name}: nothing was estimated ({one.error})")
     return {
         "case": name,
         "examples": examples,
