@@ -8,12 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from planner.figures import duration
 from planner.hardware import DeviceFacts
 from planner.history import History
-from planner.measure import Progress
 from planner.measurement import PlannedRow
 from planner.prober import ProberFactory
 from planner.resolve import Options, Resolved, resolve_job
@@ -26,11 +25,14 @@ from presets.errors import DataError, SettingsError
 from presets.schema import Preset, load_preset
 from trainer.data import prepare_data
 from trainer.job import DataSpec, Job
-from trainer.planning import STAND_IN_NOTE, needs_loss, plan_job, stand_in, with_evaluation_on_top
+from trainer.planning import STAND_IN_NOTE, Plans, needs_loss, stand_in, with_evaluation_on_top
 from trainer.tokens import TokenizedDataset
 
+if TYPE_CHECKING:
+    from planner.measure import Progress
+
 Say = Callable[[str], None]
-Shown = Callable[[Say], AbstractContextManager[Progress]]  # how the progress of measuring is shown while it lasts
+Shown = Callable[[Say], AbstractContextManager["Progress"]]  # how the progress of measuring is shown while it lasts
 
 BASELINE = "baseline"
 TUNE_BUDGETS = 3.0  # a search takes this many times a measurement's budget: it times three times as much
@@ -55,6 +57,7 @@ class Candidate:
     twin: Twin | None = None  # set where this is the tuned twin of a preset
     planned: PlannedRow | None = None
     data: TokenizedDataset | None = None
+    plans: Plans | None = None  # of this data
     data_seconds: float | None = None
     notes: tuple[str, ...] = ()
     error: str | None = None
@@ -70,7 +73,7 @@ class Candidate:
 def make_candidates(
     presets: tuple[Preset, ...], options: Options, settings: Settings, facts: DeviceFacts, spec: DataSpec, say: Say
 ) -> tuple[Candidate, ...]:
-    prepared: dict[int, tuple[TokenizedDataset, float]] = {}
+    prepared: dict[int, tuple[TokenizedDataset, float, Plans]] = {}
     found = []
     for preset in presets:
         resolved = resolve_job(preset, options, settings, facts, spec)
@@ -80,10 +83,11 @@ def make_candidates(
         job = resolved.job
         length = job.preset.max_length
         if length not in prepared:
-            prepared[length] = _prepare(job, say)
-        data, seconds = prepared[length]
+            made = _prepare(job, say)
+            prepared[length] = (*made, Plans(made[0]))
+        data, seconds, plans = prepared[length]
         try:
-            planned = plan_job(stand_in(job), data)
+            planned = plans.of(stand_in(job))
         except DataError as reason:  # this row's sampling needs a field that the data lacks: the others still show
             told = f"{reason} It {resolved.sampled.split(';')[0]}." if resolved.sampled else str(reason)
             found.append(Candidate(resolved=resolved, error=told))
@@ -94,6 +98,7 @@ def make_candidates(
                 resolved=resolved,
                 planned=PlannedRow(name=preset.name, job=job, plan=planned.plan),
                 data=data,
+                plans=plans,
                 data_seconds=seconds,
                 notes=(
                     *resolved.notes,
@@ -211,11 +216,11 @@ def with_twins(
 
 def twin_candidate(candidate: Candidate, twin: Twin) -> Candidate | None:
     """The tuned twin of a configuration; None where its split is not possible any more."""
-    if candidate.planned is None or candidate.data is None:
+    if candidate.planned is None or candidate.plans is None:
         return None
     try:
         job = twin.job(candidate.planned.job)
-        planned = plan_job(stand_in(job), candidate.data)
+        planned = candidate.plans.of(stand_in(job))
     except (SettingsError, DataError):
         return None
     lost = () if all(change.is_neutral for change in twin.changes) else ("tuned with settings that change the result",)
@@ -243,7 +248,7 @@ def _prepare(job: Job, say: Say) -> tuple[TokenizedDataset, float]:
     if first > 1.0:
         what = "examples" if len(data) > 1 else "example"
         say(f"data: {len(data):,} {what} read and tokenised in {duration(first)}, imports included")
-    if first < OPENED_SECONDS:
+    if first < OPENED_SECONDS or job.data.is_count:  # a count is never kept, and never run
         return data, first
     begun = time.perf_counter()
     prepare_data(spec, **arguments)

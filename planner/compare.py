@@ -23,11 +23,10 @@ from planner.candidates import (
     with_twins,
 )
 from planner.correction import Correction, corrected, past_correction
-from planner.estimate import BETWEEN_RUNS, Estimate, estimate
+from planner.estimate import BETWEEN_RUNS, Estimate, estimate, with_references
 from planner.figures import ago
 from planner.hardware import DeviceFacts, detect_device
 from planner.history import History
-from planner.measure import measure, with_references
 from planner.measurement import Measurements
 from planner.prober import ProberMaker, ProcessProber
 from planner.report import (
@@ -37,6 +36,7 @@ from planner.resolve import Options, presets_to_compare, resolve_data, resolve_m
 from planner.reuse import Keys, Reused, Sharpness, keep, reuse
 from planner.rows import Past, make_report
 from planner.scratch import Place, place_for, scratch_folder
+from planner.works import Works
 from presets.env import Settings
 from presets.errors import DataError, ModelError, SettingsError, together
 from presets.schema import DEFAULT_PRESET
@@ -103,12 +103,19 @@ def compare(
         candidates = with_twins(candidates, baseline, search, tuned=tuned, instead=running)
     before_measuring(candidates)
     place = place_for(output or (Path(settings.output) if settings.output else None))
-    found, measured_at = _measure_all(candidates, measuring, say, shown, factory, history, keys, now, clock, place)
+    works: dict[int, Works] = {}
+    for candidate in candidates:
+        if candidate.planned is not None and candidate.data is not None:
+            works.setdefault(candidate.planned.job.preset.max_length, Works(candidate.data))
+    found, measured_at = _measure_all(
+        candidates, works, measuring, say, shown, factory, history, keys, now, clock, place
+    )
     raw = {
         candidate.planned.name: estimate(
             candidate.planned,
             candidate.data,
             found[candidate.planned.job.preset.max_length],
+            works=works[candidate.planned.job.preset.max_length],
             data_seconds=candidate.data_seconds,
             between=BETWEEN_RUNS[candidate.planned.job.device],
         )
@@ -174,6 +181,7 @@ def prepare(
 
 def _measure_all(
     candidates: tuple[Candidate, ...],
+    works: dict[int, Works],
     measuring: MeasureSettings,
     say: Say,
     shown: Shown,
@@ -203,14 +211,15 @@ def _measure_all(
         rows = [member.planned for member in members if member.planned is not None]
         rows = rows if len(rows) == 1 else with_references(rows)  # a single row that will run needs no comparison
         if history is not None and not measuring.fresh:
-            stored = reuse(history, keys, rows, data, asked, place.disk)
+            stored = reuse(history, keys, rows, data, asked, place.disk, works[length])
             if isinstance(stored, Reused):
                 found[length], measured_at[length] = stored.measurements, stored.measured_at
                 say(f"measured {ago(stored.measured_at, now)} on this machine; --fresh measures again")
                 continue
             if stored is not None:
                 say(f"measuring again: {stored}")
-        from planner.meter import ConditionsMeter  # with psutil, which a table from the history does without
+        from planner.measure import measure  # what measures, which a table from the history does without
+        from planner.meter import ConditionsMeter
 
         with scratch_folder(place) as scratch, tempfile.TemporaryDirectory(prefix="plan-") as folder, shown(say) as bar:
             saved = Path(folder) / "data"

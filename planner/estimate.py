@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.conditions import summarise
-from planner.estimator import Estimator, PlanWork, plan_work
+from planner.estimator import Estimator, PlanWork
 from planner.figures import GIB
 from planner.intervals import lopsided
 from planner.measurement import (
@@ -21,8 +21,8 @@ from planner.measurement import (
 )
 from planner.prober import SaveReply
 from planner.steadiness import judge, too_few
+from planner.works import Works
 from presets.errors import MeasurementError
-from trainer.batching import MicroShapes
 from trainer.disk import LEAST_KEPT
 from trainer.job import Job
 from trainer.planning import checkpoint_steps, evaluation_steps, needs_loss, with_checkpoint_interval
@@ -108,19 +108,32 @@ def reference_job(job: Job) -> Job:
     return replace(job, precision="fp32", base_precision="fp32")
 
 
+def with_references(rows: list[PlannedRow]) -> list[PlannedRow]:
+    """The rows, and one in fp32 for each step signature whose fp32 twin is not among them: for the speed factor."""
+    signatures = {StepSignature.of(row.job) for row in rows}
+    added = []
+    for row in rows:
+        job = reference_job(row.job)
+        signature = StepSignature.of(job)
+        if signature not in signatures:
+            signatures.add(signature)
+            added.append(PlannedRow(name=f"{row.name} at fp32", job=job, plan=row.plan, is_reference=True))
+    return [*rows, *added]
+
+
 def estimate(
     row: PlannedRow,
     data: TokenizedDataset,
     found: Measurements,
     *,
-    shapes: MicroShapes | None = None,
+    works: Works | None = None,
     data_seconds: float | None = None,
     between: float = 0.0,
 ) -> Estimate:
     """The estimate of one row, from what was measured of its step signature.
 
     Args:
-        shapes: `row.plan.micro_shapes(data.lengths)`, where the caller has it already.
+        works: of this data, where rows share it; None: made here.
         data_seconds: what the run will take to read its data, where known.
         between: half of the 90 % interval, relative, by which one hour differs from the next on such a machine; no
             minute of timing shows it.
@@ -140,8 +153,8 @@ def estimate(
     )
     if not verdict.fits or not measurement.rounds:
         return plain
-    shapes = row.plan.micro_shapes(data.lengths) if shapes is None else shapes
-    work = plan_work(row, shapes, found.strata)
+    works = works or Works(data)
+    work = works.of(row, found.strata)
     estimator = Estimator(measurement.rounds, found.strata, row.kind)
     total = estimator.total(work)
     least = TIMER_SECONDS * work.num_micro_batches
@@ -189,7 +202,7 @@ def estimate(
         notes.append(f"the layers are not compiled: {measurement.load.compile_refused}")
     per_step = total.seconds / work.num_steps
     job = with_checkpoint_interval(row.job, row.plan.num_steps, per_step)
-    fixed = fixed_seconds(replace(row, job=job), data, measurement, data_seconds)
+    fixed = fixed_seconds(replace(row, job=job), works, measurement, data_seconds)
     high += measurement.first_time_share * total.seconds  # it may go on: each shape its own kernel
     # Taken once as measured: the run meets other micro-batches first.
     seconds, low, high = (
@@ -303,7 +316,7 @@ def window_ratio(measurement: Measurement, estimator: Estimator) -> float | None
 
 
 def fixed_seconds(
-    row: PlannedRow, data: TokenizedDataset, measurement: Measurement, data_seconds: float | None = None
+    row: PlannedRow, works: Works, measurement: Measurement, data_seconds: float | None = None
 ) -> FixedSeconds:
     """What the run takes beside its steps: each measured part x how often the run does it."""
     load, samples, spec = measurement.load, measurement.fixed, row.job.evaluation
@@ -312,13 +325,15 @@ def fixed_seconds(
     if len(row.plan.evaluation) == 0:
         evaluation = 0.0
     elif samples.evaluation:
-        evaluation = _forward_seconds(data, row.plan.evaluation, samples, devices) * evaluations_and_checkpoints(row)[0]
+        evaluation = (
+            _forward_seconds(works, row.plan.evaluation, samples, devices) * evaluations_and_checkpoints(row)[0]
+        )
         evaluation += samples.evaluation_once
     if needs_loss(row.job.preset):
         # The run scores every training example with the model before it can make its batch plan.
-        training = np.setdiff1d(np.arange(len(data)), row.plan.evaluation)
+        training = np.setdiff1d(np.arange(works.num_examples), row.plan.evaluation)
         known = data_seconds is not None and samples.evaluation
-        data_seconds = (data_seconds or 0.0) + _forward_seconds(data, training, samples, devices) if known else None
+        data_seconds = (data_seconds or 0.0) + _forward_seconds(works, training, samples, devices) if known else None
     answers = None
     if spec.num_samples == 0 or len(row.plan.evaluation) == 0:
         answers = 0.0
@@ -346,15 +361,9 @@ def _checkpoint_seconds(row: PlannedRow, saved: SaveReply) -> float:
     return saved.checkpoint_seconds * written + saved.removal_seconds * removed
 
 
-def _forward_seconds(data: TokenizedDataset, examples: IntArray, samples: FixedSamples, num_devices: int) -> float:
-    """Seconds of one forward pass over some examples, at the rate of the timed evaluation batches.
-
-    Several devices take the batches in turns, and wait for the one with the most work.
-    """
-    from trainer.evaluate import evaluation_batches
-
-    each = [len(batch) * int(data.lengths[batch].max()) for batch in evaluation_batches(data, examples)]
-    padded = max(sum(each[device::num_devices]) for device in range(num_devices))
+def _forward_seconds(works: Works, examples: IntArray, samples: FixedSamples, num_devices: int) -> float:
+    """Seconds of one forward pass over some examples, at the rate of the timed evaluation batches."""
+    padded = works.evaluation_padded(examples, num_devices)
     timed = sum(one.seconds or 0.0 for one in samples.evaluation)
     return timed / max(1, sum(one.rows * one.width for one in samples.evaluation)) * padded
 

@@ -19,7 +19,7 @@ from planner.strata import Kind, Strata, keys
 from presets.errors import MeasurementError
 from trainer.batching import MicroShapes
 from trainer.record import CostModel
-from trainer.tokens import FloatArray, IntArray
+from trainer.tokens import FloatArray
 
 _NORMAL = statistics.NormalDist()
 _Z = _NORMAL.inv_cdf(0.95)
@@ -48,24 +48,24 @@ class PlanWork:
 
 def plan_work(row: PlannedRow, shapes: MicroShapes, strata: Strata) -> PlanWork:
     """The work of a row's plan, per stratum."""
-    stratum = strata.of(row.kind, shapes)
-    padded, width = shapes.padded_tokens, shapes.width
     devices = row.plan.num_devices
-    if devices > 1:
-        # Windows hold a multiple of `devices` micro-batches, so no round of devices crosses two windows.
-        slowest = keys(shapes).reshape(-1, devices).argmax(axis=1) + np.arange(0, len(padded), devices)
-        stratum, padded, width = stratum[slowest], padded[slowest], width[slowest]
-    counted = stratum >= 0
-    if not counted.all():  # three copies of ten million numbers take as long as all the rest
-        stratum, padded, width = stratum[counted], padded[counted], width[counted]
-
-    def per_stratum(weights: IntArray) -> FloatArray:
-        return np.bincount(stratum, weights=weights, minlength=strata.count).astype(np.float64)
-
+    sums = np.zeros((3, strata.count))  # of whole numbers far below 2^53: exact, in whatever parts they are added
+    for some in shapes.blocks(devices):
+        if devices > 1:
+            # Windows hold a multiple of `devices` micro-batches, so no round of devices crosses two windows.
+            slowest = keys(some).reshape(-1, devices).argmax(axis=1)
+            some = some.part(slowest + np.arange(0, len(some.rows), devices))
+        stratum = strata.of(row.kind, some)
+        if (stratum < 0).any():
+            counted = np.flatnonzero(stratum >= 0)
+            some, stratum = some.part(counted), stratum[counted]
+        padded = some.padded_tokens
+        for number, weights in enumerate((None, padded, padded * some.width)):
+            sums[number] += np.bincount(stratum, weights=weights, minlength=strata.count)
     return PlanWork(
-        count=per_stratum(np.ones_like(stratum)),
-        padded=per_stratum(padded),
-        padded_width=per_stratum(padded * width),
+        count=sums[0],
+        padded=sums[1],
+        padded_width=sums[2],
         num_steps=row.plan.num_steps,
         num_examples=row.plan.num_examples,
         num_tokens=int(shapes.tokens.sum()),

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from planner.decks import Decks, Drawn, part_of, sample_of
-from planner.estimate import reference_job
+from planner.estimate import with_references as with_references
 from planner.estimator import Estimator, PlanWork, plan_work
 from planner.fixed import measure_fixed
 from planner.group import Group, rows_of
@@ -53,19 +53,6 @@ WINDOW_SHARE = 0.2  # of the budget that is left, at most, for one window
 
 Progress = Callable[[str, float], None]  # (what is being done, share of the budget spent)
 Meter = Callable[[], Conditions]  # what went on since it was last asked
-
-
-def with_references(rows: list[PlannedRow]) -> list[PlannedRow]:
-    """The rows, and one in fp32 for each step signature whose fp32 twin is not among them: for the speed factor."""
-    signatures = {StepSignature.of(row.job) for row in rows}
-    added = []
-    for row in rows:
-        job = reference_job(row.job)
-        signature = StepSignature.of(job)
-        if signature not in signatures:
-            signatures.add(signature)
-            added.append(PlannedRow(name=f"{row.name} at fp32", job=job, plan=row.plan, is_reference=True))
-    return [*rows, *added]
 
 
 def measure(

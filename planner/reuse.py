@@ -19,19 +19,19 @@ from typing import Any
 import numpy as np
 
 from planner.estimate import of_a_run
-from planner.estimator import plan_work
 from planner.hardware import DeviceFacts, cpu_name
 from planner.history import History
 from planner.measurement import Measurement, Measurements, PlannedRow, RowVerdict, StepSignature
-from planner.strata import Strata, keys
-from planner.supervised import is_near, share_of
+from planner.strata import Strata
+from planner.supervised import is_near
+from planner.works import Extremes, Works
 from presets import jsonio
 from presets.errors import PlanError
-from trainer.batching import BatchPlan, MicroShapes
+from trainer.batching import BatchPlan
 from trainer.evaluate import answerable
 from trainer.job import Job
 from trainer.model import inspect_model
-from trainer.tokens import IntArray, TokenizedDataset
+from trainer.tokens import TokenizedDataset
 
 VERSIONED = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "training-planner")
 THREAD_VARIABLES = (
@@ -56,7 +56,7 @@ TIMED_SOURCES = (
 ESTIMATED_SOURCES = (
     ("planner", "estimate.py"), ("planner", "measure.py"), ("planner", "steadiness.py"), ("planner", "intervals.py"),
     ("planner", "outliers.py"), ("planner", "slope.py"), ("planner", "estimator.py"), ("planner", "decks.py"),
-    ("planner", "fixed.py"),
+    ("planner", "fixed.py"), ("planner", "works.py"),
 )  # fmt: skip
 NOT_SHAPE = ("_name_or_path", "transformers_version")  # of a config.json
 LIKE = 2.0  # a class of micro-batches may lie on average this factor from those timed for it; the fit bridges that much
@@ -114,6 +114,7 @@ class Keys:
     facts: DeviceFacts
     _machine: dict[str, Any] | None = None
     _models: dict[tuple[str, bool], Any] = field(default_factory=dict)
+    _data: dict[TokenizedDataset, str] = field(default_factory=dict)
 
     def of_runs(self, job: Job) -> str | None:
         """Runs of jobs with the same key are comparable; None where the model's shape is not known."""
@@ -130,6 +131,14 @@ class Keys:
         if parts is None:
             return None
         return _digest({**parts, "max_length": job.preset.max_length, "packed_length": job.packed_length, "disk": disk})
+
+    def of_data(self, data: TokenizedDataset) -> str:
+        """Data with the same key takes the same time: its examples' lengths, and how much of each is learnt from."""
+        if data not in self._data:
+            sha = hashlib.sha256(np.ascontiguousarray(data.lengths).data)
+            sha.update(np.ascontiguousarray(data.num_supervised).data)
+            self._data[data] = sha.hexdigest()[:16]
+        return self._data[data]
 
     def _parts(self, job: Job) -> dict[str, Any] | None:
         self._machine = self._machine or machine(self.facts)
@@ -216,13 +225,6 @@ def _digest(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def data_key(lengths: IntArray, num_supervised: IntArray) -> str:
-    """Data with the same key takes the same time: its examples' lengths, and how much of each is learnt from."""
-    sha = hashlib.sha256(np.ascontiguousarray(lengths).tobytes())
-    sha.update(np.ascontiguousarray(num_supervised).tobytes())
-    return sha.hexdigest()[:16]
-
-
 # --- storing ----------------------------------------------------------------------------------------------------------
 
 
@@ -237,8 +239,8 @@ def keep(
     disk: str,
 ) -> None:
     """Store what was measured, under a key of step signature, disk and data; what failed is left to be tried again."""
-    lengths, num_supervised = data.lengths, data.num_supervised
-    contents, of_data = {}, data_key(lengths, num_supervised)
+    contents, of_data = {}, made.of_data(data)
+    works = Works(data)
     call = uuid.uuid4().hex
     for measurement in found.measurements:
         members = [row for row in rows if StepSignature.of(row.job) == measurement.signature]
@@ -259,7 +261,7 @@ def keep(
             precision_target=asked.precision_target,
             free_bytes=made.facts.free_bytes,
             in_turns=found.in_turns,
-            supervised_share=share_of((row.plan for row in members), lengths, num_supervised),
+            supervised_share=works.supervised_share(row.plan for row in members),
             strata=found.strata,
             measurement=measurement,
             rows=tuple(judged),
@@ -279,7 +281,13 @@ class _Unfit(Exception):
 
 
 def reuse(
-    history: History, made: Keys, rows: Sequence[PlannedRow], data: TokenizedDataset, asked: Sharpness, disk: str
+    history: History,
+    made: Keys,
+    rows: Sequence[PlannedRow],
+    data: TokenizedDataset,
+    asked: Sharpness,
+    disk: str,
+    works: Works | None = None,
 ) -> Reused | str | None:
     """Stored measurements for these rows, or why those that are stored do not do, or None where there are none.
 
@@ -300,8 +308,8 @@ def reuse(
         if key is None:
             return None
         keyed[signature] = key
-    num_supervised = data.num_supervised
-    of_data = data_key(data.lengths, num_supervised)
+    of_data = made.of_data(data)
+    works = works or Works(data)
     own = history.measurements(f"{key}.{of_data}" for key in keyed.values())
     why: str | None = None
     for stored in ({name.partition(".")[0]: content for name, content in own.items()}, None):
@@ -310,7 +318,7 @@ def reuse(
             continue
         try:
             entries = {one: jsonio.from_json(CachedMeasurement, contents[key]) for one, key in keyed.items()}
-            return _checked(entries, wanted, data, num_supervised, asked, made.facts)
+            return _checked(entries, wanted, data, asked, made.facts, works)
         except PlanError:  # of another form than today's
             continue
         except _Unfit as reason:
@@ -322,29 +330,28 @@ def _checked(
     entries: dict[StepSignature, CachedMeasurement],
     wanted: dict[StepSignature, list[PlannedRow]],
     data: TokenizedDataset,
-    num_supervised: IntArray,
     asked: Sharpness,
     facts: DeviceFacts,
+    works: Works,
 ) -> Reused:
     first = next(iter(entries.values()))
     if any(entry.call != first.call for entry in entries.values()):
         raise _Unfit("the configurations were not measured together")
     verdicts: list[RowVerdict] = []
     notes = list(first.notes)
-    shapes_of: dict[int, MicroShapes] = {}
     for signature, rows in wanted.items():
         entry = entries[signature]
         _check_sharpness(entry, asked)
         for row in rows:
-            shapes = shapes_of.setdefault(id(row.plan), row.plan.micro_shapes(data.lengths))
-            cached = _judged(entry, row, shapes, facts)
+            extremes = works.extremes(row.plan)
+            cached = _judged(entry, row, extremes, facts)
             verdicts.append(replace(cached.verdict, name=row.name, signature=signature))
             if cached.verdict.fits:
-                _check_strata(entry, row, shapes)
-                _check_supervised(entry, row, data.lengths, num_supervised)
+                _check_strata(entry, row, works)
+                _check_supervised(entry, row, works)
                 if not row.is_reference:
                     _check_fixed(entry.measurement, row, data)
-                    notes += _memory_note(cached, row, shapes)
+                    notes += _memory_note(cached, extremes)
     return Reused(
         measurements=Measurements(
             strata=first.strata,
@@ -368,10 +375,9 @@ def _check_sharpness(entry: CachedMeasurement, asked: Sharpness) -> None:
     raise _Unfit("a sharper measurement is asked for than the one that is stored")
 
 
-def _judged(entry: CachedMeasurement, row: PlannedRow, shapes: MicroShapes, facts: DeviceFacts) -> CachedRow:
+def _judged(entry: CachedMeasurement, row: PlannedRow, extremes: Extremes, facts: DeviceFacts) -> CachedRow:
     """The stored verdict that covers a row: of those that fitted the smallest, so that its memory is the nearest."""
-    worst = int(keys(shapes).argmax())
-    padded, width = int(shapes.padded_tokens[worst]), int(shapes.width[worst])
+    padded, width = extremes.worst_padded, extremes.worst_width
     accumulates = _accumulates(row.plan)
     covering = [
         one
@@ -406,10 +412,10 @@ def _accumulates(plan: BatchPlan) -> bool:
     return bool((np.diff(plan.window_offsets) > plan.num_devices).any())
 
 
-def _check_strata(entry: CachedMeasurement, row: PlannedRow, shapes: MicroShapes) -> None:
+def _check_strata(entry: CachedMeasurement, row: PlannedRow, works: Works) -> None:
     if not entry.strata.numbers(row.kind):
         raise _Unfit(f"micro-batches of {row.job.micro_batch_size} were not measured")
-    work = plan_work(row, shapes, entry.strata)
+    work = works.of(row, entry.strata)
     timed: dict[int, list[int]] = {}
     for one in entry.measurement.rounds:
         for sample in one.samples:
@@ -426,8 +432,8 @@ def _check_strata(entry: CachedMeasurement, row: PlannedRow, shapes: MicroShapes
             raise _Unfit("the lengths lie too far from those that were timed")
 
 
-def _check_supervised(entry: CachedMeasurement, row: PlannedRow, lengths: IntArray, num_supervised: IntArray) -> None:
-    share = share_of([row.plan], lengths, num_supervised)
+def _check_supervised(entry: CachedMeasurement, row: PlannedRow, works: Works) -> None:
+    share = works.supervised_share([row.plan])
     if not is_near(entry.supervised_share, share, entry.measurement):
         raise _Unfit(
             f"{share:.0%} of the tokens are learnt from, and of those that were timed {entry.supervised_share:.0%}; "
@@ -447,8 +453,8 @@ def _check_fixed(measurement: Measurement, row: PlannedRow, data: TokenizedDatas
         raise _Unfit("sample answers were not timed")
 
 
-def _memory_note(cached: CachedRow, row: PlannedRow, shapes: MicroShapes) -> list[str]:
-    largest = int(shapes.padded_tokens.max())
+def _memory_note(cached: CachedRow, extremes: Extremes) -> list[str]:
+    largest = extremes.largest_padded
     if largest >= NEAR * _padded(cached):
         return []
     return [

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from planner.measurement import Measurement
-from trainer.batching import BatchPlan
 from trainer.job import Loss
-from trainer.tokens import IntArray
 
 # By how much, of all tokens. The lean loss takes these tokens alone through the output layer, the plain one only
 # through the softmax. With all tokens instead of 5 % the bundled model's micro-step took 10 % longer with the lean loss
 # and 3 % with the plain one (1,792 words, one core, 2026-11-27). The larger the vocabulary beside the layers, the more
 # that is: by the sizes of a 0.5 B model of 152,000 words 38 % with the lean loss, of which 2 % are let through here.
 NEAR: dict[Loss, float] = {"lean": 0.05, "plain": 0.25}
-
-
-def share_of(plans: Iterable[BatchPlan], lengths: IntArray, num_supervised: IntArray) -> float:
-    """Of the tokens in these plans, those that are learnt from, 0 to 1; both arrays hold tokens per example."""
-    orders = [plan.order for plan in plans]
-    learnt = sum(int(num_supervised[order].sum()) for order in orders)
-    return learnt / max(1, sum(int(lengths[order].sum()) for order in orders))
 
 
 def is_near(measured: float, wanted: float, measurement: Measurement) -> bool:

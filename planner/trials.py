@@ -18,7 +18,7 @@ from planner.standing import Standing
 from planner.twin import Change, Wanted, changed
 from presets.errors import MeasurementError, PlanError, SettingsError
 from trainer.job import Job
-from trainer.planning import plan_job, stand_in
+from trainer.planning import Plans, stand_in
 from trainer.tokens import FloatArray, TokenizedDataset
 
 Changes = tuple[Change, ...]
@@ -44,7 +44,7 @@ class Trials:
         self._progress = progress
         self._clock = clock or time.perf_counter
         self._seed = seed
-        self._plans: dict[tuple[object, ...], PlannedRow] = {}
+        self._plans = Plans(data)
         self._standing = Standing()
         self._variants: dict[str, tuple[str, Changes]] = {}  # row -> preset and changes
 
@@ -72,13 +72,7 @@ class Trials:
 
     def row(self, name: str, job: Job) -> PlannedRow:
         """A row and its batch plan; jobs that differ only in their step share a plan."""
-        key = (job.preset.sampling, job.preset.phases, job.preset.num_epochs, job.global_batch_sizes,
-               job.micro_batch_size, job.packing, job.packed_length, job.group_by_length)  # fmt: skip
-        known = self._plans.get(key)
-        if known is None:
-            known = PlannedRow(name=name, job=job, plan=plan_job(stand_in(job), self.data).plan)
-            self._plans[key] = known
-        return PlannedRow(name=name, job=job, plan=known.plan)
+        return PlannedRow(name=name, job=job, plan=self._plans.of(stand_in(job)).plan)
 
     # --- measuring ----------------------------------------------------------------------------------------------------
 

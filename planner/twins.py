@@ -10,22 +10,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from planner.halfway import Halfway
 from planner.history import History
-from planner.measure import Progress
 from planner.measurement import StepSignature
-from planner.nursery import nursery
-from planner.prober import ProberFactory, ProcessProber, worker_environment
+from planner.prober import ProberFactory
 from planner.reuse import Keys
-from planner.tune import tune
 from planner.twin import Twin, Untimed, Wanted
 from presets import jsonio
 from presets.errors import MeasurementError, PlanError
 from trainer.job import Job
 from trainer.tokens import TokenizedDataset
 
-FORM = 2  # of what is stored: another one is searched again
+if TYPE_CHECKING:
+    from planner.measure import Progress
+
+FORM = 3  # of what is stored: another one is searched again
 HALFWAY_FOR = timedelta(days=1)  # what an interrupted search found is gone on with for so long
 
 
@@ -42,12 +43,18 @@ def twin_key(
     key = keys.of_measurement(job)
     if key is None:
         return None
-    parts = [FORM, key, jsonio.to_plain(job.preset), job.micro_batch_size, job.num_devices, quantized]
+    parts = [
+        FORM,
+        key,
+        keys.of_data(data),
+        jsonio.to_plain(job.preset),
+        job.micro_batch_size,
+        job.num_devices,
+        quantized,
+    ]
     if job.group_by_length:  # other batches, and so another fastest split
         parts.append("grouped by length")
     sha = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    sha.update(data.lengths.tobytes())
-    sha.update(data.num_supervised.tobytes())
     return f"{what} {sha.hexdigest()[:32]}"
 
 
@@ -138,6 +145,11 @@ def find_twins(
     Raises:
         MeasurementError: nothing of any preset could be timed.
     """
+    # With all that measures, which a table from the history does without.
+    from planner.nursery import nursery
+    from planner.prober import ProcessProber, worker_environment
+    from planner.tune import tune
+
     groups: dict[StepSignature, list[Wanted]] = {}
     for one in wanted:
         groups.setdefault(StepSignature.of(one.job), []).append(one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import tomllib
 import types
@@ -235,6 +236,7 @@ def load_preset(name: str, folder: Path | None = None) -> Preset:
     return parse_preset(name, text)
 
 
+@functools.lru_cache(maxsize=64)  # a table asks for each preset three times
 def parse_preset(name: str, text: str) -> Preset:
     """A preset from the text of its TOML file; `name` is the file's stem.
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from presets.errors import DataError, RunError
+from trainer import batching
 from trainer.batching import BatchPlan, Pass, Stretch, make_batch_plan, pack
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=120).map(np.array)
@@ -161,3 +162,38 @@ def test_grouping_by_length_saves_most_of_the_padding_in_windows_of_all_lengths_
     # A mega-batch mixes what the shuffle mixed: examples of one length do not always meet the same others.
     other = make_batch_plan(lengths, one_pass(8_000, 16), micro_batch_size=16, group_by_length=True, seed=1)
     assert not set(windows(grouped)) & set(windows(other))
+
+
+@pytest.mark.parametrize("packed", [None, 300])
+@pytest.mark.parametrize(("micro", "devices"), [(1, 1), (4, 1), (1, 3)])
+def test_plans_and_their_shapes_are_the_same_in_blocks_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, packed: int | None, micro: int, devices: int
+) -> None:
+    lengths = np.random.default_rng(1).integers(1, 200, 500)
+    stretches = (Stretch(phase=0, global_batch_size=24, num_steps=9), Stretch(phase=1, global_batch_size=12))
+    passes = (Pass(examples=np.arange(500), num_epochs=2, stretches=stretches),)
+
+    def made() -> BatchPlan:
+        return make_batch_plan(lengths, passes, micro_batch_size=micro, num_devices=devices, packed_length=packed)
+
+    whole = made()
+    monkeypatch.setattr(batching, "AT_ONCE", 50)
+    assert made().digest() == whole.digest()
+    shapes = whole.micro_shapes(lengths)
+    for micro_batch in range(whole.num_micro_batches):  # what it says, counted by hand
+        rows = [int(lengths[row].sum()) for row in whole.rows_of_micro_batch(micro_batch)]
+        found = (shapes.rows[micro_batch], shapes.width[micro_batch], shapes.tokens[micro_batch])
+        assert found == (len(rows), max(rows, default=0), sum(rows))
+    blocks = list(shapes.blocks(multiple=7))
+    assert len(blocks) > 1
+    assert all(len(one.rows) % 7 == 0 for one in blocks[:-1])
+    assert np.concatenate([one.tokens for one in blocks]).tolist() == shapes.tokens.tolist()
+
+
+def test_plans_that_live_together_share_the_offsets_that_only_count_up() -> None:
+    lengths = np.ones(90, dtype=np.int64)
+    many, few = (make_batch_plan(lengths, one_pass(count, 8), micro_batch_size=1) for count in (90, 60))
+    assert few.row_offsets.tolist() == few.micro_offsets.tolist() == list(range(61))
+    for offsets in (many.micro_offsets, few.row_offsets, few.micro_offsets):
+        assert np.shares_memory(offsets, many.row_offsets)
+        assert not offsets.flags.writeable

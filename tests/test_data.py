@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -12,12 +13,12 @@ import pytest
 from small_tokenizer import CHATML, GEMMA, make_tokenizer
 
 from presets.errors import DataError, ModelError
-from trainer import assumed, data
+from trainer import assumed, data, tokens
 from trainer.data import prepare_data
 from trainer.job import DataSpec
 from trainer.model import inspect_model
 from trainer.sources import open_source
-from trainer.tokens import TokenizedDataset
+from trainer.tokens import DataReport, TokenizedDataset
 
 
 @pytest.fixture
@@ -269,3 +270,25 @@ def test_a_models_name_like_a_folder_here_is_a_slip_and_another_one_is_not(
     with pytest.raises(ModelError, match="Did you mean 'my-model'"):
         inspect_model("mymodel")
     assert not inspect_model("gpt2").is_local
+
+
+def test_lengths_and_targets_are_counted_once_and_in_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [0, 3, 0, 5, 1, 40, 0, 2, 0]  # an example without a token borders on others, and on both ends
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    supervised = np.random.default_rng(0).random(offsets[-1]) < 0.5
+    ids = np.zeros(len(supervised), dtype=np.int32)
+    report = DataReport(source="fake", num_records=len(lengths))
+
+    def made() -> TokenizedDataset:
+        return TokenizedDataset(token_ids=ids, supervised=supervised, offsets=offsets, report=report)
+
+    expected = [int(supervised[a:b].sum()) for a, b in itertools.pairwise(offsets)]
+    found = made()
+    assert found.lengths.tolist() == lengths
+    assert found.num_supervised.tolist() == expected
+    assert found.lengths is found.lengths
+    assert found.num_supervised is found.num_supervised
+    assert not found.lengths.flags.writeable
+    assert not found.num_supervised.flags.writeable
+    monkeypatch.setattr(tokens, "_AT_ONCE", 6)
+    assert made().num_supervised.tolist() == expected

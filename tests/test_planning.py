@@ -6,13 +6,15 @@ import dataclasses
 
 import numpy as np
 import pytest
+from fakes import chat_lengths, make_data, make_job
 
 from presets.errors import SettingsError
-from presets.schema import load_preset
-from trainer.batching import BatchPlan
+from presets.schema import load_preset, preset_names
+from trainer import planning
+from trainer.batching import BatchPlan, make_batch_plan
 from trainer.data import prepare_data
-from trainer.job import DataSpec, Job
-from trainer.planning import learning_rates, plan_job, with_evaluation_on_top
+from trainer.job import DataSpec, EvaluationSpec, Job
+from trainer.planning import Plans, learning_rates, plan_job, with_evaluation_on_top
 
 
 def planned(name: str, count: int = 63_000, **changes) -> tuple[Job, BatchPlan, tuple[str, ...]]:
@@ -130,3 +132,45 @@ def test_grouping_by_length_is_off_unless_asked_for_and_says_that_it_changes_the
     assert sorted(plan.order.tolist()) == sorted(plain.order.tolist())
     assert plan.evaluation.tolist() == plain.evaluation.tolist()
     assert not set(plan.order.tolist()) & set(plan.evaluation.tolist())
+
+
+def test_presets_with_the_same_batches_share_a_plan_and_each_has_the_plan_of_its_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = make_data(chat_lengths(700))
+    data = dataclasses.replace(data, engagement=np.arange(700.0), created_at=np.arange(700.0) * 1e5)
+    jobs = [make_job(name) for name in preset_names()]
+    like_aggressive = make_job("aggressive", learning_rate=1e-5, precision="fp32")
+    unlike = [
+        make_job("aggressive", num_epochs=2),
+        make_job("aggressive", seed=7),
+        make_job("aggressive", micro_batch_size=2),
+        make_job("aggressive", packing=True),
+        make_job("aggressive", packing=True, packed_length=300),
+        make_job("aggressive", group_by_length=True),
+        make_job("aggressive", sort_window=False),
+        make_job("aggressive", num_epochs=0.5),
+        make_job("aggressive", evaluation=EvaluationSpec(minimum=0, maximum=4)),
+        make_job("aggressive", sample_size=60),
+    ]
+    alone = [plan_job(job, data) for job in (*jobs, *unlike)]
+    made: list[BatchPlan] = []
+
+    def counted(*given, **named) -> BatchPlan:
+        made.append(make_batch_plan(*given, **named))
+        return made[-1]
+
+    monkeypatch.setattr(planning, "make_batch_plan", counted)
+    plans = Plans(data)
+    together = [plans.of(job) for job in (*jobs, *unlike)]
+    for one, other in zip(together, alone, strict=True):
+        assert one.plan.digest() == other.plan.digest()
+        assert one.notes == other.notes
+    of = dict(zip(preset_names(), together, strict=False))
+    assert of["iterate"].plan is of["aggressive"].plan  # 700 examples are fewer than it samples
+    assert len(made) == len(together) - 1
+    assert plans.of(like_aggressive).plan is of["aggressive"].plan
+    assert len(made) == len(together) - 1
+    others = [one.plan.digest() for one in together[len(jobs) :]]
+    assert of["aggressive"].plan.digest() not in others
+    assert len(set(others)) == len(others)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+import subprocess
+import sys
+from collections import Counter
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -22,6 +25,8 @@ from planner.figures import ago
 from planner.measure import measure
 from planner.scratch import place_for
 from planner.table import measured_text
+from presets.schema import parse_preset
+from trainer.batching import BatchPlan
 from trainer.tokens import TokenizedDataset
 
 DISK = "a disk"
@@ -42,6 +47,42 @@ def test_a_plan_is_answered_from_an_earlier_measurement_and_says_how_old_it_is(b
         assert row["seconds_per_step"] == before.seconds_per_step
         assert row["peak_memory_bytes"] == before.peak_memory_bytes
         assert "measured_at" not in before.to_plain()
+
+
+def test_a_table_from_the_history_goes_over_each_plan_and_the_data_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("baseline", "recommended", "aggressive", "progressive", "prioritized")
+    first = bench.plan(names=names)
+    went_over: Counter[str] = Counter()
+
+    def count(owner: type, name: str) -> None:
+        plain = getattr(owner, name)
+
+        def counted(self: Any, *given: Any) -> Any:
+            went_over[name] += 1
+            return plain(self, *given)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(BatchPlan, "micro_shapes")
+    count(TokenizedDataset, "_count_supervised")
+    parse_preset.cache_clear()
+    found = bench.plan(names=names)
+    assert bench.starts == 0
+    plans = {id(one.planned.plan) for one in found.candidates if one.planned is not None}
+    assert len(plans) == len(names)
+    assert went_over == {"micro_shapes": len(plans), "_count_supervised": 1}
+    assert parse_preset.cache_info().misses == len(names)
+    seconds = [(one.train_seconds, one.train_seconds_high) for one in first.estimates.values()]
+    assert [(one.train_seconds, one.train_seconds_high) for one in found.estimates.values()] == seconds
+
+
+def test_a_table_from_the_history_imports_nothing_that_measures() -> None:
+    heavy = ("torch", "transformers", "planner.measure", "planner.memory", "planner.decks", "planner.tune")
+    code = f"import sys, planner.compare, planner.table\nprint([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_another_dataset_and_other_settings_of_the_same_step_reuse_a_measurement(bench: Bench, tmp_path: Path) -> None:

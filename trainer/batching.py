@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from presets.errors import DataError, RunError
 from trainer.tokens import IntArray
 
 MEGA_WINDOWS = 50  # windows whose examples are sorted together when grouping by length, as in transformers
+AT_ONCE = 1 << 18  # examples or micro-batches that are worked on together: what that takes besides stays small
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,11 +54,17 @@ class MicroShapes:
     def padded_tokens(self) -> IntArray:
         return self.rows * self.width
 
-    def part(self, micro_batches: IntArray) -> MicroShapes:
+    def part(self, micro_batches: IntArray | slice) -> MicroShapes:
         """Those of some micro-batches."""
         return MicroShapes(
             rows=self.rows[micro_batches], width=self.width[micro_batches], tokens=self.tokens[micro_batches]
         )
+
+    def blocks(self, multiple: int = 1) -> Iterator[MicroShapes]:
+        """Neighbours together, about `AT_ONCE` of them and a multiple of `multiple`; views, no copies."""
+        step = max(1, AT_ONCE // multiple) * multiple
+        for start in range(0, len(self.rows), step):
+            yield self.part(slice(start, start + step))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -101,7 +110,11 @@ class BatchPlan:
 
     def micro_shapes(self, lengths: IntArray) -> MicroShapes:
         """Rows, padded width and real tokens of each micro-batch; `lengths` are tokens per example."""
-        row_tokens = _sums(lengths[self.order], self.row_offsets)
+        row_tokens = lengths[self.order]
+        if not _is_one_each(self.row_offsets, len(self.order)):
+            row_tokens = _sums(row_tokens, self.row_offsets)
+        if _is_one_each(self.micro_offsets, len(row_tokens)):
+            return MicroShapes(rows=_ones(len(row_tokens)), width=row_tokens, tokens=row_tokens)
         return MicroShapes(
             rows=np.diff(self.micro_offsets),
             width=_maxima(row_tokens, self.micro_offsets),
@@ -197,7 +210,8 @@ def make_batch_plan(
         DataError: a pass is empty.
     """
     held_out = np.zeros(0, dtype=np.int64) if evaluation is None else evaluation
-    parts: list[BatchPlan] = []
+    parts: list[_Part] = []
+    of_parts: list[tuple[int, int]] = []  # phase and epoch
     for number, one_pass in enumerate(passes):
         if len(one_pass.examples) == 0:
             raise DataError("no training example is left after sampling and holding out the evaluation part.")
@@ -210,10 +224,26 @@ def make_batch_plan(
             for stretch, examples in _stretches(one_pass.stretches, shuffled, steps_done):
                 if group_by_length:
                     examples = _grouped(lengths, examples, stretch.global_batch_size, of_windows)
-                part = _windows(lengths, examples, stretch, micro_batch_size, num_devices, sort_window, packed_length)
-                steps_done += part[3].size - 1
-                parts.append(_as_plan(part, stretch.phase, epoch, held_out, num_devices))
-    return _join(parts, held_out, num_devices)
+                for windows in _windows(examples, stretch.global_batch_size):
+                    if packed_length is not None:
+                        made = _packed(lengths, windows, micro_batch_size, num_devices, packed_length)
+                    else:
+                        made = _plain(lengths, windows, micro_batch_size, num_devices, sort_window)
+                    steps_done += len(windows)
+                    parts += made
+                    of_parts += [(stretch.phase, epoch)] * len(made)
+    num_windows = [part.num_windows for part in parts]
+    order = np.concatenate([part.order for part in parts]) if len(parts) > 1 else parts[0].order
+    return BatchPlan(
+        order=order,
+        row_offsets=_offsets([part.rows for part in parts]),
+        micro_offsets=_offsets([part.micros for part in parts]),
+        window_offsets=_offsets([part.windows for part in parts]),
+        window_phase=np.repeat([phase for phase, _ in of_parts], num_windows),
+        window_epoch=np.repeat([epoch for _, epoch in of_parts], num_windows),
+        evaluation=held_out,
+        num_devices=num_devices,
+    )
 
 
 def _stretches(stretches: tuple[Stretch, ...], shuffled: IntArray, steps_done: int) -> list[tuple[Stretch, IntArray]]:
@@ -258,39 +288,75 @@ def _grouped(lengths: IntArray, examples: IntArray, size: int, random: np.random
     return np.concatenate([windows[random.permutation(len(windows))].ravel(), examples[full:]])
 
 
-_Part = tuple[IntArray, IntArray, IntArray, IntArray]  # order, row_offsets, micro_offsets, window_offsets
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Part:
+    """Some windows of a plan. Sizes that are all 1 may be `_ones`, which take no memory."""
+
+    order: IntArray  # (documents,)
+    rows: IntArray  # (rows,) documents in each
+    micros: IntArray  # (micro-batches,) rows in each
+    windows: IntArray  # (windows,) micro-batches in each
+
+    @property
+    def num_windows(self) -> int:
+        return len(self.windows)
 
 
-def _windows(
-    lengths: IntArray,
-    examples: IntArray,
-    stretch: Stretch,
-    micro_batch_size: int,
-    num_devices: int,
-    sort_window: bool,
-    packed_length: int | None,
-) -> _Part:
-    size = stretch.global_batch_size
-    full = len(examples) // size
-    pieces = []
-    if full:
-        pieces.append(examples[: full * size].reshape(full, size))
-    if len(examples) % size:
-        pieces.append(examples[full * size :].reshape(1, -1))
+def _windows(examples: IntArray, size: int) -> list[IntArray]:
+    """The full windows, (windows, size), and the partial one, (1, rest), where there are any."""
+    full = len(examples) // size * size
+    found = (examples[:full].reshape(-1, size), examples[full:].reshape(1, -1))
+    return [windows for windows in found if windows.size]
+
+
+def _blocks(windows: IntArray) -> list[slice]:
+    """Neighbouring windows of about `AT_ONCE` examples together."""
+    step = max(1, AT_ONCE // windows.shape[1])
+    return [slice(start, start + step) for start in range(0, len(windows), step)]
+
+
+def _longest_first(lengths: IntArray, windows: IntArray) -> IntArray:
+    longest_first = np.argsort(-lengths[windows], axis=1, kind="stable")
+    return np.take_along_axis(windows, longest_first, axis=1)
+
+
+def _plain(
+    lengths: IntArray, windows: IntArray, micro_batch_size: int, num_devices: int, sort_window: bool
+) -> list[_Part]:
+    """Windows of the same number of documents, one document a row: the sizes in one are those in all."""
+    if sort_window:
+        for block in _blocks(windows):  # in place: the shuffle was made for this plan
+            windows[block] = _longest_first(lengths, windows[block])
+    num_windows, size = windows.shape
+    in_window, micros = _deal(np.array([size]), micro_batch_size, num_devices)
+    one_each = len(micros) == size  # then no device is left over either
+    return [
+        _Part(
+            order=windows.ravel(),
+            rows=_ones(windows.size),
+            micros=_ones(windows.size) if one_each else np.tile(micros, num_windows),
+            windows=np.repeat(in_window, num_windows),
+        )
+    ]
+
+
+def _packed(
+    lengths: IntArray, windows: IntArray, micro_batch_size: int, num_devices: int, packed_length: int
+) -> list[_Part]:
+    """Windows of the same number of documents, packed into rows."""
     parts = []
-    for windows in pieces:  # at most two: all the full windows at once, then the partial one
-        if sort_window or packed_length is not None:
-            longest_first = np.argsort(-lengths[windows], axis=1, kind="stable")
-            windows = np.take_along_axis(windows, longest_first, axis=1)
-        if packed_length is None:
-            rows = np.tile(np.arange(windows.shape[1]), (len(windows), 1))
-        else:
-            rows = pack(lengths[windows], packed_length)
-            by_row = np.argsort(rows, axis=1, kind="stable")
-            windows = np.take_along_axis(windows, by_row, axis=1)
-            rows = np.take_along_axis(rows, by_row, axis=1)
-        parts.append(_cut(windows, rows, micro_batch_size, num_devices))
-    return _concatenate(parts)
+    for block in _blocks(windows):
+        some = _longest_first(lengths, windows[block])
+        rows = pack(lengths[some], packed_length)
+        by_row = np.argsort(rows, axis=1, kind="stable")
+        some = np.take_along_axis(some, by_row, axis=1)
+        rows = np.take_along_axis(rows, by_row, axis=1)
+        starts_row = np.ones(rows.shape, dtype=bool)
+        starts_row[:, 1:] = rows[:, 1:] != rows[:, :-1]
+        in_window, micros = _deal(starts_row.sum(axis=1), micro_batch_size, num_devices)
+        sizes = np.diff(np.append(np.flatnonzero(starts_row.ravel()), some.size))
+        parts.append(_Part(order=some.ravel(), rows=sizes, micros=micros, windows=in_window))
+    return parts
 
 
 def pack(lengths: IntArray, packed_length: int) -> IntArray:
@@ -325,72 +391,58 @@ def pack(lengths: IntArray, packed_length: int) -> IntArray:
     return rows
 
 
-def _cut(windows: IntArray, rows: IntArray, micro_batch_size: int, num_devices: int) -> _Part:
-    """Offsets of rows, micro-batches and windows for windows of the same number of documents."""
-    num_windows, num_documents = windows.shape
-    starts_row = np.ones((num_windows, num_documents), dtype=bool)
-    starts_row[:, 1:] = rows[:, 1:] != rows[:, :-1]
-    row_offsets = np.append(np.flatnonzero(starts_row.ravel()), num_windows * num_documents)
-    rows_per_window = starts_row.sum(axis=1)
-    rounds = -(-rows_per_window // (micro_batch_size * num_devices))
-    micros_per_window = rounds * num_devices
-    # Rows are dealt evenly: 10 rows in micro-batches of 4 become 4, 3, 3, so that no process waits for another's.
-    window_of_micro = np.repeat(np.arange(num_windows), micros_per_window)
-    window_offsets = np.concatenate([[0], np.cumsum(micros_per_window)])
-    place = np.arange(len(window_of_micro)) - window_offsets[window_of_micro]
-    share, extra = np.divmod(rows_per_window, micros_per_window)
-    sizes = share[window_of_micro] + (place < extra[window_of_micro])
-    micro_offsets = np.concatenate([[0], np.cumsum(sizes)])
-    return windows.ravel(), row_offsets, micro_offsets, window_offsets
+def _deal(rows: IntArray, micro_batch_size: int, num_devices: int) -> tuple[IntArray, IntArray]:
+    """Micro-batches of each window and rows of each micro-batch, from the rows of each window.
+
+    Rows are dealt evenly: 10 rows in micro-batches of 4 become 4, 3, 3, so that no process waits for another's.
+    """
+    in_window = -(-rows // (micro_batch_size * num_devices)) * num_devices
+    window_of_micro = np.repeat(np.arange(len(rows)), in_window)
+    place = np.arange(len(window_of_micro)) - (np.cumsum(in_window) - in_window)[window_of_micro]
+    share, extra = np.divmod(rows, in_window)
+    return in_window, share[window_of_micro] + (place < extra[window_of_micro])
 
 
-def _concatenate(parts: list[_Part]) -> _Part:
-    order = np.concatenate([part[0] for part in parts])
-    levels = [_chain([part[level] for part in parts]) for level in (1, 2, 3)]
-    return order, levels[0], levels[1], levels[2]
+def _offsets(sizes: list[IntArray]) -> IntArray:
+    """Where each of some neighbours starts and the last ends."""
+    if all(one.strides == (0,) for one in sizes):
+        return _one_each(sum(map(len, sizes)))
+    known = np.concatenate(sizes)
+    found = np.zeros(len(known) + 1, dtype=np.int64)
+    np.cumsum(known, out=found[1:])
+    return found
 
 
-def _chain(offsets: list[IntArray]) -> IntArray:
-    """Offset arrays end to end: each starts where the one before ended."""
-    chained, end = [np.zeros(1, dtype=np.int64)], 0
-    for array in offsets:
-        chained.append(array[1:] + end)
-        end += int(array[-1])
-    return np.concatenate(chained)
+def _ones(count: int) -> IntArray:
+    """(count,), read-only; told from others by its stride of 0."""
+    return np.broadcast_to(np.int64(1), (count,))
 
 
-def _as_plan(part: _Part, phase: int, epoch: int, evaluation: IntArray, num_devices: int) -> BatchPlan:
-    num_windows = len(part[3]) - 1
-    return BatchPlan(
-        order=part[0],
-        row_offsets=part[1],
-        micro_offsets=part[2],
-        window_offsets=part[3],
-        window_phase=np.full(num_windows, phase, dtype=np.int64),
-        window_epoch=np.full(num_windows, epoch, dtype=np.int64),
-        evaluation=evaluation,
-        num_devices=num_devices,
-    )
+_counted: weakref.ref[IntArray] | None = None
 
 
-def _join(plans: list[BatchPlan], evaluation: IntArray, num_devices: int) -> BatchPlan:
-    order, row_offsets, micro_offsets, window_offsets = _concatenate(
-        [(plan.order, plan.row_offsets, plan.micro_offsets, plan.window_offsets) for plan in plans]
-    )
-    return BatchPlan(
-        order=order,
-        row_offsets=row_offsets,
-        micro_offsets=micro_offsets,
-        window_offsets=window_offsets,
-        window_phase=np.concatenate([plan.window_phase for plan in plans]),
-        window_epoch=np.concatenate([plan.window_epoch for plan in plans]),
-        evaluation=evaluation,
-        num_devices=num_devices,
-    )
+def _one_each(count: int) -> IntArray:
+    """0, 1, 2 ... `count`, read-only: offsets where each holds one.
+
+    All plans that live at the same time share the memory. It would be more than a gigabyte for eight plans of ten
+    million examples.
+    """
+    global _counted
+    longest = None if _counted is None else _counted()
+    if longest is None or len(longest) <= count:
+        longest = np.arange(count + 1)
+        longest.flags.writeable = False
+        _counted = weakref.ref(longest)
+    return longest[: count + 1]
+
+
+def _is_one_each(offsets: IntArray, count: int) -> bool:
+    return len(offsets) == count + 1 and bool((offsets[1:] > offsets[:-1]).all())
 
 
 def _sums(values: IntArray, offsets: IntArray) -> IntArray:
-    running = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    running = np.zeros(len(values) + 1, dtype=np.int64)
+    np.cumsum(values, out=running[1:])
     return np.asarray(running[offsets[1:]] - running[offsets[:-1]])
 
 

@@ -65,75 +65,114 @@ def plan_job(job: Job, data: TokenizedDataset, loss: FloatArray | None = None) -
     Raises:
         DataError: sampling needs a field that the data lacks, or nothing is left to train on.
     """
-    training, evaluation = split(job.data, job.evaluation, len(data), job.seed)
-    preset = job.preset
-    notes: list[str] = []
+    return Plans(data, loss).of(job)
 
-    def chosen(sampling_of: Preset | int) -> IntArray:
-        sampling = preset.sampling if isinstance(sampling_of, Preset) else preset.phases[sampling_of].sampling
-        examples, said = select(
-            sampling,
-            training,
-            engagement=data.engagement,
-            created_at=data.created_at,
-            loss=loss,
-            seed=job.seed,
-        )
-        notes.extend(said)
-        return examples
 
-    sizes = job.global_batch_sizes
-    if preset.phases and preset.phases[0].is_stage:
-        passes = tuple(
-            Pass(
-                examples=chosen(index),
-                num_epochs=phase.num_epochs or 1,
-                stretches=(Stretch(phase=index, global_batch_size=sizes[index]),),
+class Plans:
+    """Batch plans of several jobs over the same data: what they share is made once, whole plans included."""
+
+    def __init__(self, data: TokenizedDataset, loss: FloatArray | None = None) -> None:
+        """
+        Args:
+            loss: as in `plan_job`.
+        """
+        self._data, self._loss = data, loss
+        self._splits: dict[tuple[Any, ...], tuple[IntArray, IntArray]] = {}
+        self._chosen: dict[tuple[Any, ...], tuple[IntArray, tuple[str, ...]]] = {}
+        self._shares: dict[tuple[Any, ...], IntArray] = {}
+        self._plans: dict[tuple[Any, ...], BatchPlan] = {}
+
+    def of(self, job: Job) -> Planned:
+        """As `plan_job`. Jobs with the same batches get the same plan object, not only an equal one."""
+        data, preset = self._data, job.preset
+        parts = (job.data, job.evaluation, job.seed)
+        if parts not in self._splits:
+            self._splits[parts] = split(job.data, job.evaluation, len(data), job.seed)
+        training, evaluation = self._splits[parts]
+        notes: list[str] = []
+
+        def chosen(sampling: Sampling) -> IntArray:
+            examples, said = self._select(sampling, training, job.seed)
+            notes.extend(said)
+            return examples
+
+        sizes = job.global_batch_sizes
+        if preset.phases and preset.phases[0].is_stage:
+            passes = tuple(
+                Pass(
+                    examples=chosen(phase.sampling),
+                    num_epochs=phase.num_epochs or 1,
+                    stretches=(Stretch(phase=index, global_batch_size=sizes[index]),),
+                )
+                for index, phase in enumerate(preset.phases)
             )
-            for index, phase in enumerate(preset.phases)
-        )
-    else:
-        stretches = tuple(
-            Stretch(phase=index, global_batch_size=sizes[index], num_steps=phase.num_steps)
-            for index, phase in enumerate(preset.phases)
-        ) or (Stretch(phase=0, global_batch_size=sizes[0]),)
-        examples = chosen(preset)
-        if preset.num_epochs < 1:
-            examples = _share(examples, preset.num_epochs, job.seed)
-        passes = (Pass(examples=examples, num_epochs=max(1, int(preset.num_epochs)), stretches=stretches),)
-    total = sum(len(one.examples) * one.num_epochs for one in passes)
-    if total > MOST_DOCUMENTS:
-        raise DataError(
-            f"the batch plan would hold {total:,} examples, all epochs together; {MOST_DOCUMENTS:,} is the most that "
-            "is planned (about 6 GB of memory). Choose fewer --epochs or a sample."
-        )
-    if job.evaluation.fraction > 1 / 3 and not job.data.is_count:
-        notes.append(
-            f"held out are {len(evaluation):,} of {len(data):,} examples, fewer than the share of "
-            f"{job.evaluation.fraction:g} that was asked for: at most a third, and at most {job.evaluation.maximum:,}"
-        )
-    plan = make_batch_plan(
-        data.lengths,
-        passes,
-        micro_batch_size=job.micro_batch_size,
-        evaluation=evaluation,
-        num_devices=job.num_devices,
-        seed=job.seed,
-        sort_window=job.sort_window,
-        packed_length=(job.packed_length or preset.max_length) if job.packing else None,
-        group_by_length=job.group_by_length,
-    )
-    if job.group_by_length:
-        notes.append(GROUPED_NOTE)
-    reached = set(plan.window_phase.tolist())
-    for index, phase in enumerate(preset.phases):
-        if index not in reached:
-            before = sum(earlier.num_steps or 0 for earlier in preset.phases[:index])
+        else:
+            stretches = tuple(
+                Stretch(phase=index, global_batch_size=sizes[index], num_steps=phase.num_steps)
+                for index, phase in enumerate(preset.phases)
+            ) or (Stretch(phase=0, global_batch_size=sizes[0]),)
+            examples = chosen(preset.sampling)
+            if preset.num_epochs < 1:
+                of_all = (id(examples), preset.num_epochs, job.seed)
+                if of_all not in self._shares:
+                    self._shares[of_all] = _share(examples, preset.num_epochs, job.seed)
+                examples = self._shares[of_all]
+            passes = (Pass(examples=examples, num_epochs=max(1, int(preset.num_epochs)), stretches=stretches),)
+        total = sum(len(one.examples) * one.num_epochs for one in passes)
+        if total > MOST_DOCUMENTS:
+            raise DataError(
+                f"the batch plan would hold {total:,} examples, all epochs together; {MOST_DOCUMENTS:,} is the most "
+                "that is planned (about 6 GB of memory). Choose fewer --epochs or a sample."
+            )
+        if job.evaluation.fraction > 1 / 3 and not job.data.is_count:
             notes.append(
-                f"phase {index + 1} of {len(preset.phases)} (GA {phase.gradient_accumulation_steps}, from step "
-                f"{before + 1:,}) is never reached: the data ends at step {plan.num_steps:,}"
+                f"held out are {len(evaluation):,} of {len(data):,} examples, fewer than the share of "
+                f"{job.evaluation.fraction:g} that was asked for: at most a third, and at most "
+                f"{job.evaluation.maximum:,}"
             )
-    return Planned(plan=plan, notes=tuple(notes))
+        plan = self._made(
+            passes,
+            evaluation,
+            micro_batch_size=job.micro_batch_size,
+            num_devices=job.num_devices,
+            seed=job.seed,
+            sort_window=job.sort_window,
+            packed_length=(job.packed_length or preset.max_length) if job.packing else None,
+            group_by_length=job.group_by_length,
+        )
+        if job.group_by_length:
+            notes.append(GROUPED_NOTE)
+        reached = set(np.flatnonzero(np.bincount(plan.window_phase)).tolist())
+        for index, phase in enumerate(preset.phases):
+            if index not in reached:
+                before = sum(earlier.num_steps or 0 for earlier in preset.phases[:index])
+                notes.append(
+                    f"phase {index + 1} of {len(preset.phases)} (GA {phase.gradient_accumulation_steps}, from step "
+                    f"{before + 1:,}) is never reached: the data ends at step {plan.num_steps:,}"
+                )
+        return Planned(plan=plan, notes=tuple(notes))
+
+    def _select(self, sampling: Sampling, training: IntArray, seed: int) -> tuple[IntArray, tuple[str, ...]]:
+        key = (sampling, id(training), seed)
+        if key not in self._chosen:
+            data = self._data
+            self._chosen[key] = select(
+                sampling,
+                training,
+                engagement=data.engagement,
+                created_at=data.created_at,
+                loss=self._loss,
+                seed=seed,
+            )
+        return self._chosen[key]
+
+    def _made(self, passes: tuple[Pass, ...], evaluation: IntArray, **settings: Any) -> BatchPlan:
+        # All that `make_batch_plan` is given is in the key. Arrays stand there by identity: this object keeps each.
+        of_passes = tuple((id(one.examples), one.num_epochs, one.stretches) for one in passes)
+        key = (of_passes, id(evaluation), *settings.items())
+        if key not in self._plans:
+            self._plans[key] = make_batch_plan(self._data.lengths, passes, evaluation=evaluation, **settings)
+        return self._plans[key]
 
 
 def _share(examples: IntArray, share: float, seed: int) -> IntArray:

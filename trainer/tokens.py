@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -40,31 +40,45 @@ class TokenizedDataset:
     report: DataReport
     engagement: FloatArray | None = None  # (num_examples,) a score, or None where the data has none
     created_at: FloatArray | None = None  # (num_examples,) seconds since 1970, or None where the data has none
+    # Asked for hundreds of times in one table, and each takes a pass over all examples or tokens: made once.
+    _lengths: IntArray | None = field(default=None, init=False, repr=False)
+    _num_supervised: IntArray | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     @property
     def lengths(self) -> IntArray:
-        """Tokens per example, (num_examples,)."""
-        return np.diff(self.offsets)
+        """Tokens per example, (num_examples,); read-only."""
+        if self._lengths is None:
+            object.__setattr__(self, "_lengths", _read_only(np.diff(self.offsets)))
+        assert self._lengths is not None
+        return self._lengths
 
     @property
     def num_supervised(self) -> IntArray:
-        """Target tokens per example, (num_examples,)."""
+        """Target tokens per example, (num_examples,); read-only."""
+        if self._num_supervised is None:
+            object.__setattr__(self, "_num_supervised", _read_only(self._count_supervised()))
+        assert self._num_supervised is not None
+        return self._num_supervised
+
+    def _count_supervised(self) -> IntArray:
         if self.supervised.strides == (0,):  # assumed data too large to hold: every token is one and the same byte
-            return self.lengths * int(self.supervised[0])
+            return self.lengths if self.supervised[0] else np.zeros(len(self), dtype=np.int64)
         found = np.zeros(len(self), dtype=np.int64)
-        # A running sum over all tokens at once would take eight times the memory of the mask itself.
-        ends = np.searchsorted(self.offsets, np.arange(_AT_ONCE, self.offsets[-1] + _AT_ONCE, _AT_ONCE), side="right")
-        start = 0
-        for end in np.minimum(np.maximum.accumulate(ends), len(self)).tolist():
-            if end > start:
-                here = self.offsets[start : end + 1]
-                running = np.cumsum(self.supervised[here[0] : here[-1]], dtype=np.int64)
-                running = np.concatenate([[0], running])
-                found[start:end] = np.diff(running[here - here[0]])
-                start = end
+        mask = np.asarray(self.supervised).view(np.uint8)
+        # For an example without a token reduceat gives the next one's first.
+        filled = np.flatnonzero(self.lengths)
+        starts, ends = self.offsets[filled], self.offsets[filled + 1]
+        # Sums take 32 bits a token while they are made: of all at once, four times the memory of the mask itself.
+        first = 0
+        while first < len(filled):
+            last = max(first + 1, int(np.searchsorted(ends, starts[first] + _AT_ONCE, side="right")))
+            here = starts[first:last]
+            part = mask[here[0] : ends[last - 1]]
+            found[filled[first:last]] = np.add.reduceat(part, here - here[0], dtype=np.int32)
+            first = last
         return found
 
     def save(self, folder: Path) -> None:
@@ -94,3 +108,9 @@ class TokenizedDataset:
             return cls(report=report, **arrays)  # type: ignore[arg-type]
         except (OSError, ValueError, TypeError) as reason:
             raise DataError(f"{folder}: the tokenised data cannot be read ({reason}).") from None
+
+
+def _read_only(shared: IntArray) -> IntArray:
+    """The same array, which many readers are given."""
+    shared.flags.writeable = False
+    return shared
