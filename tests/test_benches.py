@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
-NO_SCRIPTS = ("common.py", "preloaded.py")
+NO_SCRIPTS = ("common.py", "preloaded.py", "trainers.py")
 
 
 def run(*command: str, **more: str) -> subprocess.CompletedProcess[str]:
