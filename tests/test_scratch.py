@@ -112,8 +112,9 @@ def test_the_folder_goes_with_all_that_is_in_it(here: Path, reason: type[BaseExc
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_the_folder_goes_also_where_the_process_is_told_to_end(here: Path, number: int) -> None:
-    code = (
-        "import time; from planner.scratch import *\n"
+    code = (  # tests may run where signals are ignored (nohup, or behind a shell's &), which children inherit
+        "import signal, time; from planner.scratch import *\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL); signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with scratch_folder(place_for(None)) as made: print(made.folder, flush=True); time.sleep(60)"
     )
     root = str(Path(scratch.__file__).parents[1])
