@@ -320,20 +320,19 @@ def fixed_seconds(
 ) -> FixedSeconds:
     """What the run takes beside its steps: each measured part x how often the run does it."""
     load, samples, spec = measurement.load, measurement.fixed, row.job.evaluation
-    devices = row.job.num_devices
     evaluation = None
     if len(row.plan.evaluation) == 0:
         evaluation = 0.0
     elif samples.evaluation:
         evaluation = (
-            _forward_seconds(works, row.plan.evaluation, samples, devices) * evaluations_and_checkpoints(row)[0]
+            _forward_seconds(works, row.plan.evaluation, samples, row.job) * evaluations_and_checkpoints(row)[0]
         )
         evaluation += samples.evaluation_once
     if needs_loss(row.job.preset):
         # The run scores every training example with the model before it can make its batch plan.
         training = np.setdiff1d(np.arange(works.num_examples), row.plan.evaluation)
         known = data_seconds is not None and samples.evaluation
-        data_seconds = (data_seconds or 0.0) + _forward_seconds(works, training, samples, devices) if known else None
+        data_seconds = (data_seconds or 0.0) + _forward_seconds(works, training, samples, row.job) if known else None
     answers = None
     if spec.num_samples == 0 or len(row.plan.evaluation) == 0:
         answers = 0.0
@@ -361,9 +360,9 @@ def _checkpoint_seconds(row: PlannedRow, saved: SaveReply) -> float:
     return saved.checkpoint_seconds * written + saved.removal_seconds * removed
 
 
-def _forward_seconds(works: Works, examples: IntArray, samples: FixedSamples, num_devices: int) -> float:
+def _forward_seconds(works: Works, examples: IntArray, samples: FixedSamples, job: Job) -> float:
     """Seconds of one forward pass over some examples, at the rate of the timed evaluation batches."""
-    padded = works.evaluation_padded(examples, num_devices)
+    padded = works.evaluation_padded(examples, job.device, job.num_devices)
     timed = sum(one.seconds or 0.0 for one in samples.evaluation)
     return timed / max(1, sum(one.rows * one.width for one in samples.evaluation)) * padded
 

@@ -34,7 +34,7 @@ def measure_fixed(group: Group, prober: Prober, data: TokenizedDataset, memory: 
     holes = timed.reserved_bytes - group.reserved if group.signature.device == "cuda" else 0
     memory.raise_peaks(group, by=holes, headroom=timed.headroom_bytes)
     if len(held_out):
-        batches = evaluation_batches(data, held_out)
+        batches = evaluation_batches(data, held_out, group.signature.device)
         places = np.unique(np.linspace(0, len(batches) - 1, EVALUATION_BATCHES).round().astype(int))
         chosen = [batches[place] for place in places]
         # What is first in a process is slow. On a CPU that is one batch, which is run again at the end. On a GPU each

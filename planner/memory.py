@@ -134,7 +134,7 @@ class MemoryProbe:
         held_out = group.fitting[0].plan.evaluation
         if not len(held_out):
             return
-        batches = evaluation_batches(self._data, held_out)
+        batches = evaluation_batches(self._data, held_out, group.signature.device)
         largest = max(batches, key=lambda batch: len(batch) * int(self._data.lengths[batch].max()))
         try:
             group.prober.evaluate([largest.tolist()])

@@ -35,7 +35,7 @@ class Works:
         self._last: tuple[BatchPlan, MicroShapes] | None = None
         self._extremes: dict[int, Extremes] = {}
         self._works: dict[tuple[int, Kind, Strata], PlanWork] = {}
-        self._padded: dict[tuple[bytes, int], int] = {}
+        self._padded: dict[tuple[bytes, str, int], int] = {}
         self._learnt: dict[int, tuple[int, int]] = {}
 
     @property
@@ -60,16 +60,17 @@ class Works:
             self._extremes[id(plan)] = Extremes(worst_padded=worst[1], worst_width=worst[2], largest_padded=largest)
         return self._extremes[id(plan)]
 
-    def evaluation_padded(self, examples: IntArray, num_devices: int) -> int:
+    def evaluation_padded(self, examples: IntArray, device: str, num_devices: int) -> int:
         """Padded tokens of one forward pass over some examples, on the device with the most.
 
         Several devices take the batches in turns, and wait for the one with the most work.
         """
-        key = (hashlib.sha256(examples.tobytes()).digest(), num_devices)
+        key = (hashlib.sha256(examples.tobytes()).digest(), device, num_devices)
         if key not in self._padded:
             lengths = self._data.lengths
-            each = [len(batch) * int(lengths[batch].max()) for batch in evaluation_batches(self._data, examples)]
-            self._padded[key] = max(sum(each[device::num_devices]) for device in range(num_devices))
+            batches = evaluation_batches(self._data, examples, device)
+            each = [len(batch) * int(lengths[batch].max()) for batch in batches]
+            self._padded[key] = max(sum(each[first::num_devices]) for first in range(num_devices))
         return self._padded[key]
 
     def supervised_share(self, plans: Iterable[BatchPlan]) -> float:

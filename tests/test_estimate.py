@@ -199,7 +199,7 @@ def test_what_a_gpu_s_first_evaluation_takes_longer_is_counted_once() -> None:
     )
     assert plain is not None
     assert slow is not None
-    batches = len(evaluation_batches(DATA, row.plan.evaluation))
+    batches = len(evaluation_batches(DATA, row.plan.evaluation, "cuda"))
     loaded = min(EVALUATION_BATCHES, batches) - 1  # the largest was met by the memory probe
     assert loaded > 0
     assert slow == pytest.approx(plain + loaded * 0.7)
@@ -242,8 +242,19 @@ def test_several_devices_share_the_held_out_examples_and_what_is_scored() -> Non
         (rows[0].plan.evaluation, alone.evaluation, shared.evaluation),
         (np.setdiff1d(np.arange(len(DATA)), rows[0].plan.evaluation), alone.data, shared.data),
     ):
-        padded = [len(batch) * int(LENGTHS[batch].max()) for batch in evaluation_batches(DATA, examples)]
+        padded = [len(batch) * int(LENGTHS[batch].max()) for batch in evaluation_batches(DATA, examples, "cpu")]
         assert two == pytest.approx(one * max(sum(padded[0::2]), sum(padded[1::2])) / sum(padded), rel=0.01)
+
+
+@pytest.mark.parametrize(("device", "most"), [("cpu", 512), ("cuda", 2048)])
+def test_evaluation_batches_hold_each_example_once_and_no_more_than_the_device_wants(device: str, most: int) -> None:
+    """On a CPU large ones make the peak of a run that trains one example at a time, and save no time."""
+    examples = np.arange(0, len(DATA), 2)
+    batches = evaluation_batches(DATA, examples, device)
+    assert sorted(np.concatenate(batches).tolist()) == examples.tolist()
+    padded = [len(batch) * int(LENGTHS[batch].max()) for batch in batches]
+    assert max(size for size, batch in zip(padded, batches, strict=True) if len(batch) > 1) <= most
+    assert max(padded) > most / 2
 
 
 def test_windows_that_take_longer_than_their_parts_widen_the_range_and_warn() -> None:

@@ -34,7 +34,7 @@ def held_out_loss(run: Run) -> EvaluationResult | None:
 
     begun = time.perf_counter()
     with run.clock.part("evaluation"):
-        batches = len(evaluation_batches(run.data, run.plan.evaluation))
+        batches = len(evaluation_batches(run.data, run.plan.evaluation, run.job.device))
         result = evaluate(
             run.stepper.model,
             run.data,

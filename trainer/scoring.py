@@ -46,7 +46,7 @@ def example_losses(
     model.eval()
     try:
         with torch.no_grad(), autocast(device, precision):
-            for members in evaluation_batches(data, wanted)[share]:
+            for members in evaluation_batches(data, wanted, device)[share]:
                 batch = collate([members[i : i + 1] for i in range(len(members))], data).to(device)
                 each = token_losses(model, batch, reduction="none").double()
                 row = batch.predicts // batch.input_ids.shape[1]
