@@ -291,6 +291,28 @@ def test_timings_stand_for_data_of_which_about_as_much_is_learnt_from(
         assert f"{share:.0%} of the tokens are learnt from, and of those that were timed 40%" in str(other)
 
 
+def test_each_of_the_plans_that_were_timed_together_is_answered_whatever_the_others_learn_from(bench: Bench) -> None:
+    """The mean over all of them lies far from the share of one that trains on the best messages alone."""
+    keys, asked = reuse.Keys(FACTS), reuse.Sharpness(budget_seconds=60.0, precision_target=0.02)
+    data = fakes.make_data(np.full(400, 100))
+    example, place = np.divmod(np.arange(len(data.token_ids)), 100)
+    learnt = place >= np.where(example < 300, 80, 10)  # 20 % of most, 90 % of a hundred, of which the sample takes the best
+    data = replace(data, supervised=learnt, engagement=np.arange(400.0))
+    plain = fakes.make_job(model=str(bench.model), loss="lean")
+    best = fakes.make_job(model=str(bench.model), loss="lean", sampling_strategy="top", sample_size=90)
+    rows = [fakes.make_row(plain, data, "all"), fakes.make_row(best, data, "best")]
+    device = fakes.FakeDevice(data.lengths)
+    found = measure(rows, data, device.factory, clock=device.clock)
+    reuse.keep(bench.history, keys, rows, data, found, asked, NOW, DISK)
+    for some in (rows, rows[:1], rows[1:]):
+        assert isinstance(reuse.reuse(bench.history, keys, some, data, asked, DISK), reuse.Reused)
+    for share, is_reused in ((0.93, True), (0.34, True), (0.60, True), (0.99, False), (0.30, False)):
+        other = learnt_from(share)
+        answer = reuse.reuse(bench.history, keys, [fakes.make_row(plain, other)], other, asked, DISK)
+        assert isinstance(answer, reuse.Reused) is is_reused, share
+        assert is_reused or "of those that were timed 38% to 90%" in str(answer)
+
+
 def test_what_did_not_fit_is_remembered_until_more_memory_is_free(bench: Bench) -> None:
     bench.device = {"fits_padded_tokens": 300}
     found = bench.plan(tokens_per_example=400)
