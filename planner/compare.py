@@ -118,6 +118,7 @@ def compare(
             works=works[candidate.planned.job.preset.max_length],
             data_seconds=candidate.data_seconds,
             between=BETWEEN_RUNS[candidate.planned.job.device],
+            budget_shares=len(found),
         )
         for candidate in candidates
         if candidate.planned is not None and candidate.data is not None

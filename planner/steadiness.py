@@ -71,19 +71,20 @@ def too_few(found: Steadiness, spent: float) -> str | None:
     """What to say where the timings could not have shown a change; number, threshold and what to do.
 
     Args:
-        spent: seconds of timing, of all that was timed in turns.
+        spent: seconds of timing, of all that shares a --budget.
     """
     if found.can_tell:
         return None
     seen = found.movement
     # The error goes with 1 / sqrt(timings). A quarter more, since the last part of a budget is too short for a round.
     enough = 1.25 * spent * (seen.visible / HAS_TO_SHOW) ** 2
-    more = f"--budget {10 * math.ceil(enough / 10)}" if enough <= MOST_ADVISED else "a much longer --budget"
+    # With --fresh, since what is kept answers where its range was narrow enough.
+    more = f"--fresh --budget {10 * math.ceil(enough / 10)}" if enough <= MOST_ADVISED else ""
     much = f"{seen.visible:.0%}" if seen.visible < 1 else "half"
     return (
         f"too few timings to tell whether this machine is steady: with {seen.count} micro-steps a speed that moves by "
         f"less than {much} may not stand out from noise, and {HAS_TO_SHOW:.0%} has to. The range reaches to what they "
-        f"leave possible. Measure again with {more}, or on a quieter machine."
+        f"leave possible. Measure again with {more or '--fresh and a much longer --budget'}, or on a quieter machine."
     )
 
 

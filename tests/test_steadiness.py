@@ -84,11 +84,11 @@ def test_few_timings_are_said_to_be_too_few_with_number_threshold_and_remedy() -
     assert text is not None
     assert "with 20 micro-steps" in text
     assert "20% has to" in text
-    assert "--budget 2" in text or "--budget 1" in text
+    assert "with --fresh --budget 2" in text or "with --fresh --budget 1" in text
     none = judge(rounds[:2], rounds[:2], np.zeros(2), movement(np.array([0.0, 9]), np.zeros(2), np.array([0, 1])))
     assert not none.can_tell
     assert none.hidden == 1.0
-    assert "a much longer --budget" in str(too_few(none, 60.0))
+    assert "with --fresh and a much longer --budget" in str(too_few(none, 60.0))
 
 
 def test_a_first_round_counts_unless_it_lies_above_the_fence_of_the_later_ones() -> None:
