@@ -296,7 +296,7 @@ def test_each_of_the_plans_that_were_timed_together_is_answered_whatever_the_oth
     keys, asked = reuse.Keys(FACTS), reuse.Sharpness(budget_seconds=60.0, precision_target=0.02)
     data = fakes.make_data(np.full(400, 100))
     example, place = np.divmod(np.arange(len(data.token_ids)), 100)
-    learnt = place >= np.where(example < 300, 80, 10)  # 20 % of most, 90 % of a hundred, of which the sample takes the best
+    learnt = place >= np.where(example < 300, 80, 10)  # 20 % of most, 90 % of the best
     data = replace(data, supervised=learnt, engagement=np.arange(400.0))
     plain = fakes.make_job(model=str(bench.model), loss="lean")
     best = fakes.make_job(model=str(bench.model), loss="lean", sampling_strategy="top", sample_size=90)

@@ -38,14 +38,17 @@ def test_from_the_loops_ratio_the_other_parts_are_counted_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "over", "said"),
+    ("written", "tuned", "over", "said"),
     [
-        (None, None, "no speed-up can be told: as written it could not be timed"),
-        (90.0, None, "1.82x over itself as written (the baseline could not be timed)"),
-        (90.0, 1.5, "1.50x over the baseline as written"),
+        (None, 45.0, None, "no speed-up can be told: as written it could not be timed"),
+        (90.0, 45.0, None, "1.82x over itself as written (the baseline could not be timed)"),
+        (90.0, 45.0, 1.5, "1.50x over the baseline as written"),
+        (90.0, None, None, "no speed-up can be told: it does not fit now"),
     ],
 )
-def test_what_a_twin_gains_is_told_of_whole_runs(written: float | None, over: float | None, said: str) -> None:
+def test_what_a_twin_gains_is_told_of_whole_runs(
+    written: float | None, tuned: float | None, over: float | None, said: str
+) -> None:
     twin = Twin(
         preset="a", changes=(Change(name="micro-batch", micro_batch_size=2),), links=(), written_seconds=written,
         seconds=45.0, baseline_seconds=None,
@@ -54,6 +57,6 @@ def test_what_a_twin_gains_is_told_of_whole_runs(written: float | None, over: fl
     comparison: Any = SimpleNamespace(
         candidates=[SimpleNamespace(twin=twin)],
         report=SimpleNamespace(rows=[row]),
-        estimates={"a, tuned": estimate_of(45.0, load=10.0), "a": estimate_of(written, load=10.0)},
+        estimates={"a, tuned": estimate_of(tuned, load=10.0), "a": estimate_of(written, load=10.0)},
     )
     assert f"a, tuned: {said}; loop: micro-batch 2" in explain_text(comparison, width=110)
