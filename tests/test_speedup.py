@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fakes import FakeProber
+from planned import Bench
 
 from planner.estimate import Estimate, FixedSeconds
 from planner.explain import explain_text
@@ -22,6 +24,23 @@ def test_a_speed_up_is_that_of_whole_runs() -> None:
     assert speedup(estimate_of(None), estimate_of(45.0)) is None
     assert speedup(None, estimate_of(45.0)) is None
     assert speedup(estimate_of(100.0), estimate_of(None)) is None
+
+
+def test_with_compile_every_table_counts_from_the_baseline_as_it_is_not_compiled(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.device = {"base": 0.2, "per_token": 1e-5, "memory": 64 << 30}  # each preset has a twin
+    plain = FakeProber._seconds
+    monkeypatch.setattr(FakeProber, "_seconds", lambda self, rows: plain(self, rows) * (0.5 if self.job.compile else 1))
+
+    def speedups(*names: str, tuned: bool = False) -> dict[str, float | None]:
+        return {row.name: row.speedup for row in bench.plan(names=names, compile=True, tuned=tuned).report.rows}
+
+    both = speedups("baseline", "recommended", tuned=True)
+    assert both["recommended"] == pytest.approx(speedups("recommended")["recommended"], rel=0.03)
+    assert (both["baseline"] or 0.0) > 1.2  # what compiling gives is a part of it
+    assert (both["recommended, tuned"] or 0.0) > 2.0
+    assert speedups("aggressive", "baseline")["aggressive"] is None  # no search has timed the baseline beside it
 
 
 def test_a_part_that_is_known_of_one_run_alone_is_counted_of_neither() -> None:
