@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from datetime import datetime, timedelta
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +346,21 @@ def test_a_sharper_measurement_than_the_stored_one_is_made(bench: Bench) -> None
     assert any("sharper" in line for line in bench.said)
     bench.plan(measuring=MeasureSettings(precision_target=0.05))
     assert bench.starts == 0
+
+
+def test_the_budget_that_is_advised_is_that_of_all_rows_that_share_it(bench: Bench, tmp_path: Path) -> None:
+    """Rows of another maximum length have data of their own, and get half of it."""
+    bench.device = {"noise": 0.06, "base": 1.0}
+    other = tmp_path / "short.toml"
+    written = resources.files("presets").joinpath("baseline.toml").read_text(encoding="utf-8")
+    other.write_text(re.sub(r"max_length = [0-9]+", "max_length = 64", written))
+
+    def advised(budget: float, *names: str) -> int:
+        asked = MeasureSettings(budget_seconds=budget, fresh=True)
+        note = bench.plan(names=names, measuring=asked).report.rows[0].note or ""
+        return int(note.partition("--fresh --budget ")[2].partition(",")[0])
+
+    assert advised(60, "baseline", str(other)) == pytest.approx(2 * advised(30, "baseline"), abs=10)
 
 
 def test_a_measurement_that_failed_is_not_kept(bench: Bench) -> None:
