@@ -159,7 +159,7 @@ def resolve_data(options: Options, settings: Settings, *, running: bool) -> Data
         setting, is_set, place = where.partition(" in ")
         instead = f"take {setting} out of {place}" if is_set else f"leave {where} out"
         raise error_of(where)(
-            f"{where} {named} is a count: enough for planning, but a run needs messages. "
+            f"{where} is {named}, a count: enough for planning, but a run needs messages. "
             f"Give a file (--dataset messages.jsonl), or {instead} to train on the bundled messages."
         )
     return DataSpec(source="count", num_examples=count, tokens_per_example=options.tokens_per_example, **common)
