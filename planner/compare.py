@@ -118,6 +118,7 @@ def compare(
             works=works[candidate.planned.job.preset.max_length],
             data_seconds=candidate.data_seconds,
             between=BETWEEN_RUNS[candidate.planned.job.device],
+            budget_shares=len(found),
         )
         for candidate in candidates
         if candidate.planned is not None and candidate.data is not None
@@ -213,7 +214,7 @@ def _measure_all(
         if history is not None and not measuring.fresh:
             stored = reuse(history, keys, rows, data, asked, place.disk, works[length])
             if isinstance(stored, Reused):
-                found[length], measured_at[length] = stored.measurements, stored.measured_at
+                found[length], measured_at[length] = _noted(stored.measurements, place), stored.measured_at
                 say(f"measured {ago(stored.measured_at, now)} on this machine; --fresh measures again")
                 continue
             if stored is not None:
@@ -225,7 +226,7 @@ def _measure_all(
             saved = Path(folder) / "data"
             saved.mkdir()
             data.save(saved)
-            found[length] = measure(
+            measured = measure(
                 rows,
                 data,
                 factory(saved, scratch.folder),
@@ -236,11 +237,14 @@ def _measure_all(
                 meter=ConditionsMeter(is_gpu=rows[0].job.device == "cuda"),
             )
             disk = scratch.disk
-        if scratch.note is not None:
-            found[length] = replace(found[length], notes=(*found[length].notes, scratch.note))
         if history is not None:
-            keep(history, keys, rows, data, found[length], asked, now, disk)
+            keep(history, keys, rows, data, measured, asked, now, disk)
+        found[length] = _noted(measured, scratch)  # not kept: it is said where it is true
     return found, measured_at
+
+
+def _noted(found: Measurements, place: Place) -> Measurements:
+    return found if place.note is None else replace(found, notes=(*found.notes, place.note))
 
 
 def run_command(comparison: Comparison, argv_tail: str, *, tuned: bool) -> str | None:

@@ -44,21 +44,22 @@ def parse_count(named: str, where: str = "--dataset") -> int | None:
     except InvalidOperation:
         raise _refused(named, where) from None
     if number < 1:
-        raise _kind(where)(f"{where} is {text}; a count must be at least 1.")
+        raise error_of(where)(f"{where} is {text}; a count must be at least 1.")
     if number > MOST_EXAMPLES:
-        raise _kind(where)(f"{where} is {text}; a count must be at most {MOST_EXAMPLES:,}.")
+        raise error_of(where)(f"{where} is {text}; a count must be at most {MOST_EXAMPLES:,}.")
     if number != int(number):
         raise _refused(named, where)
     return int(number)
 
 
-def _kind(where: str) -> type[SettingsError]:
+def error_of(where: str) -> type[SettingsError]:
+    """What is raised for a value by where it was named: an option is wrong by itself, a setting stands in a file."""
     return OptionError if where.startswith("--") else SettingsError
 
 
 def _refused(named: str, where: str) -> SettingsError:
     told = "too large to be a count" if len(named) > _MOST_DIGITS else "no whole count"
-    return _kind(where)(
+    return error_of(where)(
         f"{where} is {shown(named)}: it looks like a number and is {told}. "
         f"Write a count as {COUNT_FORMS}; there is no file of that name."
     )

@@ -129,6 +129,7 @@ def estimate(
     works: Works | None = None,
     data_seconds: float | None = None,
     between: float = 0.0,
+    budget_shares: int = 1,
 ) -> Estimate:
     """The estimate of one row, from what was measured of its step signature.
 
@@ -137,6 +138,7 @@ def estimate(
         data_seconds: what the run will take to read its data, where known.
         between: half of the 90 % interval, relative, by which one hour differs from the next on such a machine; no
             minute of timing shows it.
+        budget_shares: among how many measurements like this one a --budget is shared out.
     """
     verdict = found.verdict(row.name)
     measurement = found.of(StepSignature.of(row.job))
@@ -179,7 +181,7 @@ def estimate(
         # The run may meet any of the speeds that were seen.
         low, high = min(low, total.seconds * steadiness.fast), max(high, total.seconds * steadiness.slow)
         warnings.append(steadiness.warning)
-    unsure = too_few(steadiness, sum(one.seconds_spent for one in found.measurements))
+    unsure = too_few(steadiness, budget_shares * sum(one.seconds_spent for one in found.measurements))
     if unsure:
         warnings.append(unsure)
     conditions = summarise(

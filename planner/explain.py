@@ -69,6 +69,8 @@ def _gained(comparison: Comparison, twin: Twin) -> str:
     if over is not None:
         return f"{over:.2f}x over the baseline as written"
     tuned, written = comparison.estimates[name], comparison.estimates.get(twin.preset)
+    if not tuned.train_seconds:
+        return f"no speed-up can be told: it {'does not fit' if tuned.fits is False else 'could not be timed'} now"
     gain = speedup(written, tuned) or speedup_by_loops(twin.loop_gain, tuned)
     if gain is not None:
         return f"{gain:.2f}x over itself as written (the baseline could not be timed)"

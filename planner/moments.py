@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from datetime import datetime, time, timedelta
 
 from planner.figures import clock
@@ -17,7 +18,7 @@ DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sun
 FORMS = "18:00, 6pm, tonight, friday, 'tomorrow 09:00', '2026-11-27 09:00' or 'in 3 hours'"
 START_FORMS = "now, 18:00, 6pm, 'tomorrow 09:00', 'fri 09:00', '2026-11-27 09:00' or 'in 3 hours'"
 _DAY_END = time(23, 59)  # of a day without a time: its last minute, so that the date that is shown is the one meant
-_TIME = re.compile(r"(?P<hour>[0-9]{1,2})(?::(?P<minute>[0-9]{2}))?\s*(?P<half>am|pm)?")
+_TIME = re.compile(r"(?P<hour>[0-9]{1,2})(?::(?P<minute>[0-9]{2})(?::(?P<second>[0-9]{2}))?)?\s*(?P<half>am|pm)?")
 _WORDS = re.compile(
     r"(?:(?:on )?(?P<day>[a-z]+|[0-9]{4}-[0-9]{2}-[0-9]{2}))?(?:(?:^|,? )(?:at )?(?P<time>[0-9][0-9: apm]*))?"
 )
@@ -63,7 +64,7 @@ def parse_deadline(text: str, now: datetime, after: datetime) -> datetime:
     """
     moment = _moment(text, now, after, whole_days=True)
     if moment is None:
-        span = f" For a span of time: --within {text.strip()}." if _span(text) is not None else ""
+        span = f" For a span of time: --within {shlex.quote(text.strip())}." if _span(text) is not None else ""
         raise OptionError(f"--deadline is '{text}'; write it like {FORMS}.{span}")
     if moment <= after:
         when = "past" if after == now else f"not after the start ({clock(after, now)})"
@@ -78,7 +79,8 @@ def _span(text: str) -> float | None:
         found = re.match(r" *([0-9]+(?:\.[0-9]+)?) *([a-z]*)", rest)
         if found is None:
             return None
-        unit = _UNITS.get(found[2]) or _UNITS.get(found[2].removesuffix("s"))
+        word = found[2].removesuffix("s") if len(found[2]) > 2 else found[2]  # "ms" are no minutes
+        unit = _UNITS.get(found[2]) or _UNITS.get(word)
         if not found[2] and last == _UNITS["h"] and found.end() == len(rest):
             unit = _UNITS["min"]  # 2h30
         if unit is None:
@@ -123,7 +125,7 @@ def _time(text: str, *, alone: bool) -> time:
         if not 1 <= hour <= 12:
             raise ValueError(text)
         hour = hour % 12 + (12 if found["half"] == "pm" else 0)
-    return time(hour, int(found["minute"] or 0))
+    return time(hour, int(found["minute"] or 0), int(found["second"] or 0))
 
 
 def _next(day: str | None, at: time, now: datetime) -> datetime | None:

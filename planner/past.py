@@ -95,8 +95,8 @@ def accuracy_text(found: Accuracy | None) -> str:
         )
     if found.num_with_range_uncalibrated:
         lines.append(
-            f"A range that was not a 90 % range (the machine was not steady) held it in "
-            f"{found.num_inside_uncalibrated:,} of {found.num_with_range_uncalibrated:,}."
+            "A range that was not a 90 % range (the machine was not steady, or too little was timed to tell) held "
+            f"it in {found.num_inside_uncalibrated:,} of {found.num_with_range_uncalibrated:,}."
         )
     return "\n".join(lines)
 

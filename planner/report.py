@@ -108,7 +108,7 @@ class Row:
     tuned_from: str | None = None  # the preset that this row is the tuned twin of
     speedup: float | None = None  # predicted seconds of the baseline's whole run / this row's, of the same parts
     breakdown: BreakdownInfo | None = None
-    calibrated: bool = True  # False: the range is what was seen on an unsteady machine, not a 90 % interval
+    calibrated: bool = True  # False: an unsteady machine, or too little was timed to tell; no 90 % interval
     measured_at: str | None = None  # ISO, local time with offset, where the basis is "cached"
     correction: CorrectionInfo | None = None
     run_as: str | None = None  # what `--run` takes where it is not the preset's name: a file

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from planner.counts import parse_count
+from planner.counts import error_of, parse_count
 from planner.hardware import DeviceFacts, resolve_base_precision, resolve_precision
 from presets.demo import demo_folder
 from presets.env import YOURS, Settings, yours_preset
@@ -146,7 +146,9 @@ def resolve_data(options: Options, settings: Settings, *, running: bool) -> Data
     count = parse_count(named, where)
     if count is None:
         if options.tokens_per_example is not None:
-            raise OptionError("--tokens-per-example goes with a count (--dataset 63000); a file has its own lengths.")
+            raise error_of(where)(
+                "--tokens-per-example goes with a count (--dataset 63000); a file has its own lengths."
+            )
         source = (
             named
             if named == "bundled" or not Path(named).expanduser().exists()
@@ -154,9 +156,11 @@ def resolve_data(options: Options, settings: Settings, *, running: bool) -> Data
         )
         return DataSpec(source=source, **common)
     if running:
-        raise OptionError(
-            f"{where} {named} is a count: enough for planning, but a run needs messages. "
-            "Give a file (--dataset messages.jsonl), or leave --dataset out to train on the bundled messages."
+        setting, is_set, place = where.partition(" in ")
+        instead = f"take {setting} out of {place}" if is_set else f"leave {where} out"
+        raise error_of(where)(
+            f"{where} is {named}, a count: enough for planning, but a run needs messages. "
+            f"Give a file (--dataset messages.jsonl), or {instead} to train on the bundled messages."
         )
     return DataSpec(source="count", num_examples=count, tokens_per_example=options.tokens_per_example, **common)
 
@@ -303,7 +307,7 @@ def _with_options(preset: Preset, options: Options) -> tuple[Preset, list[str]]:
 def _chosen_sampling(preset: Preset, applied: Preset, options: Options, settings: Settings) -> str:
     """What a sample is made of where nobody has said so: the published rule for a size, or the preset's own way."""
     sampling, because = applied.sampling, "no --sampling-strategy was named"
-    if options.sampling_strategy is not None or (applied.phases and applied.phases[0].is_stage):
+    if options.sampling_strategy is not None or (applied.phases and applied.phases[0].is_stage) or sampling.takes_all:
         return ""
     if options.sample_size is None and options.sample_ratio is None:
         if preset.name != YOURS or settings.sample_size is None or settings.sampling_strategy is not None:
@@ -312,7 +316,8 @@ def _chosen_sampling(preset: Preset, applied: Preset, options: Options, settings
     elif not preset.sampling.takes_all:
         return f"keeps its own sampling strategy, '{sampling.strategy}', as {because}"
     if sampling.strategy == "top":
-        return f"takes the top {sampling.size:,} by {sampling.score}, as {because}; 'random' draws them from all"
+        much = f"{sampling.size:,}" if sampling.size is not None else f"{100 * (sampling.ratio or 1):g}%"
+        return f"takes the top {much} by {sampling.score}, as {because}; 'random' draws them from all"
     return f"draws its sample at random, as {because}"
 
 
@@ -329,10 +334,10 @@ def resolve_count(options: Options, settings: Settings) -> int:
     """
     named, where = _dataset(options, settings)
     if named == "bundled":
-        raise OptionError("--step-time needs a count of examples: plan --dataset 63000 --step-time 30.")
+        raise error_of(where)("--step-time needs a count of examples: plan --dataset 63000 --step-time 30.")
     count = parse_count(named, where)
     if count is None:
-        raise OptionError(
+        raise error_of(where)(
             f"--step-time measures and reads nothing, so {where} must be a count, not '{named}': "
             "plan --dataset 63000 --step-time 30."
         )

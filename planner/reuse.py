@@ -83,7 +83,8 @@ class CachedMeasurement:
     precision_target: float
     free_bytes: int | None  # on the device, before
     in_turns: bool
-    supervised_share: float  # of the plans' tokens, those that are learnt from
+    least_supervised: float  # of a plan's tokens, those that are learnt from: of the plan with the lowest share
+    most_supervised: float  # and with the highest
     strata: Strata
     measurement: Measurement
     rows: tuple[CachedRow, ...]
@@ -254,6 +255,8 @@ def keep(
         timed = measurement.rounds or not any(row.verdict.fits for row in judged)
         if key is None or measurement.error is not None or not judged or not timed:
             continue
+        timed_rows = [row for row, one in zip(members, verdicts, strict=True) if one is not None and one.fits]
+        shares = [works.supervised_share(row.plan) for row in timed_rows or members]
         entry = CachedMeasurement(
             measured_at=now.astimezone(UTC).isoformat(timespec="seconds"),
             call=call,
@@ -261,7 +264,8 @@ def keep(
             precision_target=asked.precision_target,
             free_bytes=made.facts.free_bytes,
             in_turns=found.in_turns,
-            supervised_share=works.supervised_share(row.plan for row in members),
+            least_supervised=min(shares),
+            most_supervised=max(shares),
             strata=found.strata,
             measurement=measurement,
             rows=tuple(judged),
@@ -433,11 +437,12 @@ def _check_strata(entry: CachedMeasurement, row: PlannedRow, works: Works) -> No
 
 
 def _check_supervised(entry: CachedMeasurement, row: PlannedRow, works: Works) -> None:
-    share = works.supervised_share([row.plan])
-    if not is_near(entry.supervised_share, share, entry.measurement):
+    share, least, most = works.supervised_share(row.plan), entry.least_supervised, entry.most_supervised
+    if not is_near(least, most, share, entry.measurement):
+        timed = f"{least:.0%}" if f"{least:.0%}" == f"{most:.0%}" else f"{least:.0%} to {most:.0%}"
         raise _Unfit(
-            f"{share:.0%} of the tokens are learnt from, and of those that were timed {entry.supervised_share:.0%}; "
-            "the loss's time depends on it"
+            f"{share:.0%} of the tokens are learnt from, and of those that were timed {timed}; the loss's time depends "
+            "on it"
         )
 
 

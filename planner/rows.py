@@ -76,13 +76,27 @@ def make_report(
             lengths="assumed" if first.data.report.lengths == "assumed" else "measured",
             num_tokens=tokens,
         ),
-        rows=tuple(_row(candidate, twins, estimates, past, now) for candidate in candidates),
+        rows=tuple(_row(one, twins, estimates, past, now, _counted_from(candidates, estimates)) for one in candidates),
         notes=_notes(candidates, estimates, found, first.data, training, len(evaluation)),
     )
 
 
+def _counted_from(candidates: tuple[Candidate, ...], estimates: dict[str, Estimate]) -> Estimate | None:
+    """The estimate that speed-ups are counted from; None where the table has none of that kind.
+
+    It is not compiled, as it is not in a search (`planner.candidates.baseline_job`): one figure whatever the table has.
+    """
+    jobs = [one.resolved.job for one in candidates if one.name == BASELINE]
+    return estimates.get(BASELINE) if any(job is not None and not job.compile for job in jobs) else None
+
+
 def _row(
-    candidate: Candidate, twins: dict[str, Twin], estimates: dict[str, Estimate], past: Past, now: datetime
+    candidate: Candidate,
+    twins: dict[str, Twin],
+    estimates: dict[str, Estimate],
+    past: Past,
+    now: datetime,
+    baseline: Estimate | None,
 ) -> Row:
     preset, job, name = candidate.resolved.preset, candidate.resolved.job, candidate.name
     found = estimates.get(name)
@@ -134,7 +148,7 @@ def _row(
         fits=found.fits,
         finish_at=finish_at(now, found.seconds),
         calibrated=found.calibrated,
-        speedup=speedup(estimates.get(BASELINE), found) or speedup_by_loops(loops, found),
+        speedup=speedup(baseline, found) or speedup_by_loops(loops, found),
         breakdown=_breakdown(found),
         measured_at=None if measured_at is None else measured_at.astimezone().isoformat(timespec="seconds"),
         correction=None

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -30,11 +30,14 @@ class Place:
     """An existing folder, and why it is not where the run will write, if it is not."""
 
     folder: Path
+    wanted: Path | None = None  # where the run will write, if the folder lies elsewhere
     note: str | None = None
 
     @property
     def disk(self) -> str:
-        return disk_of(self.folder)
+        """What tells measurements in this place from others: the disk of the run, and where another was timed that."""
+        timed = disk_of(self.folder)
+        return timed if self.wanted is None else f"{disk_of(self.wanted)}, timed on {timed}"
 
 
 def place_for(output: Path | None) -> Place:
@@ -50,14 +53,30 @@ def place_for(output: Path | None) -> Place:
     # Into the run folder only where it is there and a disk of its own, or alone can be written.
     inside = [run] if os.path.isdir(run) else []
     beside = [above] if not inside or disk_of(above) == disk_of(run) else []
-    found = next((one for one in (*beside, *inside) if os.access(one, os.W_OK | os.X_OK)), None)
-    return Place(folder=found) if found else _elsewhere(above, "not writable")
+    refused: dict[Path, str] = {}
+    for one in (*beside, *inside):
+        reason = _refusal(one)
+        if reason is None:
+            return Place(folder=one)
+        refused[one] = reason
+    return _elsewhere(*next(iter(refused.items())))
+
+
+def _refusal(folder: Path) -> str | None:
+    """Why no folder can be made in this one; None where one can. It is tried: what was kept is looked up by it."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return "not writable"
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
+    except OSError as reason:  # full, or a disk that says "writable" and is not
+        return reason.strerror or str(reason)
+    return None
 
 
 def _elsewhere(wanted: Path, reason: str) -> Place:
     instead = Path(tempfile.gettempdir())
     note = f"a checkpoint was timed in '{instead}' and not where a run will write it ('{wanted}': {reason})"
-    return Place(folder=instead, note=note)
+    return Place(folder=instead, wanted=wanted, note=note)
 
 
 @contextlib.contextmanager
@@ -70,11 +89,11 @@ def scratch_folder(place: Place) -> Iterator[Place]:
         _remove_left(place.folder)
         try:
             made = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place.folder))
-        except OSError as reason:  # full, or a disk that says "writable" and is not
+        except OSError as reason:  # since it was tried
             place = _elsewhere(place.folder, reason.strerror or str(reason))
             made = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place.folder))
         try:
-            yield Place(folder=made, note=place.note)
+            yield replace(place, folder=made)
         finally:
             shutil.rmtree(made, ignore_errors=True)
 

@@ -29,7 +29,7 @@ LEAST_TIMINGS = 24  # below it the quantile, which is a limit, is not to be trus
 class Steadiness:
     """How much the machine's speed changed while it was timed. All relative; 0 where nothing stands out from noise."""
 
-    spread: float = 0.0  # standard deviation of the rounds
+    spread: float = 0.0  # standard deviation of the rounds, its lower limit
     moved: float = 0.0  # from the first round to the last, along a slope
     jumped: float = 0.0  # from one level to another
     fast: float = 1.0  # the faster level, as a part of the mean
@@ -60,7 +60,7 @@ class Steadiness:
         elif self.jumped > JUMP:
             what, limit = f"its speed jumped between two levels {self.jumped:.0%} apart", JUMP
         else:
-            what, limit = f"the rounds scatter by {self.spread:.0%}", STEADY
+            what, limit = f"the rounds scatter by at least {self.spread:.0%}", STEADY
         return (
             f"this machine is not steady: {what} while it was timed, more than {limit:.0%}. The range is widened, but "
             "holds only if the run meets the same conditions. Close other programs, measure again, or raise --budget."
@@ -71,19 +71,20 @@ def too_few(found: Steadiness, spent: float) -> str | None:
     """What to say where the timings could not have shown a change; number, threshold and what to do.
 
     Args:
-        spent: seconds of timing, of all that was timed in turns.
+        spent: seconds of timing, of all that shares a --budget.
     """
     if found.can_tell:
         return None
     seen = found.movement
     # The error goes with 1 / sqrt(timings). A quarter more, since the last part of a budget is too short for a round.
     enough = 1.25 * spent * (seen.visible / HAS_TO_SHOW) ** 2
-    more = f"--budget {10 * math.ceil(enough / 10)}" if enough <= MOST_ADVISED else "a much longer --budget"
+    # With --fresh, since what is kept answers where its range was narrow enough.
+    more = f"--fresh --budget {10 * math.ceil(enough / 10)}" if enough <= MOST_ADVISED else ""
     much = f"{seen.visible:.0%}" if seen.visible < 1 else "half"
     return (
         f"too few timings to tell whether this machine is steady: with {seen.count} micro-steps a speed that moves by "
         f"less than {much} may not stand out from noise, and {HAS_TO_SHOW:.0%} has to. The range reaches to what they "
-        f"leave possible. Measure again with {more}, or on a quieter machine."
+        f"leave possible. Measure again with {more or '--fresh and a much longer --budget'}, or on a quieter machine."
     )
 
 
@@ -106,13 +107,23 @@ def judge(
     moved = abs(along.by) if along.stands_out else 0.0
     if rounds < 3 or mean <= 0:
         return Steadiness(moved=moved, movement=along)
-    spread = float(replicates.std(ddof=1)) / mean
+    spread = surely(float(replicates.std(ddof=1)) / mean, rounds - 1)
     if not along.count:  # two looks at the same thing would be two false alarms
         moved = drift(replicates) / mean
     if not has_changed(timings):
         return Steadiness(spread=spread, moved=moved, movement=along)
     fast, slow = two_levels(raw_replicates / raw_replicates.mean())
     return Steadiness(spread=spread, moved=moved, jumped=slow / fast - 1, fast=fast, slow=slow, movement=along)
+
+
+def surely(deviation: float, degrees: int) -> float:
+    """What a standard deviation is above, 95 % surely: deviation / sqrt(chi-square / degrees).
+
+    Four rounds that scatter by 6 % look like 10 % and more in four of a hundred cases. The quantile by Wilson and
+    Hilferty (1931), good to 1 %.
+    """
+    by = 2 / (9 * degrees)
+    return deviation / math.sqrt((1 - by + 1.6449 * math.sqrt(by)) ** 3)
 
 
 def has_changed(timings: FloatArray) -> bool:

@@ -12,7 +12,8 @@ from trainer.job import Loss
 NEAR: dict[Loss, float] = {"lean": 0.05, "plain": 0.25}
 
 
-def is_near(measured: float, wanted: float, measurement: Measurement) -> bool:
-    """Whether timings with one share may stand for a plan with another."""
+def is_near(lowest: float, highest: float, wanted: float, measurement: Measurement) -> bool:
+    """Whether timings of plans with shares from lowest to highest may stand for a plan with another."""
     is_lean = measurement.signature.loss == "lean" and not (measurement.load and measurement.load.lean_refused)
-    return abs(measured - wanted) <= NEAR["lean" if is_lean else "plain"]
+    near = NEAR["lean" if is_lean else "plain"]
+    return lowest - near <= wanted <= highest + near

@@ -22,6 +22,10 @@ from trainer.planning import Plans, stand_in
 from trainer.tokens import FloatArray, TokenizedDataset
 
 Changes = tuple[Change, ...]
+NOT_IN_TURNS = (
+    "what only timing in turns tells from a machine that changes its speed: not all workers fit into memory together, "
+    "and so they were timed one after another"
+)
 
 
 class Trials:
@@ -58,13 +62,18 @@ class Trials:
     # --- rows ---------------------------------------------------------------------------------------------------------
 
     def rows(self, asked: Mapping[str, Sequence[Changes]]) -> list[PlannedRow]:
-        """A row for each preset with each of its variants, as far as its global batch can be split so."""
+        """A row for each preset with each of its variants, as far as its global batch can be split so.
+
+        A variant whose last change changes nothing is no row of its own: it is that without the change.
+        """
         rows = []
         for name, variants in asked.items():
             for changes in variants:
                 try:
                     job = changed(self._jobs[name], changes)
                 except SettingsError:
+                    continue
+                if changes and job == changed(self._jobs[name], changes[:-1]):
                     continue
                 rows.append(self.row(row_name(name, changes), job))
                 self._variants[rows[-1].name] = (name, changes)
@@ -99,6 +108,8 @@ class Trials:
             seed=self._seed,
         )
         self.spent += sum(one.seconds_spent for one in found.measurements)
+        if not found.in_turns and sum(bool(one.rounds) for one in found.measurements) > 1:
+            self.refused.append(NOT_IN_TURNS)
         return found
 
     def packing_refused(self, job: Job, packed_length: int) -> str | None:
@@ -124,7 +135,8 @@ class Trials:
         timed: dict[str, list[Timed]] = {name: [] for name in self._jobs}
         for row in rows:
             name, changes = self._variants[row.name]
-            replicates = self.usable(row, found, changes[-1].text if changes else f"{name} as written")
+            what = ", ".join(change.text for change in changes)
+            replicates = self.usable(row, found, what or f"{name} as written")
             if len(replicates):
                 seconds = float(replicates.mean())
                 timed[name].append(Timed(job=row.job, changes=changes, seconds=seconds, replicates=replicates))
@@ -134,7 +146,7 @@ class Trials:
         """Per preset what does not fit."""
         left: dict[str, list[tuple[Changes, Job]]] = {name: [] for name in self._jobs}
         for row in rows:
-            one = self._estimate(row, found)
+            one = self.judged(row, found)
             if one is not None and one.fits is False:
                 name, changes = self._variants[row.name]
                 left[name].append((changes, row.job))
@@ -142,7 +154,7 @@ class Trials:
 
     def usable(self, row: PlannedRow, found: Measurements, what: str) -> FloatArray:
         """The row's replicates; none where it does not fit, or where its worker failed: then `refused` says so."""
-        one = self._estimate(row, found)
+        one = self.judged(row, found)
         if one is not None and one.error not in (None, LEFT_OUT) and one.fits is not False:
             self.refused.append(f"{what}: {one.error}")
             return np.zeros(0)
@@ -159,7 +171,8 @@ class Trials:
             self.refused.append(f"lean loss: {reason}")
         return not reason
 
-    def _estimate(self, row: PlannedRow, found: Measurements) -> Estimate | None:
+    def judged(self, row: PlannedRow, found: Measurements) -> Estimate | None:
+        """The row's estimate, which fits or not by what a whole run will need; None where nothing is known of it."""
         try:
             return estimate(row, self.data, found)
         except MeasurementError:

@@ -160,8 +160,7 @@ class _Tuning:
         first = self.wanted[0].job
         found: list[Change] = []
         for size in CPU_MICRO_BATCHES if first.device == "cpu" else GPU_MICRO_BATCHES:
-            if size != first.micro_batch_size:
-                found.append(Change(name="micro-batch", micro_batch_size=size))
+            found.append(Change(name="micro-batch", micro_batch_size=size))
         longest = int(self.data.lengths.max())
         least = 1 << max(5, math.ceil(math.log2(max(2, longest))))
         lengths = [least * rows for rows in PACKED_ROWS if least * rows <= MOST_PACKED_TOKENS[first.device]]
@@ -220,10 +219,12 @@ class _Tuning:
         found = self.trials.measure(rows, STAGE_SHARES[0] * self.budget, what, optional=optional)
         timed = self.trials.timed(rows, found)
         too_large = {} if relief else self.trials.too_large(rows, found)
+        by_name = {row.name: row for row in rows}
         for one in wanted:
-            verdict = found.verdict(row_name(one.name, relief))
-            if not timed[one.name] and (verdict is None or verdict.fits is not False):
-                self.untimed[one.name] = (verdict.error if verdict else None) or "no verdict"
+            row = by_name.get(row_name(one.name, relief))
+            judged = None if row is None else self.trials.judged(row, found)
+            if not timed[one.name] and (judged is None or judged.fits is not False):
+                self.untimed[one.name] = (judged.error if judged else None) or "no verdict"
             if timed[one.name] and one.name in too_large:
                 self.bounded[one.name] = bounded_by_memory(timed[one.name], too_large[one.name])
         return {one.name: timed[one.name] for one in wanted}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from planner.estimator import PlanWork, plan_work
@@ -36,7 +35,7 @@ class Works:
         self._extremes: dict[int, Extremes] = {}
         self._works: dict[tuple[int, Kind, Strata], PlanWork] = {}
         self._padded: dict[tuple[bytes, str, int], int] = {}
-        self._learnt: dict[int, tuple[int, int]] = {}
+        self._learnt: dict[int, float] = {}
 
     @property
     def num_examples(self) -> int:
@@ -73,17 +72,12 @@ class Works:
             self._padded[key] = max(sum(each[first::num_devices]) for first in range(num_devices))
         return self._padded[key]
 
-    def supervised_share(self, plans: Iterable[BatchPlan]) -> float:
-        """Of the tokens in these plans, those that are learnt from, 0 to 1."""
-        counts = [self._tokens(plan) for plan in plans]
-        return sum(learnt for learnt, _ in counts) / max(1, sum(tokens for _, tokens in counts))
-
-    def _tokens(self, plan: BatchPlan) -> tuple[int, int]:
-        """How many of a plan's tokens are learnt from, and how many there are."""
+    def supervised_share(self, plan: BatchPlan) -> float:
+        """Of the tokens in a plan, those that are learnt from, 0 to 1."""
         if id(plan) not in self._learnt:
             self._plans[id(plan)] = plan
             data, order = self._data, plan.order
-            self._learnt[id(plan)] = int(data.num_supervised[order].sum()), int(data.lengths[order].sum())
+            self._learnt[id(plan)] = float(data.num_supervised[order].sum() / max(1, data.lengths[order].sum()))
         return self._learnt[id(plan)]
 
     def _shapes(self, plan: BatchPlan) -> MicroShapes:

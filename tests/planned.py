@@ -52,6 +52,7 @@ class Bench:
         fresh: bool = False,
         minutes: float = 0.0,
         output: Path | None = None,
+        tuned: bool = False,
         **options: Any,
     ) -> Comparison:
         self.starts = 0
@@ -82,6 +83,7 @@ class Bench:
             history=self.history,
             clock=lambda: devices[-1].clock(),
             output=output,
+            tuned=tuned,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from planner.counts import parse_count
 from planner.options import OPTIONS, same_options
 from planner.resolve import Options, resolve_count, resolve_data
 from presets.env import Settings
-from presets.errors import SettingsError
+from presets.errors import OptionError, SettingsError
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,26 @@ def test_a_setting_s_number_is_told_as_the_setting_s() -> None:
     for ask in (lambda: resolve_data(Options(), settings, running=False), lambda: resolve_count(Options(), settings)):
         with pytest.raises(SettingsError, match=r"^DATASET in \.env is 1e12; a count must be at most 1,000,000,000\.$"):
             ask()
+
+
+@pytest.mark.parametrize("place", [None, ".env", "the environment"])
+def test_what_stands_in_env_is_no_option_s_error_and_is_mended_there(place: str | None) -> None:
+    """Exit code 2 and "leave --dataset out" would send the user to a command line that has no --dataset."""
+    remedies = {None: "leave --dataset out", ".env": "take DATASET out of .env"}
+    remedy = remedies.get(place, "take DATASET out of the environment")
+
+    def refused(dataset: str, *, count: bool = False, **more: Any) -> str:
+        options = Options(dataset=dataset if place is None else None, **more)
+        settings = Settings() if place is None else Settings(dataset=dataset, origin={"DATASET": place})
+        with pytest.raises(SettingsError) as caught:
+            resolve_count(options, settings) if count else resolve_data(options, settings, running=True)
+        assert isinstance(caught.value, OptionError) is (place is None)
+        return str(caught.value)
+
+    assert f"or {remedy} to train on the bundled messages." in refused("63000")
+    assert "--tokens-per-example goes with a count" in refused("chats.jsonl", tokens_per_example=9)
+    assert "must be a count, not 'chats.jsonl'" in refused("chats.jsonl", count=True)
+    assert "--step-time needs a count" in refused("bundled", count=True)
 
 
 def test_the_command_for_a_run_holds_a_file_s_place_for_every_way_to_write_a_count(

@@ -316,6 +316,20 @@ def test_too_few_noisy_timings_to_tell_a_drift_widen_the_range_and_are_said() ->
     assert few.train_seconds / few.train_seconds_low - 1 > HAS_TO_SHOW / 4
 
 
+def test_the_budget_that_would_do_counts_how_many_measurements_share_it() -> None:
+    """Rows with two maximum lengths have data of their own, and half of the budget each."""
+    row = make_row(make_job(), DATA)
+    device = FakeDevice(LENGTHS, noise=0.10, base=2.0)
+    found = measure([row], DATA, device.factory, clock=device.clock)
+
+    def advised(shares: int) -> int:
+        warnings = estimate(row, DATA, found, budget_shares=shares).warnings
+        (text,) = (one for one in warnings if "too few timings" in one)
+        return int(text.partition("--fresh --budget ")[2].partition(",")[0])
+
+    assert advised(2) == pytest.approx(2 * advised(1), abs=10)
+
+
 def test_a_drift_is_read_from_the_moments_of_single_micro_steps() -> None:
     row = make_row(make_job(), DATA)
     device = FakeDevice(LENGTHS, noise=0.01, base=1.0, drift=0.24)

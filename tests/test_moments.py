@@ -32,8 +32,12 @@ def test_spans_of_time(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "8", "h", "8 hours ago", "-3h", "0h", "nan h", "1e9d", "8h tomorrow", "9999 weeks", "30 2h", "2h 5 3"]
-)
+    "text",
+    [
+        "", "8", "h", "8 hours ago", "-3h", "0h", "nan h", "1e9d", "8h tomorrow", "9999 weeks", "30 2h", "2h 5 3",
+        "500ms", "3 hs",
+    ],
+)  # fmt: skip
 def test_what_is_no_span_of_time_is_refused(text: str) -> None:
     with pytest.raises(OptionError, match="--within"):
         parse_within(text)
@@ -66,12 +70,14 @@ def test_what_is_no_span_of_time_is_refused(text: str) -> None:
         ("2026-11-27", (27, 23, 59)),
         ("2026-11-27 09:00", (27, 9, 0)),
         ("2026-11-27T09:00", (27, 9, 0)),
+        ("2026-11-27T09:00:00", (27, 9, 0)),
+        ("2026-11-27 09:00:30", (27, 9, 0, 30)),
         ("in 3 hours", (25, 21, 0)),
         ("in 90 min", (25, 19, 30)),
         ("in 2 days", (27, 18, 0)),
     ],
 )
-def test_moments(text: str, moment: tuple[int, int, int]) -> None:
+def test_moments(text: str, moment: tuple[int, ...]) -> None:
     assert parse_deadline(text, NOW, NOW) == datetime(2026, 11, *moment).astimezone()
 
 
@@ -85,7 +91,7 @@ def test_a_weekday_whose_time_is_over_is_that_of_next_week() -> None:
     [
         "", "soon", "25:00", "24:00", "someday 09:00", "someday", "9", "13pm", "0pm", "6 30 pm", "18:00 friday",
         "next friday", "friday morning", "fr 9:00", "2026-13-01", "2026-11-27 25:00", "in", "in a bit", "in 0 hours",
-        "in 99999 days", "\x1b[31m", "fri 6pm pm", "99999-01-01", "midnight",
+        "in 99999 days", "\x1b[31m", "fri 6pm pm", "99999-01-01", "midnight", "09:00:60", "09:00:0",
     ],
 )  # fmt: skip
 def test_what_is_not_understood_is_refused_with_the_forms_that_are(text: str) -> None:
@@ -96,6 +102,8 @@ def test_what_is_not_understood_is_refused_with_the_forms_that_are(text: str) ->
 def test_a_bare_span_is_pointed_to_its_option() -> None:
     with pytest.raises(OptionError, match=r"For a span of time: --within 3h\.$"):
         parse_deadline("3h", NOW, NOW)
+    with pytest.raises(OptionError, match=r"For a span of time: --within '1d 4h'\.$"):
+        parse_deadline(" 1d 4h", NOW, NOW)
 
 
 @pytest.mark.parametrize("text", ["today 17:59", "2020-01-01 09:00", "2026-11-24"])

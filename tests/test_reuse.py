@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from datetime import datetime, timedelta
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +293,28 @@ def test_timings_stand_for_data_of_which_about_as_much_is_learnt_from(
         assert f"{share:.0%} of the tokens are learnt from, and of those that were timed 40%" in str(other)
 
 
+def test_each_of_the_plans_that_were_timed_together_is_answered_whatever_the_others_learn_from(bench: Bench) -> None:
+    """The mean over all of them lies far from the share of one that trains on the best messages alone."""
+    keys, asked = reuse.Keys(FACTS), reuse.Sharpness(budget_seconds=60.0, precision_target=0.02)
+    data = fakes.make_data(np.full(400, 100))
+    example, place = np.divmod(np.arange(len(data.token_ids)), 100)
+    learnt = place >= np.where(example < 300, 80, 10)  # 20 % of most, 90 % of the best
+    data = replace(data, supervised=learnt, engagement=np.arange(400.0))
+    plain = fakes.make_job(model=str(bench.model), loss="lean")
+    best = fakes.make_job(model=str(bench.model), loss="lean", sampling_strategy="top", sample_size=90)
+    rows = [fakes.make_row(plain, data, "all"), fakes.make_row(best, data, "best")]
+    device = fakes.FakeDevice(data.lengths)
+    found = measure(rows, data, device.factory, clock=device.clock)
+    reuse.keep(bench.history, keys, rows, data, found, asked, NOW, DISK)
+    for some in (rows, rows[:1], rows[1:]):
+        assert isinstance(reuse.reuse(bench.history, keys, some, data, asked, DISK), reuse.Reused)
+    for share, is_reused in ((0.93, True), (0.34, True), (0.60, True), (0.99, False), (0.30, False)):
+        other = learnt_from(share)
+        answer = reuse.reuse(bench.history, keys, [fakes.make_row(plain, other)], other, asked, DISK)
+        assert isinstance(answer, reuse.Reused) is is_reused, share
+        assert is_reused or "of those that were timed 38% to 90%" in str(answer)
+
+
 def test_what_did_not_fit_is_remembered_until_more_memory_is_free(bench: Bench) -> None:
     bench.device = {"fits_padded_tokens": 300}
     found = bench.plan(tokens_per_example=400)
@@ -322,6 +346,21 @@ def test_a_sharper_measurement_than_the_stored_one_is_made(bench: Bench) -> None
     assert any("sharper" in line for line in bench.said)
     bench.plan(measuring=MeasureSettings(precision_target=0.05))
     assert bench.starts == 0
+
+
+def test_the_budget_that_is_advised_is_that_of_all_rows_that_share_it(bench: Bench, tmp_path: Path) -> None:
+    """Rows of another maximum length have data of their own, and get half of it."""
+    bench.device = {"noise": 0.06, "base": 1.0}
+    other = tmp_path / "short.toml"
+    written = resources.files("presets").joinpath("baseline.toml").read_text(encoding="utf-8")
+    other.write_text(re.sub(r"max_length = [0-9]+", "max_length = 64", written))
+
+    def advised(budget: float, *names: str) -> int:
+        asked = MeasureSettings(budget_seconds=budget, fresh=True)
+        note = bench.plan(names=names, measuring=asked).report.rows[0].note or ""
+        return int(note.partition("--fresh --budget ")[2].partition(",")[0])
+
+    assert advised(60, "baseline", str(other)) == pytest.approx(2 * advised(30, "baseline"), abs=10)
 
 
 def test_a_measurement_that_failed_is_not_kept(bench: Bench) -> None:

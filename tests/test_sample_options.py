@@ -39,6 +39,8 @@ def resolved(name: str, settings: Settings = Settings(), **options: Any) -> tupl
         ("recommended", {"sample_size": 9, "sampling_strategy": "top"}, "top", ""),
         ("iterate", {}, "random", ""),
         ("recommended", {}, "random", ""),
+        ("recommended", {"sample_ratio": 1.0}, "random", ""),
+        ("today", {"sample_ratio": 1.0}, "random", ""),
         ("two-stage", {"sample_size": 9}, "random", ""),
     ],
 )  # fmt: skip
@@ -56,6 +58,14 @@ def test_so_is_that_of_a_size_in_env() -> None:
     )
     assert resolved("yours", Settings(sample_size=9, sampling_strategy="top")) == ("top", "")
     assert resolved("yours", Settings(epochs=2)) == ("random", "")
+
+
+def test_of_a_share_the_share_is_told() -> None:
+    """Where the strategy is the preset's or that of .env, and the option says how much."""
+    settings = Settings(sampling_strategy="top")
+    said = "takes the top 12.5% by engagement, as no --sampling-strategy was named; 'random' draws them from all"
+    assert resolved("yours", settings, sample_ratio=0.125) == ("top", said)
+    assert resolved("yours", settings, sample_ratio=1.0) == ("top", "")
 
 
 def test_it_stands_in_the_row_and_in_the_error_of_data_without_the_field(bench: Bench) -> None:

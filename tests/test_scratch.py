@@ -38,6 +38,18 @@ def forbid(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
     monkeypatch.setattr(os, "access", lambda path, _mode: Path(path) not in folders)  # root may write everywhere
 
 
+def fill(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Nothing more can be made there, though it can be written."""
+    make = tempfile.mkdtemp
+
+    def full(*arguments: Any, **named: Any) -> str:
+        if named.get("dir") == folder:
+            raise OSError(28, "No space left on device")
+        return make(*arguments, **named)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+
+
 def test_the_place_is_beside_the_run_folders(here: Path, tmp_path: Path) -> None:
     assert place_for(None) == Place(folder=here)  # runs/ is made by a run, not by a plan
     (here / "runs").mkdir()
@@ -77,25 +89,41 @@ def test_where_nothing_can_be_written_the_temporary_folder_is_tried_and_it_is_sa
     assert [one.parent for one in bench.scratch if one] == [Path(tempfile.gettempdir())]
     again = bench.plan()  # of a kept measurement it is still true
     assert bench.starts == 0
-    assert any(one.startswith(f"A{note[1:]}") for one in again.report.notes)
+    assert sum(one.startswith(f"A{note[1:]}") for one in again.report.notes) == 1
+
+
+def test_what_was_timed_on_the_disk_of_the_run_and_what_was_not_do_not_answer_for_each_other(
+    bench: Bench, here: Path
+) -> None:
+    """Not even where the temporary folder lies on the same disk: only one of them is told with a note."""
+
+    def plan() -> tuple[bool, bool]:
+        notes = bench.plan().report.notes
+        return bool(bench.starts), any(one.startswith("A checkpoint was timed in") for one in notes)
+
+    for is_full, answers in ((False, [(True, False), (False, False)]), (True, [(True, True), (False, True)])):
+        for expected in answers:
+            with pytest.MonkeyPatch.context() as patch:
+                if is_full:
+                    fill(patch, here)
+                assert plan() == expected
+    assert plan() == (False, False)
 
 
 def test_a_folder_that_cannot_be_made_there_lies_in_the_temporary_one(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = tempfile.mkdtemp
-
-    def full(*arguments: Any, **named: Any) -> str:
-        if Path(named["dir"]) == here:
-            raise OSError(28, "No space left on device")
-        return make(*arguments, **named)
-
-    monkeypatch.setattr(tempfile, "mkdtemp", full)
-    with scratch_folder(place_for(None)) as made:
-        assert made.folder.parent == Path(tempfile.gettempdir())
-        assert made.note is not None
-        assert "No space left on device" in made.note
-    assert not made.folder.exists()
+    writable = place_for(None)
+    fill(monkeypatch, here)
+    filled = place_for(None)
+    assert filled.disk == f"{writable.disk}, timed on {disk_of(Path(tempfile.gettempdir()))}"
+    for place in (filled, writable):  # full before anything was measured, or only then
+        with scratch_folder(place) as made:
+            assert made.folder.parent == Path(tempfile.gettempdir())
+            assert made.note is not None
+            assert "No space left on device" in made.note
+            assert made.disk == filled.disk
+        assert not made.folder.exists()
 
 
 @pytest.mark.parametrize("reason", [None, ValueError, KeyboardInterrupt, SystemExit])

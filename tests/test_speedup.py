@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fakes import FakeProber
+from planned import Bench
 
 from planner.estimate import Estimate, FixedSeconds
 from planner.explain import explain_text
@@ -24,6 +26,23 @@ def test_a_speed_up_is_that_of_whole_runs() -> None:
     assert speedup(estimate_of(100.0), estimate_of(None)) is None
 
 
+def test_with_compile_every_table_counts_from_the_baseline_as_it_is_not_compiled(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.device = {"base": 0.2, "per_token": 1e-5, "memory": 64 << 30}  # each preset has a twin
+    plain = FakeProber._seconds
+    monkeypatch.setattr(FakeProber, "_seconds", lambda self, rows: plain(self, rows) * (0.5 if self.job.compile else 1))
+
+    def speedups(*names: str, tuned: bool = False) -> dict[str, float | None]:
+        return {row.name: row.speedup for row in bench.plan(names=names, compile=True, tuned=tuned).report.rows}
+
+    both = speedups("baseline", "recommended", tuned=True)
+    assert both["recommended"] == pytest.approx(speedups("recommended")["recommended"], rel=0.03)
+    assert (both["baseline"] or 0.0) > 1.2  # what compiling gives is a part of it
+    assert (both["recommended, tuned"] or 0.0) > 2.0
+    assert speedups("aggressive", "baseline")["aggressive"] is None  # no search has timed the baseline beside it
+
+
 def test_a_part_that_is_known_of_one_run_alone_is_counted_of_neither() -> None:
     known, unknown = estimate_of(100.0, load=10.0, evaluation=55.0), estimate_of(45.0, load=10.0)
     assert speedup(known, unknown) == 2.0
@@ -38,14 +57,17 @@ def test_from_the_loops_ratio_the_other_parts_are_counted_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "over", "said"),
+    ("written", "tuned", "over", "said"),
     [
-        (None, None, "no speed-up can be told: as written it could not be timed"),
-        (90.0, None, "1.82x over itself as written (the baseline could not be timed)"),
-        (90.0, 1.5, "1.50x over the baseline as written"),
+        (None, 45.0, None, "no speed-up can be told: as written it could not be timed"),
+        (90.0, 45.0, None, "1.82x over itself as written (the baseline could not be timed)"),
+        (90.0, 45.0, 1.5, "1.50x over the baseline as written"),
+        (90.0, None, None, "no speed-up can be told: it does not fit now"),
     ],
 )
-def test_what_a_twin_gains_is_told_of_whole_runs(written: float | None, over: float | None, said: str) -> None:
+def test_what_a_twin_gains_is_told_of_whole_runs(
+    written: float | None, tuned: float | None, over: float | None, said: str
+) -> None:
     twin = Twin(
         preset="a", changes=(Change(name="micro-batch", micro_batch_size=2),), links=(), written_seconds=written,
         seconds=45.0, baseline_seconds=None,
@@ -54,6 +76,6 @@ def test_what_a_twin_gains_is_told_of_whole_runs(written: float | None, over: fl
     comparison: Any = SimpleNamespace(
         candidates=[SimpleNamespace(twin=twin)],
         report=SimpleNamespace(rows=[row]),
-        estimates={"a, tuned": estimate_of(45.0, load=10.0), "a": estimate_of(written, load=10.0)},
+        estimates={"a, tuned": estimate_of(tuned, load=10.0), "a": estimate_of(written, load=10.0)},
     )
     assert f"a, tuned: {said}; loop: micro-batch 2" in explain_text(comparison, width=110)

@@ -72,7 +72,7 @@ class Predicted:
     correction_runs: int | None = None
     signature_key: str | None = None  # runs that share it are comparable
     parts: Breakdown | None = None  # of `seconds`; a part that is unknown counts as 0
-    # False: the range is what was seen or feared on an unsteady machine, not a 90 % one. None: not told, by records of
+    # False: no 90 % range: the machine was not steady, or too little was timed to tell. None: not told, by records of
     # earlier versions.
     calibrated: bool | None = None
     is_tuned: bool = False  # the run is of the preset's tuned twin
