@@ -15,9 +15,11 @@ from small_runs import StopAfter
 
 from presets.errors import RunError
 from trainer import origin
+from trainer.checkpoint import SUMMED
 from trainer.job import DataSpec
 from trainer.loop import Stopped, train
 from trainer.planning import plan_job
+from trainer.sums import write_sums
 
 
 @pytest.fixture
@@ -158,6 +160,16 @@ def test_a_checkpoint_without_digests_still_resumes(stopped: Path) -> None:
         content = json.loads(state.read_text())
         assert content["progress"].pop("data_digest")
         assert content["progress"].pop("base_digest")
+def test_a_checkpoint_of_the_format_before_is_not_asked_for_its_digest_of_the_config(stopped: Path) -> None:
+    for state in (stopped / "checkpoints").glob("*/state.json"):
+        content = json.loads(state.read_text())
+        content["format"] = 2
+        content["progress"]["config_digest"] = "0" * 64  # over more than is digested now
+        state.write_text(json.dumps(content))
+        write_sums(state.parent, SUMMED)
+    assert train(stopped, resume=True) is not None
+
+
         assert content["progress"].pop("config_digest")
         state.write_text(json.dumps(content))
         (state.parent / "SHA256SUMS").unlink()
