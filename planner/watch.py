@@ -74,7 +74,10 @@ def lines_of(view: RunView, *, gpu: str | None, now: datetime, blocks: bool = Tr
     if view.record is not None and view.record.error and view.state == "failed":
         lines.append(f"Error: {printable(view.record.error)}")
     if view.is_gone and view.record is None:
-        lines.append("Its process is gone and left no word: it was killed, or the memory ran out.")
+        lines.append(
+            "Its process is gone and wrote no record: it was killed, the memory ran out, or it ended with an error "
+            "that its terminal showed."
+        )
     if view.state == "stopped":
         lines.append(f"Go on with it: plan --resume {printable(str(view.folder))}")
     lines.append(f"settings  {printable(job.name)}, {_split(view)}, {job.precision} on {job.device}")
