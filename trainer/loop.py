@@ -346,13 +346,13 @@ def _require_same_origin(run: Run, progress: ckpt.Progress) -> None:
         )
     if _differ(progress.base_digest, begun.base_digest):
         raise RunError(
-            f"model '{job.model}': its weights are not those that the adapter was trained over until now. Put them "
-            "back as they were, or start a new run."
+            f"model '{job.model}': its weights are not those that the adapter was trained over until now. "
+            + origin.way_back(job.model, origin.base_digest, progress.base_digest)
         )
     if _differ(progress.config_digest, begun.config_digest):
         raise RunError(
             f"model '{job.model}': its config.json does not say what it said when the run was started: the model would "
-            "compute otherwise. Put it back as it was, or start a new run."
+            "compute otherwise. " + origin.way_back(job.model, origin.config_digest, progress.config_digest)
         )
 
 
