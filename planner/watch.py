@@ -13,11 +13,11 @@ from planner.figures import UNKNOWN, clock, duration, duration_range, figure, gi
 from planner.run_view import RunView, look_at
 from planner.terminal import ascii_only, out
 from presets.text import printable
+from trainer.ahead import LONGEST
 from trainer.sparkline import sparkline
 
 EVERY_SECONDS = 1.0
 PACE_STEPS = 20  # of which the speed is shown
-_LONGEST = 100 * 365 * 86_400.0  # seconds; beyond, no calendar says when it is done
 ENDED = ("finished", "stopped", "failed")
 
 
@@ -102,7 +102,7 @@ def _time_lines(view: RunView, last: dict[str, Any], now: datetime) -> list[str]
     left, drift = last.get("seconds_left"), last.get("drift")
     if view.state in ("running", "starting") and isinstance(left, (int, float)):
         left = max(0.0, left - (view.seconds_since_step or 0.0))  # as the step ended; it may be evaluated since
-        done_at = f", done {clock(now + timedelta(seconds=float(left)), now)}" if abs(left) < _LONGEST else ""
+        done_at = f", done {clock(now + timedelta(seconds=float(left)), now)}" if abs(left) < LONGEST else ""
         lines.append(f"time      {duration(float(left))} left{done_at}")
     record = view.record
     if record is not None and record.status == "finished" and record.actual.seconds is not None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from presets import jsonio
 from presets.text import printable
-from trainer.ahead import Ahead
+from trainer.ahead import LONGEST, Ahead
 from trainer.bar import GIB, TrainingBar
 from trainer.tokens import FloatArray
 from trainer.trackers import Trackers
@@ -148,9 +148,10 @@ class Monitor:
     def _told(self, done: int, values: dict[str, float | int | bool | None]) -> list[str]:
         parts = [f"{values['tokens_per_second']:,.0f} tok/s"]
         left = self.seconds_left(done)
-        if left is not None and (done < self.total or left >= 0.5):
-            at = datetime.now() + timedelta(seconds=left)
-            parts.append(f"{_short(left)} left, done {at:%a %H:%M}")
+        if left is not None and np.isfinite(left) and (done < self.total or left >= 0.5):
+            # A damaged estimate or evaluation may say anything.
+            done_at = f", done {datetime.now() + timedelta(seconds=left):%a %H:%M}" if abs(left) < LONGEST else ""
+            parts.append(f"{_short(left)} left{done_at}")
         drift = self.drift(done)
         if drift is not None:
             word = "behind" if drift > 0 else "ahead of"
@@ -213,7 +214,7 @@ def _forget_after(path: Path, done: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= done:
+            if jsonio.loads(line, strict=False)["step"] <= done:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
