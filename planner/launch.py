@@ -20,7 +20,7 @@ from trainer.batching import BatchPlan
 from trainer.folder import LOCK, refuse_links, require_unused, sole_writer
 from trainer.job import Job
 from trainer.planning import needs_loss
-from trainer.process import threads_of_a_process
+from trainer.process import stop_signals, threads_of_a_process
 from trainer.record import Predicted, RunRecord
 
 LAUNCHER = "accelerate.commands.launch"
@@ -221,7 +221,7 @@ def start(argv: Sequence[str]) -> int:
         if number != signal.SIGINT or not sys.stdin.isatty():
             child.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in stop_signals()}
     try:
         code = child.wait()
     finally:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import re
 from datetime import datetime, timedelta
 from pathlib import Path
-
-import numpy as np
 from types import SimpleNamespace
 from typing import Any
+
+import numpy as np
 import pytest
 
 from trainer.monitor import Monitor
@@ -52,8 +54,6 @@ def test_the_drift_against_the_plan_and_the_time_of_day_are_said(
     assert {f"{at - timedelta(seconds=60):%H:%M}", f"{at:%H:%M}"} & set(re.findall(r"\d\d:\d\d", line))
 
 
-def test_a_resumed_run_is_judged_by_what_it_did_itself(tmp_path: Path) -> None:
-    monitor = Monitor(tmp_path, "progressive", PLANNED, is_time=True, done=10)
 @pytest.mark.parametrize(("seconds", "said"), [(1e12, "277777777 h 54 min left"), (float("inf"), None)])
 def test_a_time_left_that_no_calendar_holds_ends_no_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], seconds: float, said: str | None
@@ -107,6 +107,8 @@ def test_a_terminal_that_is_gone_does_not_end_a_run_and_a_full_disk_behind_it_do
     assert "a word" in (tmp_path / "train.log").read_text(encoding="utf-8")
 
 
+def test_a_resumed_run_is_judged_by_what_it_did_itself(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, "progressive", PLANNED, is_time=True, done=10)
     assert monitor.drift(10) is None
     run_to(monitor, 10, 20, pace=2.0)
     assert monitor.drift(20) == pytest.approx(1.0)
