@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from planner.resolve import Options
     from presets.env import Settings
     from trainer.job import Job
+    from trainer.record import RunRecord
 
 EXAMPLES = """\b
 More:
@@ -310,15 +311,11 @@ def _known_twin(candidate: Candidate, facts: DeviceFacts, *, quantized: bool) ->
 
 
 def _resume(folder: Path, accelerate_config: Path | None, *, trusted: bool, as_json: bool) -> int:
-    from planner.launch import command, open_to_write, read_record, start
+    from planner.launch import command, open_to_write, start
     from planner.remember import begun, remember
 
     open_trusted(folder, trusted=trusted)
-    try:
-        record = read_record(folder)
-    except RunError as reason:  # the run needs none to go on; it writes its own
-        say(f"note: {reason} It is written anew.")
-        record = None
+    record = _record_of(folder, "It is written anew.")  # the run needs none to go on; it writes its own
     if record is not None and record.status == "finished":
         remember(record, folder)  # where this program was ended before the trainer was
         say(f"'{folder}' is finished: there is nothing to resume.")
@@ -328,6 +325,17 @@ def _resume(folder: Path, accelerate_config: Path | None, *, trusted: bool, as_j
     begun(folder, job)
     code = start(command(folder.absolute(), job, resume=True, accelerate_config=accelerate_config))
     return _ended(folder, job, code, as_json=as_json)
+
+
+def _record_of(folder: Path, what_then: str) -> RunRecord | None:
+    """The record of a run; None where there is none, or it is damaged, which is said."""
+    from planner.launch import read_record
+
+    try:
+        return read_record(folder)
+    except RunError as reason:
+        say(f"note: {reason} {what_then}")
+        return None
 
 
 def _check_tracker(name: str | None) -> None:
@@ -343,15 +351,14 @@ def _check_tracker(name: str | None) -> None:
 
 
 def _ended(folder: Path, job: Job, code: int, *, as_json: bool = False) -> int:
-    from planner.launch import read_record
     from planner.outcome import outcome_text
-    from planner.remember import ended
+    from planner.remember import STOPPED, ended
 
-    record = read_record(folder)
+    record = _record_of(folder, f"It is written anew by: plan --resume {shlex.quote(str(folder))}.")
     ended(folder, job, record, code)
     if record is not None and record.status == "finished":
         out_json(jsonio.to_json(record)) if as_json else out(outcome_text(record, folder))
-    elif code not in (0, 1, 130, 143):
+    elif code not in (0, 1, *STOPPED):
         say(
             f"Error: the trainer ended with code {code}. Its log: {folder / 'train.log'}. "
             f"Go on with: plan --resume {folder}"

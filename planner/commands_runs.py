@@ -31,7 +31,7 @@ def history(limit: int, accuracy: bool, as_json: bool) -> None:
     from planner.remember import as_they_stand
 
     if accuracy:
-        found = past.accuracy(open_history(say).runs())
+        found = past.accuracy(as_they_stand(open_history(say).runs()))
         out_json(past.accuracy_json(found)) if as_json else out(past.accuracy_text(found))
         return
     runs = as_they_stand(open_history(say).runs(limit))

@@ -301,6 +301,9 @@ class History:
             except UnicodeEncodeError:  # SQLite holds UTF-8 only, and a folder's name need be none
                 self._note(f"{self.path} cannot hold a name that is not UTF-8: it is left out")
                 return otherwise
+            except OverflowError:  # more than 63 bits, as a damaged estimate may have it
+                self._note(f"{self.path} cannot hold a number above 2^63: what it stands in is left out")
+                return otherwise
             except OSError as reason:
                 self._note(f"{self.path} cannot be used ({reason.strerror or reason}): nothing is read from it or kept")
                 return otherwise

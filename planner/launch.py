@@ -15,11 +15,12 @@ from pathlib import Path
 
 from presets import jsonio
 from presets.errors import RunError, SettingsError
+from trainer.alive import NAME as PROCESS
 from trainer.batching import BatchPlan
 from trainer.folder import LOCK, refuse_links, require_unused, sole_writer
 from trainer.job import Job
 from trainer.planning import needs_loss
-from trainer.process import threads_of_a_process
+from trainer.process import stop_signals, threads_of_a_process
 from trainer.record import Predicted, RunRecord
 
 LAUNCHER = "accelerate.commands.launch"
@@ -220,7 +221,7 @@ def start(argv: Sequence[str]) -> int:
         if number != signal.SIGINT or not sys.stdin.isatty():
             child.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in stop_signals()}
     try:
         code = child.wait()
     finally:
@@ -245,12 +246,17 @@ def open_run(folder: Path) -> Job:
 def open_to_write(folder: Path) -> Job:
     """The job of a run folder in which a trainer is to be started: nobody trains in it, and it can be written.
 
+    The note of the process that trained in it last goes: until the next one has written its own, whoever looks at the
+    folder would take the run for ended.
+
     Raises:
         RunError: it is not a run folder, or cannot be written into now.
     """
     job = open_run(folder)
     refuse_links(folder)
     with sole_writer(folder):
+        with contextlib.suppress(OSError):  # it cannot be changed: the trainer says why
+            (folder / PROCESS).unlink(missing_ok=True)
         return job
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trainer.record import RunRecord
 
 KILLED = "killed"
+STOPPED = (129, 130, 143)  # exit codes of a run that SIGHUP, SIGINT or SIGTERM has stopped
 
 
 def begun(folder: Path, job: Job) -> None:
@@ -32,7 +33,8 @@ def ended(folder: Path, job: Job, record: RunRecord | None, code: int) -> None:
     if record is not None:
         remember(record, folder)
     elif not still_there(folder):  # else it is another one, which this one found there
-        status = "failed" if code == 1 else "stopped" if code in (130, 143) else KILLED
+        known = {0: UNKNOWN, 1: "failed", **dict.fromkeys(STOPPED, "stopped")}  # 0: its record is damaged
+        status = known.get(code, KILLED)
         _add(folder, job, status)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import itertools
-import json
+import os
 import re
 from collections.abc import Sequence
 from datetime import datetime
@@ -31,6 +31,9 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         RunError: it is not a run folder, or the page cannot be written, or would be written over something else.
     """
     path = output or folder / "report.html"
+    if output is not None and os.path.exists(output) and not (os.path.isfile(output) or os.path.isdir(output)):
+        # A pipe or a device: reading from it, to see what it is, could wait for ever.
+        raise RunError(f"'{output}' is no file that a page can be written to. Choose another --output.")
     if output is not None and _is_something_else(output):
         raise RunError(f"'{output}' exists and is no report of a run. Choose another --output, or remove it first.")
     text = run_page(look_at(folder), now=datetime.now().astimezone())
@@ -136,7 +139,7 @@ def _answers(folder: Path) -> list[str]:
 def _samples(path: Path) -> list[dict[str, str]]:
     """Its answers, every field a text; none where there is no such file, or it is not one of ours."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = jsonio.loads(path.read_text(encoding="utf-8"))
         return [{name: str(one[name]) for name in ("example", "prompt", "answer", "expected")} for one in found]
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -61,7 +61,7 @@ def look_at(folder: Path) -> RunView:
     is_gone = still_there(folder) is False  # before the record is looked for: else it may end in between
     plan_file = folder / "batch_plan.npz"
     metrics = folder / "metrics.jsonl"
-    signs = [path.stat().st_mtime for path in (metrics, folder / "train.log", folder / "job.json") if path.is_file()]
+    signs = [_written(path) for path in (metrics, folder / "train.log", folder / PROCESS, folder / "job.json")]
     return RunView(
         folder=folder,
         job=job,
@@ -74,7 +74,7 @@ def look_at(folder: Path) -> RunView:
             if isinstance(line.get("loss"), (int, float)) and math.isfinite(line["loss"])
         ),
         num_steps=BatchPlan.load(plan_file).num_steps if plan_file.is_file() else None,
-        seconds_since_sign=max(0.0, time.time() - max(signs)),
+        seconds_since_sign=max(0.0, time.time() - max(sign for sign in signs if sign is not None)),
         seconds_since_step=_since_step(metrics, folder / PROCESS),
         is_gone=is_gone,
     )
@@ -82,16 +82,18 @@ def look_at(folder: Path) -> RunView:
 
 def _since_step(metrics: Path, process: Path) -> float | None:
     """Seconds since the last line of metrics; None where a process that was started since has not come so far."""
+    written, begun = _written(metrics), _written(process)  # a run of an earlier version has no note of its process
+    if written is None or (begun is not None and begun > written):
+        return None
+    return max(0.0, time.time() - written)
+
+
+def _written(path: Path) -> float | None:
+    """When a file was last written; None where there is none: a resume takes some away."""
     try:
-        written = metrics.stat().st_mtime
+        return path.stat().st_mtime
     except OSError:
         return None
-    try:
-        if process.stat().st_mtime > written:
-            return None
-    except FileNotFoundError:  # a run of an earlier version
-        pass
-    return max(0.0, time.time() - written)
 
 
 def _by_step(path: Path) -> dict[int, dict[str, Any]]:

@@ -100,10 +100,11 @@ def scratch_folder(place: Place) -> Iterator[Place]:
 
 def _remove_left(folder: Path) -> None:
     """Scratch folders of measurements that were killed: a checkpoint in one may be as large as the model."""
-    with contextlib.suppress(OSError):  # the folder cannot be read, or another process was quicker
+    with contextlib.suppress(OSError):  # the folder cannot be read
         for left in folder.glob(f"{PREFIX}*"):
-            if left.stat().st_mtime < time.time() - OLD_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
+            with contextlib.suppress(OSError):  # a link that leads nowhere, or another process was quicker
+                if left.stat().st_mtime < time.time() - OLD_SECONDS:
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager

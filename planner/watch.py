@@ -13,11 +13,11 @@ from planner.figures import UNKNOWN, clock, duration, duration_range, figure, gi
 from planner.run_view import RunView, look_at
 from planner.terminal import ascii_only, out
 from presets.text import printable
+from trainer.ahead import LONGEST
 from trainer.sparkline import sparkline
 
 EVERY_SECONDS = 1.0
 PACE_STEPS = 20  # of which the speed is shown
-_LONGEST = 100 * 365 * 86_400.0  # seconds; beyond, no calendar says when it is done
 ENDED = ("finished", "stopped", "failed")
 
 
@@ -74,7 +74,10 @@ def lines_of(view: RunView, *, gpu: str | None, now: datetime, blocks: bool = Tr
     if view.record is not None and view.record.error and view.state == "failed":
         lines.append(f"Error: {printable(view.record.error)}")
     if view.is_gone and view.record is None:
-        lines.append("Its process is gone and left no word: it was killed, or the memory ran out.")
+        lines.append(
+            "Its process is gone and wrote no record: it was killed, the memory ran out, or it ended with an error "
+            "that its terminal showed."
+        )
     if view.state == "stopped":
         lines.append(f"Go on with it: plan --resume {printable(str(view.folder))}")
     lines.append(f"settings  {printable(job.name)}, {_split(view)}, {job.precision} on {job.device}")
@@ -99,7 +102,7 @@ def _time_lines(view: RunView, last: dict[str, Any], now: datetime) -> list[str]
     left, drift = last.get("seconds_left"), last.get("drift")
     if view.state in ("running", "starting") and isinstance(left, (int, float)):
         left = max(0.0, left - (view.seconds_since_step or 0.0))  # as the step ended; it may be evaluated since
-        done_at = f", done {clock(now + timedelta(seconds=float(left)), now)}" if abs(left) < _LONGEST else ""
+        done_at = f", done {clock(now + timedelta(seconds=float(left)), now)}" if abs(left) < LONGEST else ""
         lines.append(f"time      {duration(float(left))} left{done_at}")
     record = view.record
     if record is not None and record.status == "finished" and record.actual.seconds is not None:

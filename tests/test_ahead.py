@@ -119,6 +119,8 @@ def test_a_resume_knows_how_long_an_evaluation_took_before_it(tmp_path: Path) ->
     assert earlier_evaluations(tmp_path) == {}, "of an earlier version"
     path.write_text('{"seconds": 9.0}\n{"seconds": 4.0}\n{"seconds": NaN}\n{"seconds": null}\n{"sec', encoding="utf-8")
     assert earlier_evaluations(tmp_path) == {"evaluation": 4.0}
+    path.write_text('{"seconds": 4.0}\n{"seconds": 1e9}\n' + "[" * 100_000, encoding="utf-8")
+    assert earlier_evaluations(tmp_path) == {"evaluation": 4.0}, "no evaluation lasts thirty years"
     monitor = Monitor(tmp_path, "a", np.full(2, 1.0), is_time=True, done=0)
     monitor.evaluation(1, 2.0, 7.4, 5.5)
     monitor.close()

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -19,16 +20,20 @@ from click.testing import CliRunner
 from planned import past_run
 from run_folders import begin, end, write_steps
 
+import planner.cli as command_line
 from planner import remember
 from planner.cli import cli
 from planner.figures import UNKNOWN
 from planner.history import RUNNING, History
+from planner.launch import open_to_write
 from planner.past import accuracy
 from planner.run_view import look_at
 from planner.watch import lines_of
+from trainer import alive
 from trainer.alive import NAME, note_process, still_there
 
 NOW = datetime(2026, 11, 25, 18, 0).astimezone()
+WITH_PROC = pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="the system has no /proc")
 TRAINER = """
 import sys, time
 from pathlib import Path
@@ -78,7 +83,8 @@ def test_a_killed_run_is_stopped_at_once(folder: Path, trainer: subprocess.Popen
     assert "recommended-1: stopped, step 3 of 22" in text
     assert "Its process is gone" in text
     assert f"Go on with it: plan --resume {folder}" in text
-    assert " left" not in text.replace("left no word", "")
+    assert "it was killed, the memory ran out, or it ended with an error that its terminal showed." in text
+    assert " left" not in text
 
 
 def test_a_run_that_ended_by_itself_says_how_although_its_process_is_gone(
@@ -92,11 +98,73 @@ def test_a_run_that_ended_by_itself_says_how_although_its_process_is_gone(
     assert "process" not in "\n".join(lines_of(view, gpu=None, now=NOW))
 
 
+@WITH_PROC
 def test_another_process_of_the_same_number_is_not_taken_for_it(folder: Path) -> None:
     note_process(folder)
     assert still_there(folder) is True
     change(folder, started=json.loads((folder / NAME).read_text(encoding="utf-8"))["started"] - 60.0)
     assert still_there(folder) is False
+
+
+@WITH_PROC
+def test_a_process_that_proc_hides_is_not_taken_for_gone(
+    folder: Path, trainer: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert still_there(folder) is True
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "stat").touch()
+    monkeypatch.setattr(alive, "PROC", tmp_path / "proc")
+    monkeypatch.setattr("psutil.pid_exists", lambda pid: False)  # as it says there
+    assert still_there(folder) is None
+    assert look_at(folder).state == "running"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", refuse)
+        assert still_there(folder) is None
+    trainer.kill()
+    trainer.wait()
+    assert still_there(folder) is False
+
+
+def refuse(*_: Any) -> None:
+    raise PermissionError
+
+
+def test_where_a_clock_that_is_set_moves_the_start_a_small_difference_tells_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alive, "PROC", tmp_path / "none")
+    note_process(folder)
+    assert still_there(folder) is True
+    started = json.loads((folder / NAME).read_text(encoding="utf-8"))["started"]
+    for seconds, expected in ((3600.0, None), (-3600.0, None), (3 * 86_400.0, False)):
+        change(folder, started=started + seconds)
+        assert still_there(folder) is expected
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_in_the_notes_place_is_not_waited_for(folder: Path) -> None:
+    os.mkfifo(folder / NAME)
+    found: list[bool | None] = []
+    asking = threading.Thread(target=lambda: found.append(still_there(folder)), daemon=True)
+    asking.start()
+    asking.join(timeout=30)
+    assert found == [None]
+
+
+def test_a_killed_run_that_is_resumed_is_not_dead_until_its_trainer_has_begun(
+    folder: Path, trainer: subprocess.Popen[bytes]
+) -> None:
+    trainer.kill()
+    trainer.wait()
+    assert look_at(folder).state == "stopped"
+    open_to_write(folder)
+    assert look_at(folder).state == "running"
+    long_ago = time.time() - 86_400
+    for path in folder.iterdir():
+        os.utime(path, (long_ago, long_ago))
+    assert look_at(folder).state == "silent"
+    note_process(folder)
+    assert look_at(folder).state == "running", "a process that has just begun is a sign of life"
 
 
 @pytest.mark.parametrize("values", [{"host": "another"}, {"pid": -1}, {"pid": "x"}, {"started": 0.0}, {"more": 1}])
@@ -186,7 +254,7 @@ def test_a_run_is_in_the_history_from_its_start_and_one_that_was_killed_stays_th
     table = CliRunner().invoke(cli, ["history"]).stdout.splitlines()[-1].split()
     assert (table[0], table[-1]) == ("–", "running")
     long_ago = time.time() - 86_400
-    for name in ("metrics.jsonl", "job.json"):
+    for name in ("metrics.jsonl", "job.json", NAME):
         os.utime(folder / name, (long_ago, long_ago))
     trainer.kill()
     trainer.wait()
@@ -219,12 +287,36 @@ def test_a_run_whose_plan_was_ended_before_it_is_listed_by_its_record(folder: Pa
     assert listed(folder)[0] == UNKNOWN
 
 
-@pytest.mark.parametrize(("code", "status"), [(1, "failed"), (130, "stopped"), (143, "stopped"), (137, "killed")])
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [(0, UNKNOWN), (1, "failed"), (129, "stopped"), (130, "stopped"), (143, "stopped"), (137, "killed")],
+)
 def test_a_trainer_that_leaves_no_record_is_listed_by_its_exit_code(folder: Path, code: int, status: str) -> None:
     job = look_at(folder).job
     remember.begun(folder, job)
     remember.ended(folder, job, None, code)
     assert listed(folder)[0] == status
+
+
+def test_a_run_whose_record_is_damaged_is_not_listed_as_running(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = look_at(folder).job
+    remember.begun(folder, job)
+    (folder / "record.json").write_text("{")
+    assert command_line._ended(folder, job, 143) == 143
+    assert f"note: {folder / 'record.json'}: not JSON" in capsys.readouterr().err
+    (one,) = History().runs()
+    assert (one.status, one.actual_seconds) == ("stopped", None)
+
+
+def test_the_accuracy_is_of_the_runs_as_they_are_listed(folder: Path) -> None:
+    remember.begun(folder, look_at(folder).job)
+    end(folder)  # its plan was ended before it
+    done = CliRunner().invoke(cli, ["history", "--accuracy", "--json"])
+    found = json.loads(done.stdout)["accuracy"]
+    assert found is not None
+    assert (found["num_runs"], found["worst"]) == (1, pytest.approx(0.2))
 
 
 def test_a_second_plan_that_finds_the_folder_taken_does_not_end_the_first_ones_run(folder: Path) -> None:

@@ -231,6 +231,16 @@ def test_a_home_that_cannot_be_used_is_a_note_and_no_error(tmp_path: Path, bench
     assert bench.plan().report.rows[0].seconds is not None
 
 
+def test_a_number_that_the_file_cannot_hold_is_a_note_and_costs_no_other_entry(tmp_path: Path) -> None:
+    history = History(home=tmp_path)
+    history.add_run(past_run(1))
+    history.add_run(replace(past_run(2), num_examples=2**63))
+    assert [run.folder for run in history.runs()] == [past_run(1).folder]
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    [note] = history.notes
+    assert "cannot hold a number above 2^63" in note
+
+
 def test_a_file_that_another_process_holds_is_waited_for_and_not_set_aside(tmp_path: Path, monkeypatch: Any) -> None:
     assert BUSY_SECONDS >= 5
     monkeypatch.setattr("planner.history.BUSY_SECONDS", 0.05)

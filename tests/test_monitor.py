@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import re
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +52,59 @@ def test_the_drift_against_the_plan_and_the_time_of_day_are_said(
     at = datetime.now() + timedelta(seconds=440 * 1.04)
     assert re.search(r"7 min 38 s left, done (\w{3} \d\d:\d\d)", line)
     assert {f"{at - timedelta(seconds=60):%H:%M}", f"{at:%H:%M}"} & set(re.findall(r"\d\d:\d\d", line))
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(1e12, "277777777 h 54 min left"), (float("inf"), None)])
+def test_a_time_left_that_no_calendar_holds_ends_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seconds: float, said: str | None
+) -> None:
+    beside: Any = SimpleNamespace(seconds=lambda done: seconds)
+    monitor = Monitor(tmp_path, "progressive", PLANNED, is_time=True, done=0, ahead=beside)
+    monitor.last_line = -1e9  # the next step is due for a line
+    run_to(monitor, 0, 1, pace=1.0)
+    monitor.close()
+    line = capsys.readouterr().err
+    assert "step 1/50" in line
+    assert "done" not in line
+    assert (said or "on plan") in line
+    assert ("left" in line) == (said is not None)
+
+
+def test_lines_that_are_nested_too_deeply_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + "[" * 100_000 + '\n{"step": 3}\n', encoding="utf-8")
+    Monitor(tmp_path, "progressive", PLANNED, is_time=True, done=2).close()
+    assert path.read_text(encoding="utf-8") == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EPIPE])
+def test_a_terminal_that_is_gone_does_not_end_a_run_and_a_full_disk_behind_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    class Gone(io.StringIO):
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            self.number = number
+
+        def write(self, text: str) -> int:
+            raise OSError(self.number, "gone")
+
+        def fileno(self) -> int:
+            return place.fileno()
+
+    monitor = Monitor(tmp_path, "progressive", PLANNED, is_time=True, done=0)
+    with open(tmp_path / "stderr", "wb", buffering=0) as place:
+        monkeypatch.setattr("sys.stderr", Gone(errno.ENOSPC))
+        with pytest.raises(OSError, match="gone"):
+            monitor.say("a word")
+        monkeypatch.setattr("sys.stderr", Gone(number))
+        monitor.say("a word")
+        monitor.last_line = -1e9
+        run_to(monitor, 0, 1, pace=1.0)
+        monitor.close()
+        place.write(b"what the stream still held")
+    assert (tmp_path / "stderr").read_bytes() == b""
+    assert "a word" in (tmp_path / "train.log").read_text(encoding="utf-8")
 
 
 def test_a_resumed_run_is_judged_by_what_it_did_itself(tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ from small_runs import StopAfter
 
 from presets.errors import RunError
 from trainer import origin
+from trainer.checkpoint import SUMMED
 from trainer.job import DataSpec
 from trainer.loop import Stopped, train
 from trainer.planning import plan_job
+from trainer.sums import write_sums
 
 
 @pytest.fixture
@@ -128,6 +130,11 @@ def test_a_checkpoint_from_before_the_config_was_kept_resumes_and_keeps_it_from_
         ({"torch_dtype": "bfloat16"}, True),
         ({"text_config": {"dtype": "float16", "rope_theta": 1e4}}, True),
         ({"text_config": {"rope_theta": 10_001}}, False),
+        ({"eos_token_id": [2, 7]}, True),
+        ({"text_config": {"bos_token_id": 1, "rope_theta": 10_000}}, True),
+        ({"transformers.js_config": {"kv_cache_dtype": {}}}, True),
+        ({"pad_token_id": 0}, False),
+        ({"architectures": ["LlamaForCausalLM"]}, False),
         ({"attention_dropout": 0.1}, False),
         ({"layers": [2, 1]}, False),
         ({"tie": 1}, False),
@@ -151,6 +158,16 @@ def test_a_config_that_cannot_be_told_is_not_compared(tmp_path: Path) -> None:
     for content in (b"\xff", b"{", b"[" * 100_000):
         (tmp_path / "config.json").write_bytes(content)
         assert origin.config_digest(str(tmp_path)) is None
+
+
+def test_a_checkpoint_of_the_format_before_is_not_asked_for_its_digest_of_the_config(stopped: Path) -> None:
+    for state in (stopped / "checkpoints").glob("*/state.json"):
+        content = json.loads(state.read_text())
+        content["format"] = 2
+        content["progress"]["config_digest"] = "0" * 64  # over more than is digested now
+        state.write_text(json.dumps(content))
+        write_sums(state.parent, SUMMED)
+    assert train(stopped, resume=True) is not None
 
 
 def test_a_checkpoint_without_digests_still_resumes(stopped: Path) -> None:
@@ -210,14 +227,43 @@ def test_the_digest_of_a_base_is_of_the_files_that_are_loaded(tmp_path: Path) ->
     assert origin.base_digest(str(tmp_path)) == before
 
 
-def test_a_hub_names_weights_are_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from huggingface_hub import constants, file_download
 
     for module in (constants, file_download):
         if hasattr(module, "HF_HUB_CACHE"):
             monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_what_can_be_done_where_a_hub_name_has_another_revision_since(hub_cache: Path) -> None:
+    repo = hub_cache / "models--owner--name"
+    before, now = "a" * 40, "b" * 40
+    for revision, theta in ((before, 1e4), (now, 1e6)):
+        (repo / "snapshots" / revision).mkdir(parents=True)
+        (repo / "snapshots" / revision / "config.json").write_text(json.dumps({"rope_theta": theta}))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(now)
+    kept = origin.config_digest(str(repo / "snapshots" / before))
+    assert kept is not None
+    assert kept != origin.config_digest("owner/name")
+    said = origin.way_back("owner/name", origin.config_digest, kept)
+    assert f"write {before} into '{repo / 'refs' / 'main'}' in place of {now}" in said
+    assert "HF_HUB_OFFLINE=1" in said
+    (repo / "refs" / "main").write_text(before)
+    assert origin.config_digest("owner/name") == kept
+    shutil.rmtree(repo / "snapshots" / before)
+    (repo / "refs" / "main").write_text(now)
+    gone = origin.way_back("owner/name", origin.config_digest, kept)
+    assert f"The cache holds revision {now} of it, and no longer the one" in gone
+    folder = str(repo / "snapshots" / now)
+    assert origin.way_back(folder, origin.config_digest, kept) == "Put it back as it was, or start a new run."
+
+
+def test_a_hub_names_weights_are_found_in_the_cache(hub_cache: Path) -> None:
     assert origin.base_digest("owner/name") is None
-    repo = tmp_path / "models--owner--name"
+    repo = hub_cache / "models--owner--name"
     save(repo / "snapshots" / ("0" * 40), origin.WEIGHTS, one=np.zeros(4, dtype=np.float32))
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("0" * 40)

@@ -169,6 +169,19 @@ def test_of_several_bad_lines_the_number_and_the_first_ones_are_told_at_once(tmp
     assert len(told) == 2
 
 
+def test_the_remedy_that_several_bad_lines_share_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    header, good, latin = b"question,answer\n", b"two?,four\n", "wieviel?,fünf\n".encode("latin-1")
+    path.write_bytes(header + good + latin * 7)
+    title, *told = error(path).split("\n")
+    assert title == (
+        f"{path}: 7 of 8 records cannot be used. Save the file as UTF-8, or pass --skip-bad-lines. The first 5:"
+    )
+    assert told[0] == "  line 3: not UTF-8"
+    path.write_bytes(header + good + latin * 7 + b"two?,\n")
+    assert "9 records cannot be used. Fix them, or pass --skip-bad-lines. The first 5:" in error(path)
+
+
 def test_bad_lines_are_counted_in_the_one_pass_in_which_they_are_found(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", CHAT, {"messages": []}, CHAT, [1], CHAT)
     opened = open_source(str(path))

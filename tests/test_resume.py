@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -290,6 +291,68 @@ def test_a_second_signal_is_one_that_comes_a_second_after_the_first(
         run.stop_asked_at = time.monotonic() - seconds_later
         os.kill(os.getpid(), signal.SIGTERM)
     assert codes == ([143] if leaves else [])
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="the system has no SIGHUP")
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_a_hang_up_stops_a_run_unless_it_is_ignored_as_under_nohup(
+    monkeypatch: pytest.MonkeyPatch, is_ignored: bool
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    run = Run.__new__(Run)  # only what the handlers look at
+    run.stop_signal = 0
+    outside: list[int] = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else lambda number, _: outside.append(number))
+    try:
+        with loop._signals(run):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert run.stop_signal == (0 if is_ignored else signal.SIGHUP)
+            run.stop_asked_at = time.monotonic() - 60
+            os.kill(os.getpid(), signal.SIGHUP)  # the shell's, and later the system's: no second wish
+            assert codes == []
+            if not is_ignored:
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert codes == [143]
+        assert outside == []
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert outside == ([] if is_ignored else [signal.SIGHUP])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such terminals")
+def test_a_terminal_that_is_closed_stops_a_run_with_a_checkpoint(make_run: Any) -> None:
+    import pty
+
+    run = make_run(num_epochs=200)
+    code = (
+        "import fcntl, signal, sys, termios\n"
+        "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"  # its own terminal
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # tests may run where it is ignored
+        "import trainer.__main__ as entry\n"
+        "sys.exit(entry.main())\n"
+    )
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", code, str(run / "job.json")],
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env=os.environ | {"TERM": "xterm"},
+    )  # fmt: skip
+    os.close(theirs)
+    seen = b""
+    try:
+        while not (run / "metrics.jsonl").exists() or len(metrics_so_far(run)) < 3:
+            assert child.poll() is None, seen.decode(errors="replace")
+            if select.select([ours], [], [], 0.05)[0]:
+                seen += os.read(ours, 65536)
+        os.close(ours)
+        assert child.wait(timeout=50) == 128 + signal.SIGHUP
+    finally:
+        child.kill()
+        child.wait()
+    record = RunRecord.read(run / "record.json")
+    assert (record.status, record.error) == ("stopped", None)
+    assert kept(run)[-1] == f"step-{record.actual.num_steps:06d}"
 
 
 def metrics_so_far(run: Path) -> list[str]:

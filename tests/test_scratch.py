@@ -179,9 +179,13 @@ def test_what_a_killed_measurement_left_goes_with_the_next_one_a_day_later(here:
         (here / name).mkdir()
         (here / name / "file").touch()
         os.utime(here / name, (time.time() - 3600 * hours,) * 2)
+    nowhere = [here / f"{PREFIX}link-{number}" for number in range(20)]
+    for link in nowhere:
+        link.symlink_to(here / "not there")
     with scratch_folder(place_for(None)):
         pass
-    assert sorted(one.name for one in here.iterdir()) == [f"{PREFIX}new", "of somebody else"]
+    left = {one.name for one in here.iterdir()}
+    assert left == {f"{PREFIX}new", "of somebody else", *(link.name for link in nowhere)}
 
 
 @pytest.mark.parametrize("from_settings", [False, True])

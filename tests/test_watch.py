@@ -9,6 +9,7 @@ import re
 import select
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from datetime import datetime
@@ -306,6 +307,26 @@ def test_a_page_is_not_written_over_what_is_no_page_of_a_run(folder: Path, tmp_p
     page.write_text("")
     for _ in range(2):  # an empty file, then its own page
         assert write_report(folder, page).read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_page_is_written_to_no_pipe_and_no_device(folder: Path, tmp_path: Path, kind: str) -> None:
+    place = Path(os.devnull)
+    if kind == "pipe":
+        place = tmp_path / "pipe"
+        os.mkfifo(place)
+    said: list[str] = []
+
+    def write() -> None:
+        try:
+            write_report(folder, place)
+        except RunError as reason:
+            said.append(str(reason))
+
+    writing = threading.Thread(target=write, daemon=True)
+    writing.start()
+    writing.join(timeout=30)
+    assert said == [f"'{place}' is no file that a page can be written to. Choose another --output."]
 
 
 def test_the_speed_is_that_of_the_latest_steps_not_of_a_partial_last_one(folder: Path) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
-
+from presets import jsonio
 from trainer.batching import BatchPlan
 from trainer.job import Job
 from trainer.planning import checkpoint_steps, evaluation_steps
 from trainer.record import Breakdown
 
+LONGEST = 100 * 365 * 86_400.0  # seconds; beyond, no calendar says when a run is done
+LONGEST_PART = 1e8  # seconds: three years; what says that one evaluation took longer is damaged
 BEFORE = {"evaluation": 1, "samples": 1}  # of each part, done before the first step
 
 
@@ -65,8 +65,8 @@ def earlier_evaluations(folder: Path) -> dict[str, float]:
         return {}
     for line in lines:
         try:
-            found.append(float(json.loads(line)["seconds"]))
+            found.append(float(jsonio.loads(line)["seconds"]))
         except (ValueError, KeyError, TypeError, OverflowError):  # of an earlier version, or cut off by a crash
             continue
-    found = [seconds for seconds in found if np.isfinite(seconds) and seconds >= 0]
+    found = [seconds for seconds in found if 0 <= seconds <= LONGEST_PART]
     return {"evaluation": found[-1]} if found else {}

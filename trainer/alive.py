@@ -13,7 +13,9 @@ from presets import jsonio
 from presets.errors import RunError
 
 NAME = "process.json"
+PROC = Path("/proc")
 SAME_START = 1.0  # seconds between two readings of one start; a number comes round again much later
+SET_CLOCK = 86_400.0  # seconds by which two readings may differ where a clock that was set meanwhile moves them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,9 +43,11 @@ def still_there(folder: Path) -> bool | None:
     It can be told on the host that it ran on, until that is started anew. Another one may train there now.
     """
     path = folder / NAME
+    if not path.is_file():  # of an earlier version; what else may stand there, a pipe, would be waited for
+        return None
     try:
         noted = jsonio.from_json(TrainerProcess, path.read_text(encoding="utf-8"), what=str(path), error=RunError)
-    except (OSError, UnicodeDecodeError, RunError):  # of an earlier version, or damaged
+    except (OSError, UnicodeDecodeError, RunError):
         return None
     if noted.host != _host() or noted.pid <= 0:
         return None
@@ -51,7 +55,12 @@ def still_there(folder: Path) -> bool | None:
         started = _started(noted.pid)
     except ProcessLookupError:
         return False
-    return None if started is None or not noted.started else abs(started - noted.started) < SAME_START
+    if started is None or not noted.started:
+        return None
+    apart = abs(started - noted.started)
+    if apart < SAME_START:
+        return True
+    return None if apart < SET_CLOCK and not _has_proc() else False
 
 
 def _host() -> str:
@@ -64,27 +73,45 @@ def _host() -> str:
     return hashlib.sha256("\n".join(known).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
+def _has_proc() -> bool:
+    return (PROC / "self" / "stat").is_file()
+
+
 def _started(pid: int) -> float | None:
     """When a process was started; None where the system does not say.
 
     Raises:
         ProcessLookupError: there is none, or nothing but its exit code is left of it.
     """
+    return _started_by_proc(pid) if _has_proc() else _started_by_psutil(pid)
+
+
+def _started_by_proc(pid: int) -> float | None:
+    """As `_started`, in seconds since the boot: no clock that is set moves it, as it does psutil's."""
+    try:
+        # Not psutil's pid_exists: it looks into /proc, which may hide the processes of others (hidepid).
+        with contextlib.suppress(PermissionError):  # another user's: it is there
+            os.kill(pid, 0)
+        fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        if fields[0] in "ZX":
+            raise ProcessLookupError(pid)
+        return int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except ProcessLookupError:
+        raise
+    except (OSError, ValueError, IndexError, OverflowError):  # hidden, or it has just ended
+        return None
+
+
+def _started_by_psutil(pid: int) -> float | None:
     import psutil
 
     try:
         if not psutil.pid_exists(pid):
             raise ProcessLookupError(pid)
-        if Path("/proc/self/stat").is_file():
-            # psutil derives the start from a boot time in whole seconds, which moves when the clock is set.
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            if fields[0] in "ZX":
-                raise ProcessLookupError(pid)
-            return int(fields[19]) / os.sysconf("SC_CLK_TCK")
         return float(psutil.Process(pid).create_time())
     except psutil.NoSuchProcess:
         raise ProcessLookupError(pid) from None
     except ProcessLookupError:
         raise
-    except (OSError, ValueError, IndexError, OverflowError, psutil.Error):  # another user's, or it has just ended
+    except (OSError, ValueError, OverflowError, psutil.Error):  # another user's, or it has just ended
         return None

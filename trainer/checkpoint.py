@@ -7,27 +7,27 @@ depends on. SHA256SUMS tells a whole one from one that a power cut or a disk has
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from presets import jsonio
 from presets.errors import NonFiniteLossError, RunError
+from presets.text import listed, shown
 from trainer.disk import LEAST_KEPT, sync, sync_tree, told_in_one_line
 from trainer.sums import NAME as SUMS
-from trainer.sums import changed_since, write_sums
+from trainer.sums import changed_since, denied_by_sums, write_sums
 
 if TYPE_CHECKING:
     import torch
 
     from trainer.step import Stepper
 
-FORMAT = 2  # 1: without sizes and checksums
+FORMAT = 3  # 1: without sizes and checksums. 2: the digest of config.json was another one, or there was none
 TENSORS = ("model.safetensors", "optimizer.safetensors", "random.safetensors")
 SUMMED = (*TENSORS, "state.json")
 
@@ -136,7 +136,7 @@ def load_checkpoint(path: Path, stepper: Stepper, rank: int) -> Progress:
     """Put a checkpoint's weights, moments, scaler and random state back; returns where it stands.
 
     Raises:
-        RunError: it is damaged, of another format, or of another model. Nothing was put back then.
+        RunError: it is damaged, of another version of the planner, or of another model. Nothing was put back then.
     """
     import torch
     from safetensors import SafetensorError
@@ -144,8 +144,6 @@ def load_checkpoint(path: Path, stepper: Stepper, rank: int) -> Progress:
 
     try:
         state = _read_state(path)
-        if state.format not in (1, FORMAT):
-            raise RunError(f"{path}: checkpoint format {state.format}, this version reads 1 to {FORMAT}.")
         changed = changed_since(path, SUMMED) if state.format > 1 or (path / SUMS).exists() else None
         if changed is not None:
             raise _Damaged(f"{path}: the checkpoint is damaged ({changed} is not as it was written).")
@@ -168,13 +166,45 @@ def load_checkpoint(path: Path, stepper: Stepper, rank: int) -> Progress:
         )
     restore_random_state({key: value for key, value in randoms.items() if key.endswith(f".{rank}")})
     random.setstate((3, state.python_random, None))
-    return state.progress
+    return state.progress if state.format > 2 else replace(state.progress, config_digest=None)
 
 
 def _read_state(path: Path) -> _State:
-    """Raises: _Damaged where it is no state; OSError and UnicodeDecodeError where it cannot be read."""
+    """What is not a tensor of a checkpoint, of a format that this version reads.
+
+    Raises:
+        RunError: another version wrote it. It is whole, and not to be set aside.
+        _Damaged: it is no state.
+        OSError, UnicodeDecodeError: it cannot be read.
+    """
     file = path / "state.json"
-    return jsonio.from_json(_State, file.read_text(encoding="utf-8"), what=f"{file}: damaged", error=_Damaged)
+    text = file.read_text(encoding="utf-8")
+    try:
+        plain = jsonio.loads(text)
+    except ValueError as reason:
+        raise _Damaged(f"{file}: damaged: not JSON ({reason}).") from None
+    why = _of_another_version(plain)
+    if why is not None and not denied_by_sums(path, file.name):  # else a bit of it has turned over
+        raise RunError(
+            f"{path}: the checkpoint was written by another version of the planner ({why}). Go on with that version; "
+            "the checkpoint is left as it was."
+        )
+    return jsonio.from_plain(_State, plain, what=f"{file}: damaged", error=_Damaged)
+
+
+def _of_another_version(plain: Any) -> str | None:
+    """What of a state this version cannot know; None where there is nothing of the kind."""
+    if not isinstance(plain, dict):
+        return None
+    version = plain.get("format")
+    if isinstance(version, int) and not isinstance(version, bool) and not 1 <= version <= FORMAT:
+        return f"checkpoint format {version}, this version reads 1 to {FORMAT}"
+    known = {one.name for one in fields(_State)}
+    unknown = [key for key in plain if key not in known]
+    if isinstance(plain.get("progress"), dict):
+        known = {one.name for one in fields(Progress)}
+        unknown += [key for key in plain["progress"] if key not in known]
+    return f"this one does not know {listed(map(shown, unknown))}" if unknown else None
 
 
 def number_of(path: Path) -> int | None:
@@ -193,7 +223,7 @@ def looks_whole(path: Path) -> bool:
     """Whether a checkpoint's files are there and as long as they were written; their content is not read."""
     try:
         # Not by `_read_state`: that takes ten times as long, and this is asked of every checkpoint at each new one.
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = jsonio.loads((path / "state.json").read_text(encoding="utf-8"))
         return state["format"] == 1 or {name: (path / name).stat().st_size for name in TENSORS} == state["sizes"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -203,7 +233,7 @@ def load_newest(folder: Path, stepper: Stepper, rank: int, main: bool) -> tuple[
     """The newest checkpoint that is whole. Damaged ones are set aside (renamed) and named in the notes.
 
     Raises:
-        RunError: there are checkpoints and none of them can be read, or the newest is not of this model.
+        RunError: there are checkpoints and none of them can be read, or the newest is not of this model or version.
     """
     notes: list[str] = []
     checkpoints = find_checkpoints(folder)

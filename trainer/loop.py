@@ -41,7 +41,7 @@ from trainer.planning import (
     split,
     with_evaluation_on_top,
 )
-from trainer.process import seconds_since_process_start, settle_garbage, suspended_seconds
+from trainer.process import seconds_since_process_start, settle_garbage, stop_signals, suspended_seconds
 from trainer.record import RunRecord, read_predicted
 from trainer.run import Clock, Run
 from trainer.scoring import example_losses
@@ -69,7 +69,7 @@ def train(folder: Path, *, resume: bool = False, owns_process: bool = False) -> 
         owns_process: nothing else will happen in this process.
 
     Raises:
-        Stopped: SIGINT or SIGTERM came; a checkpoint was written.
+        Stopped: SIGINT, SIGTERM or SIGHUP came; a checkpoint was written.
         PlanError: anything a user can mend. The record then says "failed" and the last good checkpoint is kept.
             Another process trains in the folder, or there is a link in it: nothing was changed.
     """
@@ -344,28 +344,32 @@ def _require_same_origin(run: Run, progress: ckpt.Progress) -> None:
             f"{job.data.source}: the examples are not those that the run was started with: edited, in another order, "
             "or made into other tokens. Put the data and the tokenizer back as they were, or start a new run."
         )
-    if _differ(progress.base_digest, begun.base_digest):
+    if progress.base_digest is not None and _differ(progress.base_digest, begun.base_digest):
         raise RunError(
-            f"model '{job.model}': its weights are not those that the adapter was trained over until now. Put them "
-            "back as they were, or start a new run."
+            f"model '{job.model}': its weights are not those that the adapter was trained over until now. "
+            + origin.way_back(job.model, origin.base_digest, progress.base_digest)
         )
-    if _differ(progress.config_digest, begun.config_digest):
+    if progress.config_digest is not None and _differ(progress.config_digest, begun.config_digest):
         raise RunError(
             f"model '{job.model}': its config.json does not say what it said when the run was started: the model would "
-            "compute otherwise. Put it back as it was, or start a new run."
+            "compute otherwise. " + origin.way_back(job.model, origin.config_digest, progress.config_digest)
         )
 
 
 @contextlib.contextmanager
 def _signals(run: Run) -> Iterator[None]:
-    """First SIGINT or SIGTERM: finish what must be finished and save. Second, a while later: leave at once."""
+    """First SIGINT, SIGTERM or SIGHUP: finish what must be finished and save. Second, a while later: leave at once.
+
+    A hang-up is never the second: a shell and the system send one each, when they come to it, and no user.
+    """
 
     def stop(number: int, _frame: Any) -> None:
-        if run.stop_signal and time.monotonic() - run.stop_asked_at >= SAME_SIGNAL_SECONDS:
+        is_later = run.stop_signal and time.monotonic() - run.stop_asked_at >= SAME_SIGNAL_SECONDS
+        if is_later and number in (signal.SIGINT, signal.SIGTERM):
             os._exit(128 + number)
         run.ask_to_stop(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in stop_signals()}
     try:
         yield
     finally:

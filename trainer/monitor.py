@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import numpy as np
 
 from presets import jsonio
 from presets.text import printable
-from trainer.ahead import Ahead
+from trainer.ahead import LONGEST, Ahead
 from trainer.bar import GIB, TrainingBar
 from trainer.tokens import FloatArray
 from trainer.trackers import Trackers
@@ -65,10 +67,11 @@ class Monitor:
         """One line for the user and the log."""
         text = printable(text)  # notes repeat what stands in data files
         self.log.info(text)
-        if self.bar is not None:
-            self.bar.say(text)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        with _shown():
+            if self.bar is not None:
+                self.bar.say(text)
+            else:
+                print(text, file=sys.stderr, flush=True)
 
     def seconds_left(self, done: int) -> float | None:
         """Seconds to the end of the run, when the step `done` has just ended; None before there is a pace.
@@ -127,14 +130,16 @@ class Monitor:
             numbers = {key: value for key, value in clean.items() if isinstance(value, (int, float))}
             self.trackers.log(numbers, step=done)
         if self.bar is not None:
-            self.bar.update(done, clean["loss"], clean.get("memory_bytes"), self._told(done, values))
+            with _shown():
+                self.bar.update(done, clean["loss"], clean.get("memory_bytes"), self._told(done, values))
         now = time.monotonic()
         if now - self.last_line >= PLAIN_LINE_SECONDS or done == self.total:
             self.last_line = now
             told = "  ".join([*_state(values), *self._told(done, values)])
             self.log.info(f"step {done}/{self.total}  {told}")
             if self.bar is None:
-                print(f"{self.name}: step {done}/{self.total}  {told}", file=sys.stderr, flush=True)
+                with _shown():
+                    print(f"{self.name}: step {done}/{self.total}  {told}", file=sys.stderr, flush=True)
 
     def evaluation(self, step: int, loss: float, perplexity: float, seconds: float) -> None:
         """A held-out loss after `step` windows, and how long it took; one that a resume takes again follows."""
@@ -148,9 +153,10 @@ class Monitor:
     def _told(self, done: int, values: dict[str, float | int | bool | None]) -> list[str]:
         parts = [f"{values['tokens_per_second']:,.0f} tok/s"]
         left = self.seconds_left(done)
-        if left is not None and (done < self.total or left >= 0.5):
-            at = datetime.now() + timedelta(seconds=left)
-            parts.append(f"{_short(left)} left, done {at:%a %H:%M}")
+        if left is not None and np.isfinite(left) and (done < self.total or left >= 0.5):
+            # A damaged estimate or evaluation may say anything.
+            done_at = f", done {datetime.now() + timedelta(seconds=left):%a %H:%M}" if abs(left) < LONGEST else ""
+            parts.append(f"{_short(left)} left{done_at}")
         drift = self.drift(done)
         if drift is not None:
             word = "behind" if drift > 0 else "ahead of"
@@ -164,7 +170,8 @@ class Monitor:
 
     def close(self) -> None:
         if self.bar is not None:
-            self.bar.close()
+            with _shown():
+                self.bar.close()
             self.bar = None
         if self.trackers is not None:
             self.trackers.finish()
@@ -176,6 +183,23 @@ class Monitor:
             with contextlib.suppress(OSError):  # as above
                 handler.close()
             self.log.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def _shown() -> Iterator[None]:
+    """Show something. Where the terminal is gone (a closed window), nothing is shown any more and the run goes on.
+
+    A run that is told to stop because its terminal goes still has its checkpoint to write.
+    """
+    try:
+        yield
+    except OSError as reason:
+        if reason.errno not in (errno.EIO, errno.EPIPE):
+            raise
+        # What is still in the stream's buffer goes there too; else Python would fail over it at its end.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stderr.fileno())
+        os.close(nowhere)
 
 
 def _state(values: dict[str, float | int | bool | None]) -> list[str]:
@@ -213,7 +237,7 @@ def _forget_after(path: Path, done: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= done:
+            if jsonio.loads(line, strict=False)["step"] <= done:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,10 +17,12 @@ _TOKENS_AT_ONCE = 1 << 22
 _SAMPLE = 4096  # bytes read at the begin, in the middle and at the end of each tensor
 _LONGEST_HEADER = 100 << 20  # as safetensors has it
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-# Of a config, at any depth: who wrote it and from where, and what a job decides itself whatever stands there.
+# Of a config, at any depth: who wrote it and from where, what a job decides itself whatever stands there, and which
+# tokens begin and end a text: those of the data are digested, and a base's repair of them changes no step.
 _NOISE = frozenset((
     "transformers_version", "_name_or_path", "_commit_hash", "dtype", "torch_dtype", "use_cache", "attn_implementation",
-    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
+    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "bos_token_id",
+    "eos_token_id", "transformers.js_config",
 ))  # fmt: skip
 
 
@@ -81,15 +83,10 @@ def config_digest(model: str) -> str | None:
     """
     path = Path(model).expanduser() / CONFIG
     if not path.is_file():
-        from huggingface_hub import try_to_load_from_cache
-
-        try:
-            found = try_to_load_from_cache(model, CONFIG)
-        except ValueError:  # neither a folder nor a name that the hub could have
+        found = _cached(model, CONFIG)
+        if found is None:
             return None
-        if not isinstance(found, str):
-            return None
-        path = Path(found)
+        path = found
     try:
         content = _significant(json.loads(path.read_text(encoding="utf-8")))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -105,14 +102,49 @@ def _significant(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value  # 1e4 and 10000 are the same
 
 
+def way_back(model: str, digest: Callable[[str], str | None], kept: str) -> str:
+    """What a user can do where a base is not what a run was started with, as sentences.
+
+    Args:
+        digest: of a base, one of those above.
+        kept: the digest of what the run was started with.
+    """
+    cached = None if Path(model).expanduser().is_dir() else _cached(model, CONFIG)
+    if cached is None:
+        return "Put it back as it was, or start a new run."
+    revision, snapshots = cached.parent.name, cached.parent.parent
+    try:
+        names = sorted(one.name for one in snapshots.iterdir() if digest(str(one)) == kept)
+    except OSError:
+        names = []
+    if not names:
+        return (
+            f"The cache holds revision {revision} of it, and no longer the one that the run was started with. Start a "
+            "new run."
+        )
+    return (
+        f"The hub has another revision of it since. The one that the run was started with is still in the cache: write "
+        f"{names[0]} into '{snapshots.parent / 'refs' / 'main'}' in place of {revision} and resume with "
+        "HF_HUB_OFFLINE=1. Or start a new run."
+    )
+
+
+def _cached(model: str, name: str) -> Path | None:
+    """A file of a hub name in the cache, in its latest revision there; None where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(model, name)
+    except ValueError:  # neither a folder nor a name that the hub could have
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
 def _weight_files(model: str) -> list[Path]:
     """The safetensors files that transformers loads, in the order of their names."""
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        found = [try_to_load_from_cache(model, name) for name in (WEIGHTS, INDEX)]
-        known = [Path(path) for path in found if isinstance(path, str)]
+        known = [path for path in (_cached(model, name) for name in (WEIGHTS, INDEX)) if path is not None]
         if not known:
             return []
         folder = known[0].parent

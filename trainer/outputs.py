@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import shutil
 import time
@@ -80,8 +79,8 @@ def write_samples(run: Run, when: str) -> None:
 
 def _write_side_by_side(folder: Path) -> None:
     pairs = zip(
-        json.loads((folder / "samples-before.json").read_text(encoding="utf-8")),
-        json.loads((folder / "samples-after.json").read_text(encoding="utf-8")),
+        jsonio.loads((folder / "samples-before.json").read_text(encoding="utf-8")),
+        jsonio.loads((folder / "samples-after.json").read_text(encoding="utf-8")),
         strict=True,
     )
     lines = ["# Sample answers on held-out examples", ""]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -50,6 +51,14 @@ def threads_of_a_process(asked: int | None, num_processes: int) -> int | None:
     if asked is not None or num_processes == 1:
         return asked
     return max(1, cores() // num_processes)
+
+
+def stop_signals() -> tuple[int, ...]:
+    """Signals that ask a run to stop; a closed terminal's hang-up only where it is not ignored, as under nohup."""
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN:
+        return signal.SIGINT, signal.SIGTERM
+    return signal.SIGINT, signal.SIGTERM, hangup
 
 
 def settle_garbage() -> None:

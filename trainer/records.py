@@ -88,6 +88,7 @@ class Examples:
         self._found = dict.fromkeys(SCORE_ALIASES, 0)
         self._unreadable = dict.fromkeys(SCORE_ALIASES, 0)
         self._problems: list[str] = []  # of the first bad records
+        self._remedies: set[str] = set()  # of all of them
 
     def has(self, score: str) -> bool:
         """Whether any example carries this score ("engagement" or "created_at")."""
@@ -103,6 +104,7 @@ class Examples:
             except BadRecord as problem:
                 if len(self._problems) < _MOST_PROBLEMS:
                     self._problems.append(f"{raw.location}: {problem}. {raw.remedy}")
+                self._remedies.add(raw.remedy)
                 self.num_bad_lines += 1
                 continue
             if not self.num_examples:
@@ -125,8 +127,11 @@ class Examples:
         told = [text if len(text) <= _LONGEST_PROBLEM else f"{text[:_LONGEST_PROBLEM]}..." for text in told]
         total = self.num_examples + self.num_bad_lines
         title = f"{self.name}: {self.num_bad_lines:,} of {total:,} records cannot be used."
+        [remedy, *others] = self._remedies
+        if others or remedy.startswith("Fix the "):
+            remedy = "Fix them, or pass --skip-bad-lines."
         first = f"The first {len(told)}:" if self.num_bad_lines > len(told) else "They are:"
-        return "\n".join((f"{title} Fix them, or pass --skip-bad-lines. {first}", *(f"  {text}" for text in told)))
+        return "\n".join((f"{title} {remedy} {first}", *(f"  {text}" for text in told)))
 
     def _read(self, raw: RawRecord) -> tuple[Example, list[str]]:
         if raw.problem:

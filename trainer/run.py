@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.parts: dict[str, float] = {}
-        self._times: dict[str, list[float]] = {}
+        self._taken: dict[str, tuple[float, float, int]] = {}  # seconds of the first, of the later ones, their number
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -35,11 +34,15 @@ class Clock:
         finally:
             seconds = time.perf_counter() - begun
             self.parts[name] = self.parts.get(name, 0.0) + seconds
-            self._times.setdefault(name, []).append(seconds)
+            if name in self._taken:
+                first, later, number = self._taken[name]
+                self._taken[name] = (first, later + seconds, number + 1)
+            else:
+                self._taken[name] = (seconds, 0.0, 0)
 
     def each(self) -> dict[str, float]:
         """Seconds that one of each part takes; the first, which is often slow, counts only where it is the only one."""
-        return {name: statistics.fmean(times[1:] or times) for name, times in self._times.items()}
+        return {name: later / number if number else first for name, (first, later, number) in self._taken.items()}
 
 
 @dataclass(slots=True, eq=False)

@@ -35,6 +35,20 @@ def changed_since(folder: Path, names: Iterable[str]) -> str | None:
     return next((name for name, line in lines.items() if line not in told), NAME)
 
 
+def denied_by_sums(folder: Path, name: str) -> bool:
+    """Whether SHA256SUMS says that this file was another one; not where it says nothing of it, or cannot be read.
+
+    Raises:
+        OSError: the file itself cannot be read.
+    """
+    try:
+        told = (folder / NAME).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return False
+    lines = [line for line in told.splitlines(keepends=True) if line.rstrip("\n").endswith(f"  {name}")]
+    return bool(lines) and _line(folder, name) not in lines
+
+
 def _line(folder: Path, name: str) -> str:
     with open(folder / name, "rb") as file:
         return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n"

@@ -20,6 +20,7 @@ from trainer import checkpoint, loop
 from trainer.batching import BatchPlan
 from trainer.job import Job
 from trainer.record import Predicted
+from trainer.sums import write_sums
 
 
 def resume(run: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -234,10 +235,39 @@ def test_checkpoints_of_another_model_or_a_later_version_are_refused_and_left_wh
     with pytest.raises(RunError, match="not this model's"):
         checkpoint.load_newest(tmp_path, make_stepper(torch.nn.Linear(3, 3), "cpu", "fp32"), 0, True)
     state = newest / "state.json"
-    state.write_text(state.read_text().replace('"format": 2', '"format": 3'))
-    with pytest.raises(RunError, match="checkpoint format 3, this version reads 1 to 2"):
-        checkpoint.load_newest(tmp_path, stepper, 0, True)
-    assert newest.is_dir()
+    written = json.loads(state.read_text())
+    for change, said in (
+        ({"format": 4}, "checkpoint format 4, this version reads 1 to 3"),
+        ({"format": 4, "more": 1}, "checkpoint format 4, this version reads 1 to 3"),
+        ({"more": 1}, "this one does not know 'more'"),
+        ({"progress": {**written["progress"], "rounds": 3}}, "this one does not know 'rounds'"),
+    ):
+        state.write_text(json.dumps(written | change))
+        write_sums(newest, checkpoint.SUMMED)
+        for _ in range(2):
+            with pytest.raises(RunError) as refused:
+                checkpoint.load_newest(tmp_path, stepper, 0, True)
+            assert f"was written by another version of the planner ({said})" in str(refused.value)
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002"]
+
+
+@pytest.mark.parametrize(("whole", "spoiled"), [('"tokens"', '"tokenr"'), ('"format": 3', '"format": 7')])
+def test_a_bit_that_turned_over_is_not_taken_for_another_version(
+    tmp_path: Path, stepper: Any, whole: str, spoiled: str
+) -> None:
+    state = save_two(tmp_path, stepper) / "state.json"
+    assert whole in state.read_text()
+    state.write_text(state.read_text().replace(whole, spoiled))
+    _, path, (note,) = checkpoint.load_newest(tmp_path, stepper, 0, True)
+    assert path == tmp_path / "step-000001"
+    assert note.endswith("It is set aside as damaged-step-000002.")
+
+
+def test_a_state_that_is_nested_too_deeply_is_not_whole(tmp_path: Path, stepper: Any) -> None:
+    newest = save_two(tmp_path, stepper)
+    assert checkpoint.looks_whole(newest)
+    (newest / "state.json").write_text("[" * 100_000)
+    assert not checkpoint.looks_whole(newest)
 
 
 def test_a_checkpoint_of_the_version_before_checksums_is_still_read(make_run: Any) -> None:
