@@ -8,18 +8,16 @@ from typing import Any
 
 import pytest
 from fakes import make_job
-from tuning import DATA, Device, device_of, saving, tuned
+from tuning import DATA, Device, Saving, device_of, saving, tuned
 
 from planner.trials import Trials
 from planner.tune import tune
-from planner.twin import Twin, Wanted
+from planner.twin import Twin, Untimed, Wanted
 
 
-def test_checkpointing_is_tried_for_a_larger_split_and_the_chain_tells_both() -> None:
-    told: list[str] = []
-    wanted = Wanted(name="recommended", job=make_job("recommended"), baseline=make_job("baseline"))
-    device = saving(base=0.2)
-    (twin,) = tune(
+def searched(wanted: Wanted, device: Saving, told: list[str]) -> tuple[Twin | Untimed, ...]:
+    """A search of one preset; what it says goes to `told`."""
+    return tune(
         [wanted],
         DATA,
         device.factory,
@@ -27,6 +25,13 @@ def test_checkpointing_is_tried_for_a_larger_split_and_the_chain_tells_both() ->
         clock=device.clock,
         progress=lambda text, _: told.append(text),
     )
+
+
+def test_checkpointing_is_tried_for_a_larger_split_and_the_chain_tells_both() -> None:
+    told: list[str] = []
+    wanted = Wanted(name="recommended", job=make_job("recommended"), baseline=make_job("baseline"))
+    device = saving(base=0.2)
+    (twin,) = searched(wanted, device, told)
     assert isinstance(twin, Twin)
     assert any(text.startswith("larger splits: timing") for text in told)
     job = twin.job(wanted.job)
@@ -65,14 +70,7 @@ def test_where_memory_does_not_bound_the_fastest_split_no_larger_one_is_tried() 
     told: list[str] = []
     wanted = Wanted(name="recommended", job=make_job("recommended"), baseline=make_job("baseline"))
     device = saving(base=0.0, optimizer=0.001)
-    tune(
-        [wanted],
-        DATA,
-        device.factory,
-        budget_seconds=300,
-        clock=device.clock,
-        progress=lambda text, _: told.append(text),
-    )
+    searched(wanted, device, told)
     assert not any(text.startswith("larger splits") for text in told)
     assert ("fp32", "load") in device.log
 
