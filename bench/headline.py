@@ -56,6 +56,7 @@ MODELS = {
 CONTESTANTS = (BASELINE, *TUNED, *(f"{name}, tuned" for name in TUNED), LEAK)
 GOALS = {"recommended": 2.6, "aggressive": 4.4}  # published, over the baseline
 TOLERANCE = 0.02  # of the drop
+RUN_BUDGETS = {"cpu": "3", "cuda": "6"}  # seconds of timing before each run
 PRETRAINING = slice(3000, 4000)  # GSM8K records that the base model learns from; training takes the first ones
 LEAKING_ROW = 1024  # tokens
 GPU_PRETRAINING = slice(2000, 7473)
@@ -258,7 +259,7 @@ def _command(text: str, arguments: argparse.Namespace, *more: str) -> dict[str, 
     """The last JSON object that a `plan` command prints; an error ends the bench."""
     command = [sys.executable, "-P", "-m", "planner.cli", *more, "--dataset", str(arguments.work / f"{text}.jsonl")]
     command += ["--device", arguments.device, "--json"]
-    command += ["--eval-fraction", "0.25"] if arguments.device == "cuda" else []  # few rows: hold out more of them
+    command += ["--eval-fraction", "0.17"] if arguments.device == "cuda" else []  # few rows: hold out more of them
     if text == "gsm8k":
         command += ["--model", str(arguments.work / "taught"), "--columns", "prompt=question,completion=answer"]
     environment = accuracy.environment() | {"PLAN_HOME": str(arguments.work / "home")}
@@ -271,7 +272,8 @@ def _command(text: str, arguments: argparse.Namespace, *more: str) -> dict[str, 
 def _tune(text: str, arguments: argparse.Namespace) -> dict[str, Any]:
     print(f"{text}: plan tune {' '.join(TUNED)}", file=sys.stderr)
     found = _command(text, arguments, "tune", *TUNED, "--budget", str(arguments.budget))
-    return {"rows": [row for row in found["rows"] if row.get("tuned_from")]}
+    untuned = {row["name"]: row["notes"] for row in found["rows"] if not row.get("tuned_from")}
+    return {"rows": [row for row in found["rows"] if row.get("tuned_from")], "notes": untuned}
 
 
 def _run(text: str, seed: int, contestant: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -286,7 +288,16 @@ def _run(text: str, seed: int, contestant: str, arguments: argparse.Namespace) -
         shutil.copy(arguments.work / "runs" / f"{text}-{seed}-recommended" / "job.json", folder / "job.json")
         _worker("leak", folder, arguments)
     else:
-        more = ["--run", preset, "--seed", str(seed), "--output", str(folder), "--budget", "3"]
+        more = [
+            "--run",
+            preset,
+            "--seed",
+            str(seed),
+            "--output",
+            str(folder),
+            "--budget",
+            RUN_BUDGETS[arguments.device],
+        ]
         more += ["--samples", "0"] if arguments.device == "cuda" else []
         _command(text, arguments, *more, *(["--tuned"] if how == "tuned" else []))
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))

@@ -38,6 +38,7 @@ FIXED_RELATIVE_HALF_WIDTH = 0.2
 # a shared machine eleven lay within 6 %, one, with other work beside it, at 13 %
 # (bench/results/accuracy-2026-11-24.json). A GPU alone in its machine is steadier; how steady has not been measured.
 BETWEEN_RUNS = {"cpu": 0.06, "mps": 0.03, "cuda": 0.01}
+CONFIDENT = 1.645  # standard errors to either end of a 90 % interval
 TIMER_SECONDS = 1e-6  # what reading the clock adds to each timed call
 # A run's resident memory on a CPU over that of its longest micro-batches in a worker, since the heap grows on over
 # hundreds of shapes: the median of 13 pairs, 1.062 the highest (bench/results/accuracy-2026-11-26.json). A GPU's blocks
@@ -210,6 +211,20 @@ def estimate(
     seconds, low, high = (
         of + share * measurement.one_off_seconds for of, share in ((total.seconds, 1.0), (low, 0.5), (high, 1.5))
     )
+    each, error = measurement.new_shape_seconds, measurement.new_shape_error
+    if each > 0:
+        shapes = works.num_shapes(row.plan)
+        apart = CONFIDENT * error
+        seconds, low, high = (
+            seconds + each * shapes,
+            low + max(0.0, each - apart) * shapes,
+            high + (each + apart) * shapes,
+        )
+        if each * shapes > ONE_OFF_TOLD * seconds:
+            notes.append(
+                f"each new shape of a micro-batch takes {1000 * each:.0f} ms more, since the GPU's library chooses for "
+                f"it: {shapes:,} in this run, {each * shapes:.1f} s"
+            )
     if measurement.one_off_seconds > ONE_OFF_TOLD * seconds:
         notes.append(f"the first steps take {measurement.one_off_seconds:.1f} s more, while kernels are loaded")
     whole = whole_run(seconds, low, high, fixed)
@@ -314,7 +329,8 @@ def window_ratio(measurement: Measurement, estimator: Estimator) -> float | None
     """Seconds of whole windows as timed / as summed from their parts; None where none was timed."""
     windows = [one for one in measurement.windows if one.samples and one.samples[0].stratum in estimator.numbers]
     predicted = sum(estimator.window_seconds(window.samples) for window in windows)
-    return sum(window.seconds for window in windows) / predicted if predicted > 0 else None
+    new = measurement.new_shape_seconds * sum(window.new_shapes for window in windows)
+    return sum(window.seconds for window in windows) / (predicted + new) if predicted > 0 else None
 
 
 def fixed_seconds(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from planner.first_times import FirstTimes
 from planner.measurement import FixedSamples, PlannedRow, Round, RowVerdict, StepSignature, WindowSample
 from planner.prober import LoadReply, MicroRows, Prober
 from trainer.batching import BatchPlan
@@ -24,10 +25,9 @@ class Group:
     rounds: list[Round] = field(default_factory=list)  # the first of them may be warm-up
     windows: list[tuple[int, WindowSample]] = field(default_factory=list)  # (rounds before it, window)
     fixed: FixedSamples = field(default_factory=FixedSamples)
-    # Of its present process: by how much the first micro-step took longer than the same again, and the seconds of
-    # rounds that ran twice.
+    # Of its present process: by how much the first micro-step took longer than the same again, and what the others did.
     first_seconds: float = 0.0
-    first_and_second: list[tuple[float, float]] = field(default_factory=list)
+    first_times: FirstTimes = field(default_factory=FirstTimes)
     spent: float = 0.0
     round_seconds: float = 0.0  # that the last round took
     ended_by: str = ""
@@ -41,18 +41,6 @@ class Group:
     @property
     def is_live(self) -> bool:
         return self.error is None and not self.is_postponed and bool(self.fitting)
-
-    @property
-    def one_off_seconds(self) -> float:
-        """What the first micro-steps of its process took beyond the later ones."""
-        return self.first_seconds + max(0.0, sum(first - second for first, second in self.first_and_second))
-
-    @property
-    def first_time_share(self) -> float:
-        """By how much the first time of a micro-batch took longer in the later half of the rounds, relative."""
-        later = self.first_and_second[len(self.first_and_second) // 2 :]
-        first, second = (sum(pair[number] for pair in later) for number in (0, 1))
-        return max(0.0, first / second - 1) if second > 0 else 0.0
 
     @property
     def is_reference(self) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from planner.decks import Decks, Drawn, part_of, sample_of
 from planner.estimate import with_references as with_references
 from planner.estimator import Estimator, PlanWork, plan_work
+from planner.first_times import FirstTimes
 from planner.fixed import measure_fixed
 from planner.group import Group, rows_of
 from planner.measurement import (
@@ -218,7 +219,7 @@ class _Measuring:
             self.tell(f"start: {group.rows[0].name}", 0.0)
             group.prober = self.factory(group.rows[0].job)
             group.first_seconds = 0.0  # a new process loads its kernels again, and a run has one
-            group.first_and_second.clear()
+            group.first_times = FirstTimes()
             reply = group.prober.load()
             group.load = group.load or reply
 
@@ -382,9 +383,10 @@ class _Measuring:
         if is_twice:
             order += self.random.permutation(len(drawn)).tolist()  # among other shapes, as the first time
         taken = prober.run([rows_of(drawn[number].plan, drawn[number].micro) for number in order])
-        first, seconds = taken[: len(drawn)], dict(zip(order, taken, strict=True))  # the last time counts
+        seconds = dict(zip(order, taken, strict=True))  # the last time counts
         if is_twice:
-            group.first_and_second.append((sum(first), sum(seconds.values())))
+            is_new = group.first_times.meet([(one.sample.rows, one.sample.width) for one in drawn])
+            group.first_times.add(taken[: len(drawn)], [seconds[number] for number in range(len(drawn))], is_new)
         optimizer = prober.optimizer(1)
         group.round_seconds = self._spend(group, started)
         samples = tuple(replace(one.sample, seconds=seconds[number]) for number, one in enumerate(drawn))
@@ -415,7 +417,9 @@ class _Measuring:
         started = self.clock()
         seconds = prober.window([rows_of(plan, micro) for micro in micros])
         self._spend(group, started)
-        group.windows.append((len(group.rounds), WindowSample(samples=samples, seconds=seconds)))
+        new = sum(group.first_times.meet([(one.rows, one.width) for one in samples]))
+        new = new if group.signature.device != "cpu" else 0
+        group.windows.append((len(group.rounds), WindowSample(samples=samples, seconds=seconds, new_shapes=new)))
 
     def _spend(self, group: Group, started: float) -> float:
         seconds = self.clock() - started
@@ -477,10 +481,11 @@ class _Measuring:
                 f"{group.rows[0].name}: the budget of {self.budget:g} s was spent while the timings alone still "
                 f"allowed ±{width:.1%} (--precision-target is ±{self.target:.1%}). Give more time with --budget."
             )
-        if group.first_time_share > SETTLED and not group.is_reference:
+        share = group.first_times.share_to_the_end
+        if share > SETTLED and not group.is_reference:
             self.notes.append(
-                f"{group.rows[0].name}: new micro-batches took {group.first_time_share:.0%} longer the first time to "
-                "the end; the range reaches up for it. A longer --budget shows whether it ends"
+                f"{group.rows[0].name}: new micro-batches took {share:.0%} longer the first time to the end; the range "
+                "reaches up for it. A longer --budget shows whether it ends"
             )
         if group.ended_by == "precision" and not group.is_reference:
             self.notes.append(
@@ -499,6 +504,7 @@ class _Measuring:
                 f"{group.rows[0].name}: no whole window could be timed in the budget, so the sum of the parts was not "
                 "checked against one. A longer --budget checks it"
             )
+        new_shape = group.first_times.new_shape()
         return Measurement(
             signature=group.signature,
             load=group.load,
@@ -506,8 +512,10 @@ class _Measuring:
             rounds=kept,
             windows=windows,
             fixed=group.fixed,
-            one_off_seconds=group.one_off_seconds,
-            first_time_share=group.first_time_share,
+            one_off_seconds=group.first_seconds + group.first_times.once,
+            first_time_share=share,
+            new_shape_seconds=new_shape[0],
+            new_shape_error=new_shape[1],
             seconds_spent=group.spent,
             ended_by=group.ended_by,
             error=group.error,

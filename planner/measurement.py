@@ -117,6 +117,7 @@ class WindowSample:
 
     samples: tuple[MicroSample, ...]
     seconds: float
+    new_shapes: int = 0  # of its micro-batches, those whose shape its process had not met before; 0 on a CPU
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +144,8 @@ class Measurement:
     fixed: FixedSamples = FixedSamples()
     one_off_seconds: float = 0.0  # what the first micro-steps of a process take beyond the later ones; 0 on a CPU
     first_time_share: float = 0.0  # by which new micro-batches took longer the first time, to the end; 0 on a CPU
+    new_shape_seconds: float = 0.0  # that a micro-step takes more where its shape is new; not in the two above
+    new_shape_error: float = 0.0  # standard error of it, seconds
     seconds_spent: float = 0.0  # timing; process starts, memory and fixed parts not counted
     ended_by: str = ""  # "precision" or "budget"
     error: str | None = None

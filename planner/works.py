@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
+
 from planner.estimator import PlanWork, plan_work
 from planner.measurement import PlannedRow
 from planner.strata import Kind, Strata, keys
@@ -36,6 +38,7 @@ class Works:
         self._works: dict[tuple[int, Kind, Strata], PlanWork] = {}
         self._padded: dict[tuple[bytes, str, int], int] = {}
         self._learnt: dict[int, float] = {}
+        self._num_shapes: dict[int, int] = {}
 
     @property
     def num_examples(self) -> int:
@@ -58,6 +61,17 @@ class Works:
                 largest = max(largest, int(padded.max()))
             self._extremes[id(plan)] = Extremes(worst_padded=worst[1], worst_width=worst[2], largest_padded=largest)
         return self._extremes[id(plan)]
+
+    def num_shapes(self, plan: BatchPlan) -> int:
+        """How many different shapes the micro-batches of one device have, at most."""
+        if id(plan) not in self._num_shapes:
+            shapes = self._shapes(plan)
+            met = np.zeros((int(shapes.rows.max(initial=0)) + 1, int(shapes.width.max(initial=0)) + 1), dtype=bool)
+            for some in shapes.blocks():
+                met[some.rows, some.width] = True
+            share = -(-plan.num_micro_batches // plan.num_devices)
+            self._num_shapes[id(plan)] = min(int(np.count_nonzero(met[1:])), share)
+        return self._num_shapes[id(plan)]
 
     def evaluation_padded(self, examples: IntArray, device: str, num_devices: int) -> int:
         """Padded tokens of one forward pass over some examples, on the device with the most.

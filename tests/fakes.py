@@ -73,6 +73,7 @@ class FakeDevice:
     slow_first: int = 0  # micro-steps of each worker that take three times as long
     variants: int = 0  # kernels, each for some shapes, that a worker loads when it first meets such a shape
     variant_seconds: float = 0.0  # that loading one takes
+    new_shape_seconds: float = 0.0  # that a shape takes more the first time that a process meets it
     loading_evaluation: float = 0.0  # more seconds of a batch of held-out examples, its first time in a process
     drift: float = 0.0  # slower by this share every minute
     spikes: float = 0.0  # share of the timings that take `spike_factor` times as long
@@ -134,7 +135,11 @@ class FakeDevice:
         charged *= np.exp(random.normal(-(spread**2) / 2, spread, len(charged)))
         charged[random.random(len(charged)) < self.spikes] *= self.spike_factor
         loaded = len(np.unique(self.variant(plan.micro_shapes(self.lengths).padded_tokens))) if self.variants else 0
-        return float(charged.sum()) + loaded * self.variant_seconds
+        new = 0
+        if self.new_shape_seconds:
+            shapes = plan.micro_shapes(self.lengths)
+            new = len(set(zip(shapes.rows.tolist(), shapes.width.tolist(), strict=True)))
+        return float(charged.sum()) + loaded * self.variant_seconds + new * self.new_shape_seconds
 
     def variant(self, padded: np.ndarray) -> np.ndarray:
         """Which kernel a shape takes."""
@@ -163,6 +168,7 @@ class FakeProber:
         self.speed = device.half_speed_up if job.precision in ("fp16", "bf16") else 1.0
         self.slow_left = device.slow_first
         self.known: set[int] = set()  # kernels that are loaded
+        self.met: set[tuple[int, int]] = set()  # shapes
         self.evaluated: set[tuple[int, ...]] = set()  # batches
         self.held = 0
         self.stopped = False
@@ -175,7 +181,9 @@ class FakeProber:
             raise DoesNotFit(f"tried to allocate {padded} tokens")
         slow = 3.0 if self.slow_left > 0 else 1.0
         self.slow_left -= 1
-        return slow * self.device.cost(rows) / self.speed + self._loading(padded)
+        new = self.device.shape(rows) not in self.met
+        self.met.add(self.device.shape(rows))
+        return slow * self.device.cost(rows) / self.speed + self._loading(padded) + new * self.device.new_shape_seconds
 
     def _loading(self, padded: int) -> float:
         if not self.device.variants:

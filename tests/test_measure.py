@@ -301,6 +301,59 @@ def test_what_a_worker_that_was_started_again_loads_counts_once() -> None:
     assert found.measurements[0].one_off_seconds <= 5.2  # 20 x 0.25 s and noise, however many processes
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("count", [160, 1500])
+def test_what_each_new_shape_takes_counts_as_often_as_the_run_meets_one(count: int, seed: int) -> None:
+    """Of 40 micro-batches nearly all are of a new shape, of 375 a part. The pace is that of shapes met before."""
+    lengths = chat_lengths(count, longest=512)
+    data = make_data(lengths)
+    device = FakeDevice(
+        lengths,
+        base=0.05,
+        per_token=2e-6,
+        per_token_width=0.0,
+        noise=0.05,
+        seed=seed,
+        new_shape_seconds=0.012,
+        half_speed_up=1.0,
+    )
+    row = make_row(make_job(device="cuda", precision="bf16", micro_batch_size=4), data)
+    found = measure([row], data, device.factory, budget_seconds=15, clock=device.clock, seed=seed)
+    with_them = estimate(row, data, found)
+    assert found.measurements[0].new_shape_seconds == pytest.approx(0.012, rel=0.3)
+    assert with_them.train_seconds == pytest.approx(device.run_seconds(row.plan, seed), rel=0.03)
+    assert any("new shape of a micro-batch takes" in note for note in with_them.notes)
+    without = replace(found, measurements=(replace(found.measurements[0], new_shape_seconds=0.0),))
+    off = estimate(row, data, without)
+    assert off.train_seconds is not None
+    assert off.train_seconds < (0.9 if count == 160 else 0.97) * device.run_seconds(row.plan, seed)
+
+
+def test_windows_of_new_shapes_are_no_sign_that_the_parts_do_not_add_up() -> None:
+    lengths = chat_lengths(3000, longest=1024)
+    data = make_data(lengths)
+    device = FakeDevice(
+        lengths, base=0.04, per_token=0.0, per_token_width=0.0, new_shape_seconds=0.02, half_speed_up=1.0
+    )
+    row = make_row(make_job(device="cuda", precision="bf16", micro_batch_size=2), data)
+    found = measure([row], data, device.factory, budget_seconds=20, clock=device.clock)
+    one = estimate(row, data, found)
+    assert sum(window.new_shapes for window in found.measurements[0].windows) > 0
+    assert one.window_ratio == pytest.approx(1.0, abs=0.02)
+
+
+def test_a_gpu_for_which_new_shapes_are_like_others_is_not_said_to_choose_for_them() -> None:
+    said = 0
+    for seed in range(20):
+        device = FakeDevice(
+            LENGTHS, base=0.05, per_token=2e-6, per_token_width=0.0, noise=0.1, seed=seed, half_speed_up=1.0
+        )
+        row = make_row(make_job(device="cuda", precision="bf16", micro_batch_size=4), DATA)
+        found = measure([row], DATA, device.factory, budget_seconds=10, clock=device.clock, seed=seed)
+        said += found.measurements[0].new_shape_seconds > 0
+    assert said <= 1
+
+
 def test_too_short_a_time_to_warm_a_gpu_up_is_said() -> None:
     seconds, found, truth = gpu_that_loads_kernels(budget=10)
     assert any("longer the first time to the end" in note for note in found.notes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,26 +86,47 @@ def evaluate(
     """
     import torch
 
-    from trainer.step import autocast, token_losses
-
     if len(examples) == 0:
         return None
-    was_training = model.training
-    model.eval()
     total = torch.zeros(2, dtype=torch.float64)
-    try:
-        with torch.no_grad(), autocast(device, precision):
-            for members in evaluation_batches(data, examples, device)[share]:
-                batch = collate([members[i : i + 1] for i in range(len(members))], data).to(device)
-                total[0] += token_losses(model, batch, head=head).double().cpu()
-                total[1] += len(batch.targets)
-    finally:
-        model.train(was_training)
+    batches = evaluation_batches(data, examples, device)[share]
+
+    def add(loss: torch.Tensor, count: int) -> None:
+        total[0] += loss
+        total[1] += count
+
+    evaluate_batches(model, data, batches, add, device=device, precision=precision, head=head)
     if reduce is not None:
         total = reduce(total)
     count = int(total[1].item())
     loss = float(total[0].item()) / count if count else math.nan
     return EvaluationResult(loss=loss, num_examples=len(examples), num_tokens=count)
+
+
+def evaluate_batches(
+    model: Any,
+    data: TokenizedDataset,
+    batches: Iterable[IntArray],
+    each: Callable[[torch.Tensor, int], None],
+    *,
+    device: str,
+    precision: str,
+    head: LeanHead | None = None,
+) -> None:
+    """Tell `each` the summed token loss of each batch, float64 on the host, and its number of supervised tokens."""
+    import torch
+
+    from trainer.step import autocast, token_losses
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(device, precision):
+            for members in batches:
+                batch = collate([members[i : i + 1] for i in range(len(members))], data).to(device)
+                each(token_losses(model, batch, head=head).double().cpu(), len(batch.targets))
+    finally:
+        model.train(was_training)
 
 
 def sample_answers(
