@@ -272,7 +272,7 @@ def _command(text: str, arguments: argparse.Namespace, *more: str) -> dict[str, 
 def _tune(text: str, arguments: argparse.Namespace) -> dict[str, Any]:
     print(f"{text}: plan tune {' '.join(TUNED)}", file=sys.stderr)
     found = _command(text, arguments, "tune", *TUNED, "--budget", str(arguments.budget))
-    untuned = {row["name"]: row["notes"] for row in found["rows"] if not row.get("tuned_from")}
+    untuned = {row["name"]: row["note"] for row in found["rows"] if not row.get("tuned_from")}
     return {"rows": [row for row in found["rows"] if row.get("tuned_from")], "notes": untuned}
 
 

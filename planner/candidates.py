@@ -172,10 +172,14 @@ def with_twins(
     *,
     tuned: bool,
     instead: bool,
+    unsearched: frozenset[str] = frozenset(),
 ) -> tuple[Candidate, ...]:
     """Each configuration followed by its tuned twin, where one is known (or, with `tuned`, after a search for it).
 
     A search that was too short to tell is made again where there is more time now.
+
+    Args:
+        unsearched: configurations that stand there for comparison: they show a twin that is known, no more.
     """
     twins: dict[str, Twin | Untimed] = {}
     missing: dict[int, list[Wanted]] = {}
@@ -184,12 +188,13 @@ def with_twins(
         if candidate.planned is None or candidate.data is None:
             continue
         job, data, known = candidate.planned.job, candidate.data, None
-        if search.history is not None and not (tuned and search.measuring.fresh):
+        searched = tuned and candidate.name not in unsearched
+        if search.history is not None and not (searched and search.measuring.fresh):
             known = known_twin(search.history, search.keys, job, data, quantized=search.measuring.quantized)
-            if known is not None and tuned and known.was_too_short and known.budget_seconds < search.budget_seconds:
+            if known is not None and searched and known.was_too_short and known.budget_seconds < search.budget_seconds:
                 known = None
         length = job.preset.max_length
-        against = baseline(length) if known is None and tuned else None
+        against = baseline(length) if known is None and searched else None
         if known is not None:
             twins[candidate.name] = known
         elif against is not None:

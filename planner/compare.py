@@ -75,6 +75,7 @@ def compare(
     force: bool = False,
     before_measuring: Callable[[tuple[Candidate, ...]], None] = lambda candidates: None,
     output: Path | None = None,
+    unsearched: frozenset[str] = frozenset(),
 ) -> Comparison:
     """Measure the named presets (all of them where none is named) on this device and report them.
 
@@ -88,6 +89,7 @@ def compare(
         tuned: search for the twins that the history does not have; with `running`, the twin is what will run.
         force: with `running`: run what the safety rules advise against.
         before_measuring: may refuse them before minutes are spent.
+        unsearched: with `tuned`: names of presets that stand there for comparison; no twin of theirs is searched for.
         output: of the run that may follow: a checkpoint is timed on its disk. None: the settings', else in runs/.
 
     Raises:
@@ -100,7 +102,7 @@ def compare(
     if tuned or (history is not None and not running):
         baseline = functools.partial(baseline_job, options, settings, facts, spec)
         search = Search(measuring, say, shown, factory, history, keys, now, clock)
-        candidates = with_twins(candidates, baseline, search, tuned=tuned, instead=running)
+        candidates = with_twins(candidates, baseline, search, tuned=tuned, instead=running, unsearched=unsearched)
     before_measuring(candidates)
     place = place_for(output or (Path(settings.output) if settings.output else None))
     works: dict[int, Works] = {}

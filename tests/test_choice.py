@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import planner
+from planner import cli as cli_module
 from presets.errors import PlanError, SettingsError
 
 pytestmark = pytest.mark.usefixtures("preloaded")
@@ -203,3 +205,19 @@ def test_published_quality_stands_only_beside_published_settings(home: Path, mea
 def test_a_count_can_be_written_short_and_its_command_asks_for_a_file(home: Path) -> None:
     done = json.loads(plan(home, "--dataset", "63k", "--step-time", "30", "--json").stdout)
     assert done["rows"][0]["num_steps"] == 3938
+
+
+def test_tune_searches_for_what_is_named_and_only_shows_the_baseline_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[tuple[str, ...], frozenset[str]]] = []
+
+    def table(_options: Any, _settings: Any, given: dict[str, Any], *, unsearched: frozenset[str]) -> None:
+        asked.append((given["preset_names"], unsearched))
+
+    monkeypatch.setattr(cli_module, "_table", table)
+    for names in (("recommended",), ("baseline", "recommended"), ()):
+        assert CliRunner().invoke(cli_module.cli, ["tune", *names, "--dataset", "100"]).exit_code == 0
+    assert asked == [
+        (("baseline", "recommended"), frozenset({"baseline"})),
+        (("baseline", "recommended"), frozenset()),
+        ((), frozenset()),
+    ]

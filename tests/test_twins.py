@@ -254,6 +254,8 @@ def test_compare_shows_a_known_twin_after_its_preset_and_runs_it_alone(tmp_path:
     first = plan(names=("baseline", "recommended"))
     assert [row.name for row in first.report.rows] == ["baseline", "recommended"]
     assert any("plan tune" in note for note in first.report.notes)
+    aside = plan(names=("baseline", "aggressive"), tuned=True, unsearched=frozenset({"baseline"}))
+    assert [row.name for row in aside.report.rows] == ["baseline", "aggressive", "aggressive, tuned"]
     searched = plan(names=("baseline", "recommended"), tuned=True)
     names = ["baseline", "baseline, tuned", "recommended", "recommended, tuned"]
     assert [row.name for row in searched.report.rows] == names
@@ -264,8 +266,8 @@ def test_compare_shows_a_known_twin_after_its_preset_and_runs_it_alone(tmp_path:
     known = plan(names=("baseline", "recommended"))
     assert [row.name for row in known.report.rows] == names
     assert not any("plan tune" in note for note in known.report.notes)
-    (untuned,) = (n for n in plan(names=("baseline", "recommended", "aggressive")).report.notes if "plan tune" in n)
-    assert "not yet aggressive." in untuned
+    (untuned,) = (n for n in plan(names=("baseline", "recommended", "iterate")).report.notes if "plan tune" in n)
+    assert "not yet iterate." in untuned
     alone = plan(names=("recommended",), running=True, tuned=True)
     assert [candidate.name for candidate in alone.candidates] == ["recommended, tuned"]
     assert predicted_of(alone, alone.candidates[0]).is_tuned  # and so the run's entry in the history
