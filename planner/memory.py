@@ -99,6 +99,8 @@ class MemoryProbe:
                         expected = reply.token_seconds * float(shapes.padded_tokens.sum() / shapes.tokens.sum())
                         least[is_packed] = min(least[is_packed], expected)
                         hopeless |= {is_packed} if expected > HOPELESS * least[is_packed] else set()
+                    # Else told after the timing. A search, too, judges by what a run's heap grows to on a CPU.
+                    headroom = self._headroom(group) if not self._thorough else None
                     group.reserved = reply.reserved_bytes
                     group.first_seconds += reply.first_seconds
                     group.largest_key = max(group.largest_key, float(keys(shapes)[micro]))
@@ -109,6 +111,7 @@ class MemoryProbe:
                             fits=True,
                             peak_allocated_bytes=reply.allocated_bytes,
                             peak_reserved_bytes=reply.reserved_bytes,
+                            headroom_bytes=headroom,
                         )
                     continue
                 except DoesNotFit as reason:
@@ -171,6 +174,12 @@ class MemoryProbe:
             self._start(group)
             assert group.prober is not None
             return group.prober.memory(windows, more, seconds)
+
+    def _headroom(self, group: Group) -> int | None:
+        """Bytes that stay free at the peak, on a CPU."""
+        if group.signature.device != "cpu" or group.prober is None:
+            return None
+        return group.prober.peak().headroom_bytes
 
     def _worst_windows(self, members: list[PlannedRow], plan: BatchPlan, micro: int) -> list[list[MicroRows]]:
         """The longest micro-batch with its neighbours in its window, and the same of the longest that is at no head.

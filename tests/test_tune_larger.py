@@ -132,3 +132,13 @@ def test_where_time_allows_one_layout_alone_it_is_said(order: int) -> None:
         # Eager attention knows no documents: what it gains for separate rows is not tried on packed ones.
         has_eager = any(link.name == "eager attention" for link in twin.links)
         assert has_eager is (first == twin.preset == "separate")
+
+
+@pytest.mark.parametrize(("room", "packed"), [(1.10, True), (1.02, False)])
+def test_a_layout_is_judged_by_what_a_run_s_heap_grows_to(room: float, packed: bool) -> None:
+    """Its worst row fits by itself; 2 % more is not what a run of packed rows needs (5.5 %)."""
+    longest = 8 * 512
+    (twin,) = tuned(device_of(base=0.5, per_token=1e-6, per_token_width=0.0, memory=int(room * (longest << 20))))
+    lengths = [change.packed_length for change in twin.changes if change.packed_length]
+    assert (lengths == [longest]) is packed
+    assert lengths
