@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from planner.measurement import FixedSamples, PlannedRow, Round, RowVerdict, StepSignature, WindowSample
 from planner.prober import LoadReply, MicroRows, Prober
 from trainer.batching import BatchPlan
@@ -21,6 +23,7 @@ class Group:
     reserved: int = 0  # bytes, at the largest micro-batch that fits
     largest_key: float = 0.0  # of the micro-batches that fit
     seconds_per_padded_token: float = 0.0  # at the worst micro-batch: a first idea of what a round costs
+    probed: dict[float, float] = field(default_factory=dict)  # padded tokens of worst micro-batches -> their seconds
     rounds: list[Round] = field(default_factory=list)  # the first of them may be warm-up
     windows: list[tuple[int, WindowSample]] = field(default_factory=list)  # (rounds before it, window)
     fixed: FixedSamples = field(default_factory=FixedSamples)
@@ -53,6 +56,11 @@ class Group:
         later = self.first_and_second[len(self.first_and_second) // 2 :]
         first, second = (sum(pair[number] for pair in later) for number in (0, 1))
         return max(0.0, first / second - 1) if second > 0 else 0.0
+
+    def probed_seconds(self, padded: float) -> float:
+        """A first idea of what a micro-batch of so many padded tokens takes, from those of like size."""
+        known = sorted(self.probed.items())
+        return float(np.interp(padded, *zip(*known, strict=True))) if known else 0.0
 
     @property
     def is_reference(self) -> bool:
