@@ -59,8 +59,8 @@ class Group:
 
     def probed_seconds(self, padded: float) -> float:
         """A first idea of what a micro-batch of so many padded tokens takes, from those of like size."""
-        known = sorted(self.probed.items())
-        return float(np.interp(padded, *zip(*known, strict=True))) if known else 0.0
+        known = sorted(self.probed)
+        return float(np.interp(padded, known, [self.probed[tokens] for tokens in known])) if known else 0.0
 
     @property
     def is_reference(self) -> bool:

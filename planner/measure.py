@@ -46,6 +46,7 @@ MOST_ROUNDS = 1000
 # Of a search on a GPU: strata are few enough for so many rounds. It takes three that are no warm-up to tell two apart,
 # and a worker that has just been started may be slow for two.
 SEARCH_ROUNDS = 6
+SEARCH_LEAST = 3  # rounds that tell two apart: as few are kept with the first, and one more may end a little late
 # On a GPU kernels are loaded and chosen when first asked for: on an H100 up to half of the first ten seconds went into
 # it, and later nothing that showed (2026-11-26). So the micro-batches of a round are run twice there, and the second
 # time counts. Where the first time still takes this much longer at the end, it is said.
@@ -324,7 +325,7 @@ class _Measuring:
         decks = self._decks(groups)
         begun = self.spent
         self.next_look = LEAST_ROUNDS
-        for number in range(self.most_rounds):
+        for number in range(MOST_ROUNDS):
             if any(group.prober is None for group in groups):
                 # One that dropped its largest rows goes on with the others, in a new process.
                 groups = [group for group in groups if group.is_live and self._ensure_worker(group)]
@@ -333,6 +334,8 @@ class _Measuring:
                 decks = self._decks(groups)
             left = budget - (self.spent - begun)
             if number and not self._another_round(groups, budget, left, number):
+                break
+            if all(len(group.rounds) >= self.most_rounds for group in groups):
                 break
             draw = decks.draw(self.random)
             for group in groups if number % 2 == 0 else groups[::-1]:
@@ -362,7 +365,7 @@ class _Measuring:
             growth = min(2.0, max(1.2, excess**2)) if allowed == self.target else USUAL_SHARE / (1 - left / budget)
             self.next_look = math.ceil(done * growth)
         expected = sum(group.round_seconds for group in groups if group.rounds)
-        if left < expected and (done >= 2 or left < 0.5 * expected):
+        if left < expected and (done >= (SEARCH_LEAST + 1 if self.is_search else 2) or left < 0.5 * expected):
             for group in groups:
                 group.ended_by = "budget"
             return False
@@ -387,7 +390,9 @@ class _Measuring:
                 return Estimator(rounds[first:], self.strata, row.kind).total(self.work[row.name]).raw_replicates
 
             # The first round meets every class of shapes for the first time; where that does not show, it counts.
-            first = 1 if is_slow_to_start(totals(0)) else 0
+            # A search would decide nothing from fewer. With a slow first round they scatter more, and it asks for more.
+            is_enough = not self.is_search or len(rounds) > SEARCH_LEAST
+            first = 1 if is_enough and is_slow_to_start(totals(0)) else 0
             if len(rounds) - first > LEAST_ROUNDS:
                 first += split_warmup(totals(first), LEAST_ROUNDS)
             known = self.warmup[group.signature] = (len(rounds), first)

@@ -1,6 +1,7 @@
 """The fastest way to train on the same batches: another split, packing, and what else leaves the gradient as it is.
 
-The search goes through these stages, each one call of `measure`, so that what is compared was timed in turns:
+The search goes through these stages, each one call of `measure`, so that what is compared was timed in turns (on a GPU
+the first takes two: all layouts briefly, and again those that may be the best):
 
 1. Layouts. Every split of the global batch into micro-batches, and packed rows of several lengths, under the step as it
    is. Memory is proven from the smallest up, to the first that does not fit. Where none fits they are tried again with
@@ -47,8 +48,8 @@ STAGE_SHARES = (0.45, 0.25, 0.30)  # of the time budget
 # nearly all of the time: they are timed in a first heat only, which goes on to no more than two rounds.
 HEAT_SHARE = 0.4  # of the layouts' time, at most, and one round in any case
 HEAT_ROUNDS = 2
-CHAIN_ROUNDS = 6  # that the chain has to have time for, or its least needed link is left out
 HEAT_SLOWER = 1.5  # what takes so many times the best in the heat is not timed again: noise makes no such difference
+CHAIN_ROUNDS = 6  # that a GPU has to have time for in the chain, or the link that is needed least is left out
 LARGER_SHARE = 0.15  # what it takes beyond what the layouts left of theirs, the later stages have less
 
 
@@ -107,7 +108,7 @@ class _Tuning:
         self.untimed: dict[str, str] = {}  # preset -> why nothing of it can be timed
         self.bounded: dict[str, list[Changes]] = {}  # layouts to be tried with less memory
         self.is_gpu = wanted[0].job.device != "cpu"
-        self.saved = 0.0  # seconds that the stages so far left of their time, to the next on a GPU
+        self.saved = 0.0  # seconds that the stage before left of its time; on a GPU the next has them
         self.later = 1.0  # share of their time that the stages after the layouts have
 
     def tune(self, earlier: Sequence[Halfway]) -> tuple[Twin | Untimed, ...]:
@@ -251,8 +252,14 @@ class _Tuning:
     def _final(
         self, rows: list[PlannedRow], heat: dict[str, list[Timed]], seconds: float, what: str
     ) -> dict[str, list[Timed]]:
-        """The layouts again, those timed anew that were not plainly slower in the heat; the fastest first."""
-        near = {name: [one for one in ones if one.seconds < HEAT_SLOWER * ones[0].seconds] for name, ones in heat.items()}
+        """Each preset's layouts, the fastest first: those not plainly slower in the heat as they are timed again.
+
+        The others have what they took in the heat, as if timed with these: as written may be one, and the chain times
+        that again in any case.
+        """
+        near = {
+            name: [one for one in ones if one.seconds < HEAT_SLOWER * ones[0].seconds] for name, ones in heat.items()
+        }
         names = {row_name(name, one.changes) for name, ones in near.items() if len(ones) > 1 for one in ones}
         again = [row for row in rows if row.name in names]
         if not again:
@@ -381,13 +388,8 @@ class _Tuning:
     def _third_stage(
         self, best: dict[str, list[Timed]], steps: Mapping[str, Sequence[Change]]
     ) -> tuple[Twin | Untimed, ...]:
-        chains = {one.name: make_chain(one, best[one.name], steps[one.name]) for one in self.wanted}
         seconds = self._seconds(2)
-        if self.is_gpu and CHAIN_ROUNDS * self._round_seconds(chains, best) > seconds:
-            # The link of rows that stand together only tells what packing adds to it, and costs as much as all others.
-            chains = {
-                one.name: make_chain(one, best[one.name], steps[one.name], is_direct=True) for one in self.wanted
-            }
+        chains = self._chains(best, steps, seconds)
         rows = {
             name: [self.trials.row(f"{name} #{number}", step.job) for number, step in enumerate(chain)]
             for name, chain in chains.items()
@@ -403,6 +405,18 @@ class _Tuning:
             twins.append(twin_of(one, chain, replicates, self.refused))
         return tuple(twins)
 
+    def _chains(
+        self, best: Mapping[str, Sequence[Timed]], steps: Mapping[str, Sequence[Change]], seconds: float
+    ) -> dict[str, list[Step]]:
+        """Each preset's chain; on a GPU without links that would leave too little time to tell any from chance."""
+        chains = {one.name: make_chain(one, best[one.name], steps[one.name]) for one in self.wanted}
+        if self.is_gpu and CHAIN_ROUNDS * self._round_seconds(chains, best) > seconds:
+            # The link of rows that stand together only tells what packing adds to it, and costs as much as all others.
+            chains = {one.name: make_chain(one, best[one.name], steps[one.name], is_direct=True) for one in self.wanted}
+            if any(steps.values()) and (LEAST_ROUNDS + 1) * self._round_seconds(chains, best) > seconds:
+                chains = {one.name: make_chain(one, best[one.name], (), is_direct=True) for one in self.wanted}
+                self.refused.append(TOO_SHORT)
+        return chains
 
     def _round_seconds(self, chains: Mapping[str, Sequence[Step]], best: Mapping[str, Sequence[Timed]]) -> float:
         """About what one round over chains takes on a GPU, by what their layouts took."""
