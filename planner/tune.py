@@ -186,18 +186,20 @@ class _Tuning:
         return found
 
     def _whole_windows(self, most: int) -> set[int]:
-        """Tokens of rows that each hold a window as a whole, of each preset where they are not too long.
+        """Tokens of rows that each hold a window of each preset as a whole, or an even part where that is too long.
 
         A window that is little longer than a row leaves a second, nearly empty one, which costs a GPU a third of a full
         one or more: launching its kernels takes as long. On an H200 windows took 0.20 to 0.23 s as one row, and 0.31 to
         0.34 s as a row of up to 16,384 tokens and a rest (a 1 B model, 2026-11-26).
         """
         found = set()
+        most -= most % WINDOW_MULTIPLE
         for wanted in self.wanted:
             plan = self.trials.row(wanted.name, wanted.job).plan
             longest = int(plan.per_window(self.data.lengths).max())
-            found.add(-(-longest // WINDOW_MULTIPLE) * WINDOW_MULTIPLE)
-        return {tokens for tokens in found if tokens <= most}
+            part = longest / -(-longest // most)
+            found.add(math.ceil(part / WINDOW_MULTIPLE) * WINDOW_MULTIPLE)
+        return found
 
     def _first_stage(self, layouts: list[Change]) -> dict[str, list[Timed]]:
         """The layouts of each preset, the fastest first; as written is among them where it fits.
@@ -219,6 +221,7 @@ class _Tuning:
             name, reason = next(iter(self.untimed.items()))
             raise MeasurementError(f"'{name}' cannot be timed here: {reason}.")
         self.wanted = [one for one in self.wanted if timed[one.name]]
+        self.saved = max(0.0, STAGE_SHARES[0] * self.budget - self.trials.spent)
         return {one.name: timed[one.name] for one in self.wanted}
 
     def _with_relief(self, relief: Changes, layouts: list[Change], wanted: Sequence[Wanted]) -> dict[str, list[Timed]]:
@@ -237,7 +240,6 @@ class _Tuning:
         timed = self.trials.timed(rows, found)
         if self.is_gpu:
             timed = self._final(rows, timed, seconds - (self.trials.spent - before), what)
-        self.saved = seconds - (self.trials.spent - before)
         too_large = {} if relief else self.trials.too_large(rows, found)
         by_name = {row.name: row for row in rows}
         for one in wanted:

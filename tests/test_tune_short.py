@@ -19,6 +19,7 @@ from planner.group import Group
 from planner.measure import measure
 from planner.measurement import StepSignature
 from planner.trials import Trials
+from planner.tune import MOST_PACKED_TOKENS, WINDOW_MULTIPLE
 from planner.twin import Change, Twin, Wanted
 from trainer.planning import plan_job, stand_in
 
@@ -150,6 +151,17 @@ def test_a_layout_that_runs_out_of_memory_while_it_is_timed_is_none_and_the_othe
         assert twin.loop_gain > 5
         assert (twin.job(make_job(twin.preset, **HALF)).packed_length or 0) <= 20_000
     assert device.alive == 0
+
+
+def test_of_windows_that_are_too_long_for_a_row_even_parts_are_tried() -> None:
+    """Else the longest packed row would be the one of eight examples, and rows of 64 that stand together be faster."""
+    lengths = lengths_of(2000)
+    (twin,) = tuned(launching(lengths, noise=0.0), "aggressive", data=make_data(lengths), budget=90.0, **HALF)
+    job = twin.job(make_job("aggressive", **HALF))
+    longest = int(plan_job(stand_in(job), make_data(lengths)).plan.per_window(lengths).max())
+    assert longest > MOST_PACKED_TOKENS["cuda"]
+    assert job.packed_length is not None
+    assert longest / 2 <= job.packed_length < longest / 2 + WINDOW_MULTIPLE
 
 
 def test_a_first_look_ends_after_so_many_rounds() -> None:
