@@ -78,11 +78,14 @@ def _range(before: FloatArray, now: FloatArray) -> tuple[float | None, float | N
     return math.exp(-mean - half), math.exp(-mean + half)
 
 
-def make_chain(wanted: Wanted, timed: Sequence[Timed], steps: Sequence[Change]) -> list[Step]:
+def make_chain(
+    wanted: Wanted, timed: Sequence[Timed], steps: Sequence[Change], *, is_direct: bool = False
+) -> list[Step]:
     """From the baseline as written over the preset as written to its fastest layout and the changes of the step.
 
     Args:
         timed: the preset's layouts, the fastest first; as written is among them where it fits.
+        is_direct: packed rows are reached in one link, for want of time.
     """
     written = wanted.job
     chain = [Step(name="baseline", job=wanted.baseline)]
@@ -106,9 +109,9 @@ def make_chain(wanted: Wanted, timed: Sequence[Timed], steps: Sequence[Change]) 
     changes: tuple[Change, ...] = ()
     if best.relief and fits is not None:
         # Larger than what fits without: that one first, so that it is kept where the larger one does not hold.
-        chain += _reach(written, (), fits.changes, timed)
+        chain += _reach(written, (), fits.changes, () if is_direct else timed)
         changes = fits.changes
-    chain += _reach(written, changes, best.changes, timed)
+    chain += _reach(written, changes, best.changes, () if is_direct else timed)
     changes, job = best.changes, best.job
     for step in steps:
         if all(step.name != one.name for one in changes):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from planner.first_times import FirstTimes
 from planner.measurement import FixedSamples, PlannedRow, Round, RowVerdict, StepSignature, WindowSample
 from planner.prober import LoadReply, MicroRows, Prober
@@ -22,6 +24,7 @@ class Group:
     reserved: int = 0  # bytes, at the largest micro-batch that fits
     largest_key: float = 0.0  # of the micro-batches that fit
     seconds_per_padded_token: float = 0.0  # at the worst micro-batch: a first idea of what a round costs
+    probed: dict[float, float] = field(default_factory=dict)  # padded tokens of worst micro-batches -> their seconds
     rounds: list[Round] = field(default_factory=list)  # the first of them may be warm-up
     windows: list[tuple[int, WindowSample]] = field(default_factory=list)  # (rounds before it, window)
     fixed: FixedSamples = field(default_factory=FixedSamples)
@@ -41,6 +44,11 @@ class Group:
     @property
     def is_live(self) -> bool:
         return self.error is None and not self.is_postponed and bool(self.fitting)
+
+    def probed_seconds(self, padded: float) -> float:
+        """A first idea of what a micro-batch of so many padded tokens takes, from those of like size."""
+        known = sorted(self.probed)
+        return float(np.interp(padded, known, [self.probed[tokens] for tokens in known])) if known else 0.0
 
     @property
     def is_reference(self) -> bool:

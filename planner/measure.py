@@ -44,6 +44,10 @@ LEAST_SHARE = 0.5
 USUAL_SHARE = 0.75
 MUCH_NARROWER = 0.25  # of the target
 MOST_ROUNDS = 1000
+# Of a search on a GPU: strata are few enough for so many rounds. It takes three that are no warm-up to tell two apart,
+# and a worker that has just been started may be slow for two.
+SEARCH_ROUNDS = 6
+SEARCH_LEAST = 3  # rounds that tell two apart: as few are kept with the first, and one more may end a little late
 # On a GPU kernels are loaded and chosen when first asked for: on an H100 up to half of the first ten seconds went into
 # it, and later nothing that showed (2026-11-26). So the micro-batches of a round are run twice there, and the second
 # time counts. Where the first time still takes this much longer at the end, it is said.
@@ -69,6 +73,7 @@ def measure(
     with_fixed: bool = True,
     optional: frozenset[str] = frozenset(),
     standing: Standing | None = None,
+    most_rounds: int = MOST_ROUNDS,
     seed: int = 0,
 ) -> Measurements:
     """Time the step signatures of some rows over their own batch plans.
@@ -81,6 +86,7 @@ def measure(
         with_fixed: also time what a run does beside its steps.
         optional: names of rows that may be left out where they are plainly slower than others.
         standing: workers that earlier calls left; this one leaves its own there.
+        most_rounds: stop after so many, for a first look at many rows.
         meter: asked after each round what else went on; see planner.conditions.
 
     Raises:
@@ -98,6 +104,7 @@ def measure(
         with_fixed,
         optional,
         standing,
+        most_rounds,
         seed,
     ).measure()
 
@@ -118,6 +125,7 @@ class _Measuring:
         with_fixed: bool,
         optional: frozenset[str],
         standing: Standing | None,
+        most_rounds: int,
         seed: int,
     ) -> None:
         if not rows:
@@ -129,6 +137,9 @@ class _Measuring:
         self.clock = clock
         self.meter = meter
         self.with_fixed = with_fixed
+        # A search on a GPU: micro-steps take long there, however small, and its budget is short for all that it tries.
+        self.is_search = not with_fixed and rows[0].job.device != "cpu"
+        self.most_rounds = most_rounds
         self.standing = standing
         self.tell = progress or (lambda text, share: None)
         self.random = np.random.default_rng([seed, 0x4D])
@@ -269,6 +280,8 @@ class _Measuring:
         for count in STRATA:
             self.strata = make_strata(populations, count)
             rounds = 3 if live[0].signature.device == "cpu" else 4  # on a GPU two, each run twice
+            if self.is_search:
+                rounds = 2 * SEARCH_ROUNDS
             if rounds * self._first_guess(live, populations) <= self.budget:
                 break
         if count != STRATA[0]:
@@ -276,7 +289,7 @@ class _Measuring:
                 f"micro-steps are slow for a budget of {self.budget:g} s: {self.strata.count} classes of micro-batches "
                 f"are timed instead of about {STRATA[0]}. Give more time with --budget."
             )
-        guess = self._first_guess(live, populations)
+        guess = self._first_guess(live, populations) * (2 if self.is_search else 1)
         for draws in range(1, LEAST_PER_ROUND // self.strata.count + 1):
             if draws == 1 or LEAST_ROUNDS * draws * guess <= self.budget:
                 self.draws = draws
@@ -285,15 +298,25 @@ class _Measuring:
         }
 
     def _first_guess(self, live: list[Group], populations: list[tuple[Kind, MicroShapes]]) -> float:
-        """Seconds of a round over all signatures, at the rate seen while probing memory."""
-        tokens = 0.0
+        """Seconds of a round over all signatures, at the rate seen while probing memory.
+
+        In a search on a GPU as long as what was probed and is like them in size: the rate of the largest says nothing
+        of the small ones there.
+        """
+        tokens, known = 0.0, 0.0
         for one in self.strata.kinds:
             stratum = np.concatenate([self.strata.of(of, s) for of, s in populations if of == one.kind])
             padded = np.concatenate([s.padded_tokens for of, s in populations if of == one.kind])
             for number in range(one.first, one.first + one.count):
                 members = padded[stratum == number]
-                tokens += float(members.mean()) if len(members) else 0.0
-        return sum(group.seconds_per_padded_token for group in live) * tokens
+                if len(members):
+                    tokens += float(members.mean())
+                    known += sum(
+                        group.probed_seconds(float(members.mean()))
+                        for group in live
+                        if self.is_search and one.kind in {row.kind for row in group.fitting}
+                    )
+        return known if self.is_search else sum(group.seconds_per_padded_token for group in live) * tokens
 
     def _time(self, groups: list[Group], budget: float) -> None:
         """Rounds until every row's interval is narrow enough, or the budget is spent. In turns: A B, B A, A B ..."""
@@ -313,10 +336,12 @@ class _Measuring:
             left = budget - (self.spent - begun)
             if number and not self._another_round(groups, budget, left, number):
                 break
+            if all(len(group.rounds) >= self.most_rounds for group in groups):
+                break
             draw = decks.draw(self.random)
             for group in groups if number % 2 == 0 else groups[::-1]:
                 self._guarded(group, functools.partial(self._round, group, draw))
-            if number + 1 in WINDOW_AFTER:
+            if number + 1 in WINDOW_AFTER and not self.is_search:  # which needs none
                 for group in groups:
                     if group.prober is None:
                         continue
@@ -341,7 +366,7 @@ class _Measuring:
             growth = min(2.0, max(1.2, excess**2)) if allowed == self.target else USUAL_SHARE / (1 - left / budget)
             self.next_look = math.ceil(done * growth)
         expected = sum(group.round_seconds for group in groups if group.rounds)
-        if left < expected and (done >= 2 or left < 0.5 * expected):
+        if left < expected and (done >= (SEARCH_LEAST + 1 if self.is_search else 2) or left < 0.5 * expected):
             for group in groups:
                 group.ended_by = "budget"
             return False
@@ -366,7 +391,9 @@ class _Measuring:
                 return Estimator(rounds[first:], self.strata, row.kind).total(self.work[row.name]).raw_replicates
 
             # The first round meets every class of shapes for the first time; where that does not show, it counts.
-            first = 1 if is_slow_to_start(totals(0)) else 0
+            # A search would decide nothing from fewer. With a slow first round they scatter more, and it asks for more.
+            is_enough = not self.is_search or len(rounds) > SEARCH_LEAST
+            first = 1 if is_enough and is_slow_to_start(totals(0)) else 0
             if len(rounds) - first > LEAST_ROUNDS:
                 first += split_warmup(totals(first), LEAST_ROUNDS)
             known = self.warmup[group.signature] = (len(rounds), first)

@@ -9,6 +9,7 @@ import numpy as np
 from trainer.batching import MicroShapes
 from trainer.tokens import FloatArray, IntArray
 
+LEAST_STRATA = 2  # of each kind
 TAIL_SHARE = 0.01  # the longest micro-batches, by number, that are a stratum of their own
 WIDTH_OF_DOUBLE_WORK = 8192.0  # tokens; where attention is taken to cost as much as the rest (a rough guess will do)
 
@@ -75,7 +76,7 @@ def make_strata(populations: list[tuple[Kind, MicroShapes]], count: int) -> Stra
         count: strata in all, about; each kind gets at least two.
     """
     kinds = sorted({kind for kind, _ in populations})
-    per_kind = max(2, count // max(1, len(kinds)))
+    per_kind = max(LEAST_STRATA, count // max(1, len(kinds)))
     made: list[StrataOfKind] = []
     first = 0
     for kind in kinds:

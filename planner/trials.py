@@ -11,7 +11,7 @@ from planner.chain import WORTH, Timed
 from planner.estimate import Estimate, estimate
 from planner.estimator import Estimator, plan_work
 from planner.group import Group
-from planner.measure import Progress, measure
+from planner.measure import MOST_ROUNDS, Progress, measure
 from planner.measurement import LEFT_OUT, Measurements, PlannedRow, StepSignature
 from planner.prober import DoesNotFit, ProberFactory
 from planner.standing import Standing
@@ -86,7 +86,13 @@ class Trials:
     # --- measuring ----------------------------------------------------------------------------------------------------
 
     def measure(
-        self, rows: list[PlannedRow], seconds: float, what: str, *, optional: Collection[str] = ()
+        self,
+        rows: list[PlannedRow],
+        seconds: float,
+        what: str,
+        *,
+        optional: Collection[str] = (),
+        most_rounds: int = MOST_ROUNDS,
     ) -> Measurements:
         """Time rows in turns for at most so many seconds. `optional` ones may be left out where plainly slower."""
 
@@ -105,6 +111,7 @@ class Trials:
             with_fixed=False,
             optional=frozenset(optional),
             standing=self._standing,
+            most_rounds=most_rounds,
             seed=self._seed,
         )
         self.spent += sum(one.seconds_spent for one in found.measurements)

@@ -1,6 +1,7 @@
 """The fastest way to train on the same batches: another split, packing, and what else leaves the gradient as it is.
 
-The search goes through these stages, each one call of `measure`, so that what is compared was timed in turns:
+The search goes through these stages, each one call of `measure`, so that what is compared was timed in turns (on a GPU
+the first takes two: all layouts briefly, and again those that may be the best):
 
 1. Layouts. Every split of the global batch into micro-batches, and packed rows of several lengths, under the step as it
    is. Memory is proven from the smallest up, to the first that does not fit. Where none fits they are tried again with
@@ -25,8 +26,10 @@ from planner.chain import LEAST_ROUNDS, Step, Timed, is_faster, make_chain, twin
 from planner.halfway import Halfway, Layout, usable
 from planner.larger import bounded_by_memory, reliefs
 from planner.measure import Progress
+from planner.measurement import PlannedRow, StepSignature
 from planner.prober import ProberFactory
 from planner.step_changes import leaders, step_changes
+from planner.strata import LEAST_STRATA, Kind
 from planner.trials import Changes, Trials, row_name
 from planner.twin import TOO_SHORT, Change, Twin, Untimed, Wanted, split_text
 from presets.errors import MeasurementError
@@ -41,6 +44,12 @@ WINDOW_MULTIPLE = 256  # tokens, to which a window's longest row is rounded up
 DOES_NOT_FIT = "it does not fit"
 LEAST_MEMORY = "with the lean loss, checkpointing, or both"
 STAGE_SHARES = (0.45, 0.25, 0.30)  # of the time budget
+# On a GPU a small micro-step takes as long as a large one, so the layouts that are many times slower than the best take
+# nearly all of the time: they are timed in a first heat only, which goes on to no more than two rounds.
+HEAT_SHARE = 0.4  # of the layouts' time, at most, and one round in any case
+HEAT_ROUNDS = 2
+HEAT_SLOWER = 1.5  # what takes so many times the best in the heat is not timed again: noise makes no such difference
+CHAIN_ROUNDS = 6  # that a GPU has to have time for in the chain, or the link that is needed least is left out
 LARGER_SHARE = 0.15  # what it takes beyond what the layouts left of theirs, the later stages have less
 
 
@@ -98,6 +107,8 @@ class _Tuning:
         self.refused = self.trials.refused
         self.untimed: dict[str, str] = {}  # preset -> why nothing of it can be timed
         self.bounded: dict[str, list[Changes]] = {}  # layouts to be tried with less memory
+        self.is_gpu = wanted[0].job.device != "cpu"
+        self.saved = 0.0  # seconds that the stage before left of its time; on a GPU the next has them
         self.later = 1.0  # share of their time that the stages after the layouts have
 
     def tune(self, earlier: Sequence[Halfway]) -> tuple[Twin | Untimed, ...]:
@@ -175,18 +186,20 @@ class _Tuning:
         return found
 
     def _whole_windows(self, most: int) -> set[int]:
-        """Tokens of rows that each hold a window as a whole, of each preset where they are not too long.
+        """Tokens of rows that each hold a window of each preset as a whole, or an even part where that is too long.
 
         A window that is little longer than a row leaves a second, nearly empty one, which costs a GPU a third of a full
         one or more: launching its kernels takes as long. On an H200 windows took 0.20 to 0.23 s as one row, and 0.31 to
         0.34 s as a row of up to 16,384 tokens and a rest (a 1 B model, 2026-11-26).
         """
         found = set()
+        most -= most % WINDOW_MULTIPLE
         for wanted in self.wanted:
             plan = self.trials.row(wanted.name, wanted.job).plan
             longest = int(plan.per_window(self.data.lengths).max())
-            found.add(-(-longest // WINDOW_MULTIPLE) * WINDOW_MULTIPLE)
-        return {tokens for tokens in found if tokens <= most}
+            part = longest / -(-longest // most)
+            found.add(math.ceil(part / WINDOW_MULTIPLE) * WINDOW_MULTIPLE)
+        return found
 
     def _first_stage(self, layouts: list[Change]) -> dict[str, list[Timed]]:
         """The layouts of each preset, the fastest first; as written is among them where it fits.
@@ -208,6 +221,7 @@ class _Tuning:
             name, reason = next(iter(self.untimed.items()))
             raise MeasurementError(f"'{name}' cannot be timed here: {reason}.")
         self.wanted = [one for one in self.wanted if timed[one.name]]
+        self.saved = max(0.0, STAGE_SHARES[0] * self.budget - self.trials.spent)
         return {one.name: timed[one.name] for one in self.wanted}
 
     def _with_relief(self, relief: Changes, layouts: list[Change], wanted: Sequence[Wanted]) -> dict[str, list[Timed]]:
@@ -216,8 +230,16 @@ class _Tuning:
         rows = self.trials.rows({one.name: [relief, *((*relief, layout) for layout in layouts)] for one in wanted})
         what = f"layouts, {' and '.join(change.text for change in relief)}" if relief else "layouts"
         optional = [row.name for row in rows if " + " in row.name]  # never what is as written
-        found = self.trials.measure(rows, STAGE_SHARES[0] * self.budget, what, optional=optional)
+        seconds = STAGE_SHARES[0] * self.budget
+        before = self.trials.spent
+        if self.is_gpu:
+            heat = HEAT_SHARE * seconds
+            found = self.trials.measure(rows, heat, what, optional=optional, most_rounds=HEAT_ROUNDS)
+        else:
+            found = self.trials.measure(rows, seconds, what, optional=optional)
         timed = self.trials.timed(rows, found)
+        if self.is_gpu:
+            timed = self._final(rows, timed, seconds - (self.trials.spent - before), what)
         too_large = {} if relief else self.trials.too_large(rows, found)
         by_name = {row.name: row for row in rows}
         for one in wanted:
@@ -228,6 +250,33 @@ class _Tuning:
             if timed[one.name] and one.name in too_large:
                 self.bounded[one.name] = bounded_by_memory(timed[one.name], too_large[one.name])
         return {one.name: timed[one.name] for one in wanted}
+
+    def _final(
+        self, rows: list[PlannedRow], heat: dict[str, list[Timed]], seconds: float, what: str
+    ) -> dict[str, list[Timed]]:
+        """Each preset's layouts, the fastest first: those not plainly slower in the heat as they are timed again.
+
+        The others have what they took in the heat, as if timed with these: as written may be one, and the chain times
+        that again in any case.
+        """
+        near = {
+            name: [one for one in ones if one.seconds < HEAT_SLOWER * ones[0].seconds] for name, ones in heat.items()
+        }
+        names = {row_name(name, one.changes) for name, ones in near.items() if len(ones) > 1 for one in ones}
+        again = [row for row in rows if row.name in names]
+        if not again:
+            return heat
+        timed = self.trials.timed(again, self.trials.measure(again, seconds, what, optional=names))
+        merged = dict(heat)
+        for name, anew in timed.items():
+            known = {one.changes: one for one in heat[name]}
+            if not anew:
+                continue
+            factor = sum(one.seconds for one in anew) / sum(known[one.changes].seconds for one in anew)
+            left = {one.changes for one in near[name]}  # one that failed now is none
+            others = [replace(one, seconds=one.seconds * factor) for one in heat[name] if one.changes not in left]
+            merged[name] = sorted([*anew, *others], key=lambda one: one.seconds)
+        return merged
 
     def _larger(self, best: dict[str, list[Timed]]) -> dict[str, list[Timed]]:
         """The layouts again, and before them the larger ones that are faster with less memory than those that fit."""
@@ -247,6 +296,7 @@ class _Tuning:
         before = self.trials.spent
         found = self.trials.measure(rows, share, "larger splits", optional=optional)
         beyond = max(0.0, self.trials.spent - before - left)
+        self.saved = max(0.0, left - (self.trials.spent - before))
         self.later = 1 - min(share, beyond) / (sum(STAGE_SHARES[1:]) * self.budget)
         timed = self.trials.timed(rows, found)
         merged = dict(best)
@@ -273,7 +323,7 @@ class _Tuning:
 
         What gains with one layout is in the chain of every preset that it leads, and so timed with theirs.
         """
-        seconds = STAGE_SHARES[1] * self.later * self.budget
+        seconds = self._seconds(1)
         tried = {one.name: self._step_changes(best[one.name][0], one) for one in self.wanted}
         plans = {one.name: self.trials.row(one.name, best[one.name][0].job).plan for one in self.wanted}
         micro_batches = {name: plan.num_micro_batches // plan.num_devices for name, plan in plans.items()}
@@ -287,7 +337,9 @@ class _Tuning:
         gains: dict[str, tuple[Change, ...]] = {}
         if asked:
             rows = self.trials.rows(asked)
+            before = self.trials.spent
             found = self.trials.measure(rows, seconds, "steps")
+            self.saved = seconds - (self.trials.spent - before)
             timed = self.trials.timed(rows, found)
             for name, variants in asked.items():
                 base = next((one for one in timed[name] if one.changes == variants[0]), None)
@@ -314,6 +366,11 @@ class _Tuning:
             for name, leader in led_by.items()
         }
 
+    def _seconds(self, stage: int) -> float:
+        """What a later stage may take: its share, and on a GPU what those before it left, down to half of its share."""
+        share = STAGE_SHARES[stage] * self.later * self.budget
+        return max(share / 2, share + self.saved) if self.is_gpu else share
+
     def _step_changes(self, fastest: Timed, wanted: Wanted) -> list[Change]:
         job = fastest.job
         found = []
@@ -333,12 +390,12 @@ class _Tuning:
     def _third_stage(
         self, best: dict[str, list[Timed]], steps: Mapping[str, Sequence[Change]]
     ) -> tuple[Twin | Untimed, ...]:
-        chains = {one.name: make_chain(one, best[one.name], steps[one.name]) for one in self.wanted}
+        seconds = self._seconds(2)
+        chains = self._chains(best, steps, seconds)
         rows = {
             name: [self.trials.row(f"{name} #{number}", step.job) for number, step in enumerate(chain)]
             for name, chain in chains.items()
         }
-        seconds = STAGE_SHARES[2] * self.later * self.budget
         found = self.trials.measure([row for some in rows.values() for row in some], seconds, "the chain")
         twins: list[Twin | Untimed] = [Untimed(preset=name, reason=reason) for name, reason in self.untimed.items()]
         for one in self.wanted:
@@ -349,6 +406,32 @@ class _Tuning:
             ]
             twins.append(twin_of(one, chain, replicates, self.refused))
         return tuple(twins)
+
+    def _chains(
+        self, best: Mapping[str, Sequence[Timed]], steps: Mapping[str, Sequence[Change]], seconds: float
+    ) -> dict[str, list[Step]]:
+        """Each preset's chain; on a GPU without links that would leave too little time to tell any from chance."""
+        chains = {one.name: make_chain(one, best[one.name], steps[one.name]) for one in self.wanted}
+        if self.is_gpu and CHAIN_ROUNDS * self._round_seconds(chains, best) > seconds:
+            # The link of rows that stand together only tells what packing adds to it, and costs as much as all others.
+            chains = {one.name: make_chain(one, best[one.name], steps[one.name], is_direct=True) for one in self.wanted}
+            if any(steps.values()) and (LEAST_ROUNDS + 1) * self._round_seconds(chains, best) > seconds:
+                chains = {one.name: make_chain(one, best[one.name], (), is_direct=True) for one in self.wanted}
+                self.refused.append(TOO_SHORT)
+        return chains
+
+    def _round_seconds(self, chains: Mapping[str, Sequence[Step]], best: Mapping[str, Sequence[Timed]]) -> float:
+        """About what one round over chains takes on a GPU, by what their layouts took."""
+        of_kind: dict[tuple[StepSignature, Kind], float] = {}
+        for name, chain in chains.items():
+            micro = {}
+            for one in best[name]:
+                plan = self.trials.row(name, one.job).plan
+                micro[split_text(one.job)] = one.seconds * plan.num_devices / plan.num_micro_batches
+            for step in chain:
+                key = (StepSignature.of(step.job), self.trials.row(name, step.job).kind)
+                of_kind[key] = max(of_kind.get(key, 0.0), micro.get(split_text(step.job), 0.0))
+        return 2 * LEAST_STRATA * sum(of_kind.values())  # each is run twice
 
 
 def _link_name(wanted: Wanted, step: Step) -> str:
