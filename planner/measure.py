@@ -44,6 +44,9 @@ LEAST_SHARE = 0.5
 USUAL_SHARE = 0.75
 MUCH_NARROWER = 0.25  # of the target
 MOST_ROUNDS = 1000
+# References tell the speed factor and nothing else, in the slowest precision: in every round they took half of the
+# budget and more where the others compute in fp16.
+REFERENCE_EVERY = 8
 # Of a search on a GPU: strata are few enough for so many rounds. It takes three that are no warm-up to tell two apart,
 # and a worker that has just been started may be slow for two.
 SEARCH_ROUNDS = 6
@@ -260,14 +263,19 @@ class _Measuring:
     # --- timing -------------------------------------------------------------------------------------------------------
 
     def _one_after_another(self, live: list[Group]) -> None:
-        """Time each alone, with an equal share of what is left of the budget."""
+        """Time each alone, with an equal share of what is left of the budget, references with less."""
+
+        def weight(group: Group) -> float:
+            return 1 / REFERENCE_EVERY if group.is_reference else 1.0
+
         live = sorted(live, key=lambda group: group.prober is None)
         for number, group in enumerate(live):
             for other in live:
                 if other is not group:
                     other.close()
             if self._ensure_worker(group):
-                self._time([group], max(0.0, self.budget - self.spent) / (len(live) - number))
+                share = weight(group) / sum(map(weight, live[number:]))
+                self._time([group], max(0.0, self.budget - self.spent) * share)
                 self._measure_fixed(group)
             group.close()
 
@@ -334,26 +342,33 @@ class _Measuring:
                     return
                 decks = self._decks(groups)
             left = budget - (self.spent - begun)
-            if number and not self._another_round(groups, budget, left, number):
+            turn = self._turn(groups, number)
+            if number and not self._another_round(groups, turn, budget, left, number):
                 break
             if all(len(group.rounds) >= self.most_rounds for group in groups):
                 break
             draw = decks.draw(self.random)
-            for group in groups if number % 2 == 0 else groups[::-1]:
+            for group in turn if number % 2 == 0 else turn[::-1]:
                 self._guarded(group, functools.partial(self._round, group, draw))
             if number + 1 in WINDOW_AFTER and not self.is_search:  # which needs none
                 for group in groups:
-                    if group.prober is None:
+                    if group.prober is None or group.is_reference:
                         continue
                     self._guarded(group, functools.partial(self._window, group, budget - (self.spent - begun)))
             self.tell(f"timing, round {number + 1}", min(1.0, self.spent / max(self.budget, 1e-9)))
+
+    def _turn(self, groups: list[Group], number: int) -> list[Group]:
+        """Who takes part in a round: references in the first, and in few of the others where there are others."""
+        timed = [group for group in groups if not group.is_reference]
+        has_all = number == 0 or number % REFERENCE_EVERY == REFERENCE_EVERY // 2
+        return timed if timed and not has_all else groups
 
     def _decks(self, groups: list[Group]) -> Decks:
         rows = {id(row.plan): row for group in groups for row in group.fitting}
         return Decks(list(rows.values()), self.shapes, self.strata, self.draws)
 
-    def _another_round(self, groups: list[Group], budget: float, left: float, done: int) -> bool:
-        """Whether to go on, and if not, why: written to the groups."""
+    def _another_round(self, groups: list[Group], turn: list[Group], budget: float, left: float, done: int) -> bool:
+        """Whether to go on with the round of `turn`, and if not, why: written to the groups."""
         if done >= max(LEAST_ROUNDS, self.next_look) and left <= (1 - LEAST_SHARE) * budget:
             allowed = self.target * (1 if left <= (1 - USUAL_SHARE) * budget else MUCH_NARROWER)
             excess = max((self._width(group) for group in groups if not group.is_reference), default=0.0) / allowed
@@ -365,7 +380,7 @@ class _Measuring:
             # few happen to agree, or before the first rare slow one, and the interval then holds too seldom.
             growth = min(2.0, max(1.2, excess**2)) if allowed == self.target else USUAL_SHARE / (1 - left / budget)
             self.next_look = math.ceil(done * growth)
-        expected = sum(group.round_seconds for group in groups if group.rounds)
+        expected = sum(group.round_seconds for group in turn if group.rounds)
         if left < expected and (done >= (SEARCH_LEAST + 1 if self.is_search else 2) or left < 0.5 * expected):
             for group in groups:
                 group.ended_by = "budget"
@@ -503,7 +518,7 @@ class _Measuring:
     def _result(self, group: Group) -> Measurement:
         kept = self._kept(group) if group.rounds and group.is_live else tuple(group.rounds)
         width = self._width(group, least=1) if group.is_live and kept else 0.0
-        if group.ended_by == "budget" and width > self.target:
+        if group.ended_by == "budget" and width > self.target and not group.is_reference:
             self.warnings.append(
                 f"{group.rows[0].name}: the budget of {self.budget:g} s was spent while the timings alone still "
                 f"allowed ±{width:.1%} (--precision-target is ±{self.target:.1%}). Give more time with --budget."

@@ -431,3 +431,16 @@ def test_a_first_round_like_the_others_counts_and_a_slow_one_does_not() -> None:
     starting = FakeDevice(LENGTHS, base=1.0, noise=0.02, slow_first=20)
     found = measure([row], DATA, starting.factory, 90.0, clock=starting.clock).measurements[0]
     assert len(found.warmup) == 1
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_reference_takes_a_small_part_of_the_time_and_tells_the_speed_factor_all_the_same(together: bool) -> None:
+    device = FakeDevice(LENGTHS, noise=0.05, half_speed_up=3.0, memory=64 << 30 if together else 700 << 20)
+    rows = with_references([make_row(make_job(device="cuda", precision="fp16"), DATA)])
+    found = measure(rows, DATA, device.factory, budget_seconds=60, precision_target=0.001, clock=device.clock)
+    assert found.in_turns is together
+    row, reference = found.measurements
+    assert reference.signature.precision == "fp32"
+    assert reference.seconds_spent < 0.6 * row.seconds_spent  # each of its rounds takes three times as long
+    assert estimate(rows[0], DATA, found).speed_factor == pytest.approx(3.0, rel=0.05)
+    assert not any("at fp32" in text for text in (*found.notes, *found.warnings))
