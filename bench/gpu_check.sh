@@ -6,8 +6,10 @@
 #   bash bench/gpu_check.sh 3    fp16, bf16 and packing are right; then this trainer beside TRL and Transformers' Trainer
 #
 # Importing the libraries takes a bare machine 10 to 20 s a process: the benches fork theirs from one that has them.
-# Seen on an H200 (2026-11-26): launching kernels sets the pace below some 8,000 tokens a micro-step (about 4 ms a layer), and
-# the first seconds of a process are slower while kernels are loaded. A search for both presets takes a minute or two.
+# Seen on an H200 (2026-11-27): launching kernels sets the pace below some 6,000 tokens a micro-step (3 to 5 ms a layer, and the
+# host's speed moves), and the first seconds of a process are slower while kernels are loaded. Teaching the model takes 20 s, a
+# search for both presets 90 s, a seed without the leaking packer another two minutes. The fork server's children are not the
+# planner's own, so that it says of its workers that other processes use the GPU.
 #
 # PYTHON names the interpreter, GSM8K the data (a JSONL file with question and answer), WORK a folder for models that the
 # stages share; in memory by default, since writing 16 GB to a disk makes the first checkpoints slow.
@@ -51,8 +53,8 @@ case "$stage" in
     ;;
   2)
     preload
-    bench/preloaded.py bench/headline.py --device "$device" --seeds "${SEEDS:-1}" --rows "${ROWS:-256}" --budget 12 \
-      --steps 20 --minutes "${MINUTES:-8}" --work "$work/headline" --out "$out/headline-$device-$day.json"
+    bench/preloaded.py bench/headline.py --device "$device" --seeds "${SEEDS:-1}" --rows "${ROWS:-192}" --budget 12 \
+      --steps 8 --minutes "${MINUTES:-8}" --work "$work/headline" --out "$out/headline-$device-$day.json"
     ;;
   3)
     "$python" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py 2>&1 | tee "$out/gpu-tests-$day.txt"
