@@ -99,8 +99,8 @@ CPU_CASES = (
     Case("LoRA, eager", "mistral-9m", ("--limit", "280", "--attention", "eager")),
     Case("LoRA, cut at 128", "llama-12m", ("--limit", "420", "--max-length", "128")),
 )
-# Numbers of records for 15 to 25 s on an H200. First those whose micro-steps the GPU sets the pace of (13 us a token with
-# 1 B, as seen; by parameters with the others), then those that wait for the host's launches: 3 to 5 ms a layer there.
+# Numbers of records for 15 to 25 s on an H200. First those whose micro-steps the GPU sets the pace of (13 us a token
+# with 1 B, as seen; by parameters with the others), then those that wait for the host: 3 to 5 ms a layer there.
 GPU_CASES = (
     Case(
         "LoRA bf16, packed 8192",
