@@ -47,6 +47,7 @@ MOST_ROUNDS = 1000
 # References tell the speed factor and nothing else, in the slowest precision: in every round they took half of the
 # budget and more where the others compute in fp16.
 REFERENCE_EVERY = 8
+REFERENCE_SHARE = 0.25  # of the first rounds
 # Of a search on a GPU: strata are few enough for so many rounds. It takes three that are no warm-up to tell two apart,
 # and a worker that has just been started may be slow for two.
 SEARCH_ROUNDS = 6
@@ -306,25 +307,29 @@ class _Measuring:
         }
 
     def _first_guess(self, live: list[Group], populations: list[tuple[Kind, MicroShapes]]) -> float:
-        """Seconds of a round over all signatures, at the rate seen while probing memory.
-
-        In a search on a GPU as long as what was probed and is like them in size: the rate of the largest says nothing
-        of the small ones there.
-        """
-        tokens, known = 0.0, 0.0
+        """Seconds of a round over all signatures, each with its own kinds, by what was seen while probing memory."""
+        sizes: dict[Kind, list[float]] = {}  # mean padded tokens of each stratum
         for one in self.strata.kinds:
             stratum = np.concatenate([self.strata.of(of, s) for of, s in populations if of == one.kind])
             padded = np.concatenate([s.padded_tokens for of, s in populations if of == one.kind])
-            for number in range(one.first, one.first + one.count):
-                members = padded[stratum == number]
-                if len(members):
-                    tokens += float(members.mean())
-                    known += sum(
-                        group.probed_seconds(float(members.mean()))
-                        for group in live
-                        if self.is_search and one.kind in {row.kind for row in group.fitting}
-                    )
-        return known if self.is_search else sum(group.seconds_per_padded_token for group in live) * tokens
+            numbers = [number for number in range(one.first, one.first + one.count) if (stratum == number).any()]
+            sizes[one.kind] = [float(padded[stratum == number].mean()) for number in numbers]
+        seconds = 0.0
+        for group in live:
+            share = REFERENCE_SHARE if group.is_reference and len(live) > 1 else 1.0
+            for kind in {row.kind for row in group.fitting}:
+                seconds += share * sum(self._guess(group, tokens) for tokens in sizes[kind])
+        return seconds
+
+    def _guess(self, group: Group, padded: float) -> float:
+        """Seconds of a micro-batch of so many padded tokens.
+
+        A search on a GPU goes by what was probed and is like it in size: the rate of the largest says nothing of small
+        ones there, which may take as long.
+        """
+        if self.is_search:
+            return group.probed_seconds(padded)
+        return group.seconds_per_padded_token * padded
 
     def _time(self, groups: list[Group], budget: float) -> None:
         """Rounds until every row's interval is narrow enough, or the budget is spent. In turns: A B, B A, A B ..."""

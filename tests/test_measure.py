@@ -444,3 +444,14 @@ def test_a_reference_takes_a_small_part_of_the_time_and_tells_the_speed_factor_a
     assert reference.seconds_spent < 0.6 * row.seconds_spent  # each of its rounds takes three times as long
     assert estimate(rows[0], DATA, found).speed_factor == pytest.approx(3.0, rel=0.05)
     assert not any("at fp32" in text for text in (*found.notes, *found.warnings))
+
+
+def test_what_a_round_will_take_is_guessed_from_each_signature_s_own_kinds() -> None:
+    """Else two signatures with a kind each were taken for twice the work, and half as many classes were timed."""
+    device = FakeDevice(LENGTHS, base=0.05, per_token=1e-4, per_token_width=0.0, memory=64 << 30)
+    written = make_row(make_job("recommended"), DATA)
+    tuned = make_row(make_job("recommended", packing=True, packed_length=4096, loss="lean"), DATA, "tuned")
+    found = measure([written, tuned], DATA, device.factory, 12, clock=device.clock)
+    assert found.strata.count >= 9
+    assert not any("classes of micro-batches" in warning for warning in found.warnings)
+    assert sum(one.seconds_spent for one in found.measurements) < 1.1 * 12
