@@ -129,7 +129,10 @@ class Trials:
                 group.prober = self._factory(job)
                 group.load = group.prober.load()
             return group.prober.packing_refused(packed_length)
-        except (PlanError, DoesNotFit) as reason:
+        except DoesNotFit as reason:
+            group.error = f"out of memory in the comparison of packed and separate rows ({reason})"
+            return group.error
+        except PlanError as reason:
             group.error = str(reason)
             return group.error
         finally:

@@ -270,3 +270,43 @@ def test_documents_change_nothing_for_rows_that_hold_one() -> None:
         model.generate(ids, max_new_tokens=3, do_sample=False),
         small_model("mistral").float().generate(ids, max_new_tokens=3, do_sample=False),
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_logits_of_a_whole_row_are_never_held(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 150,000 words those of a row of 4,096 tokens take 2.5 GB, and the check needs them three ways."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = function(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor):
+                self.numel = max(self.numel, found.numel())
+            return found
+
+    vocabulary, tokens = 50_000, 160
+    model = small_model(family).float()
+    model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    data = random_data([tokens // 4] * 4)
+    chunk = 4 * vocabulary * 8  # eight positions at a time
+    monkeypatch.setattr("trainer.lean.CHUNK_BYTES", {"cpu": chunk, "cuda": chunk})
+    with Largest() as seen:
+        assert packing_agrees(model, data, **FP32) is None
+    assert 8 * vocabulary <= seen.numel < tokens * vocabulary / 4  # the weights are the largest
+
+
+def test_a_model_without_an_output_layer_to_cut_off_is_compared_by_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("trainer.lean.find_lean_head", lambda *_, **__: asked.append(1) or "it has none")
+    assert packing_agrees(small_model("llama").float(), DATA, **FP32) is None
+    assert "packed logits differ" in str(packing_agrees(leaking(), DATA, **FP32))
+    assert len(asked) == 2
+
+
+def test_logits_that_are_no_numbers_are_no_agreement() -> None:
+    model = small_model("llama").float()
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    assert "packed logits differ" in str(packing_agrees(model, DATA, **FP32))
