@@ -335,11 +335,10 @@ class _Tuning:
             if tried[name]:
                 asked[name] = [fastest, *((*fastest, change) for change in tried[name])]
         gains: dict[str, tuple[Change, ...]] = {}
+        before = self.trials.spent
         if asked:
             rows = self.trials.rows(asked)
-            before = self.trials.spent
             found = self.trials.measure(rows, seconds, "steps")
-            self.saved = seconds - (self.trials.spent - before)
             timed = self.trials.timed(rows, found)
             for name, variants in asked.items():
                 base = next((one for one in timed[name] if one.changes == variants[0]), None)
@@ -353,6 +352,7 @@ class _Tuning:
                     if one is not base and self.trials.lean_is_real(found, name, one)
                     if is_faster(one.replicates, base.replicates)
                 )
+        self.saved = seconds - (self.trials.spent - before)  # all of it where there is nothing to try
         for leader in asked:
             splits = {name: split_text(best[name][0].job) for name, led in led_by.items() if led == leader}
             others = [f"'{name}' ({text})" for name, text in splits.items() if text != splits[leader]]
