@@ -264,7 +264,7 @@ class _Tuning:
         }
         names = {row_name(name, one.changes) for name, ones in near.items() if len(ones) > 1 for one in ones}
         again = [row for row in rows if row.name in names]
-        if not again:
+        if not again or seconds <= 0:  # the heat's one round took it all: another would tell no more than that one
             return heat
         timed = self.trials.timed(again, self.trials.measure(again, seconds, what, optional=names))
         merged = dict(heat)

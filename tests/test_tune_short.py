@@ -187,6 +187,14 @@ def test_the_chain_has_the_time_of_the_steps_where_there_is_none_to_try(calls: l
     assert calls[-1].seconds >= (STAGE_SHARES[1] + STAGE_SHARES[2]) * 24.0
 
 
+def test_a_heat_that_took_the_layouts_time_is_all_that_there_is(calls: list[Call]) -> None:
+    lengths = lengths_of(2000)
+    slow = launching(lengths, base=0.6, per_token=1e-4)
+    tuned(slow, *BOTH, data=make_data(lengths), budget=24.0, **HALF)
+    assert [one.what for one in calls] == ["layouts", "steps", "the chain"]
+    assert all(one.seconds > 0 for one in calls)
+
+
 def test_a_first_look_ends_after_so_many_rounds() -> None:
     lengths = lengths_of(200)
     device = launching(lengths)
