@@ -334,6 +334,12 @@ class _Tuning:
             fastest = best[name][0].changes
             if tried[name]:
                 asked[name] = [fastest, *((*fastest, change) for change in tried[name])]
+        micro = {name: best[name][0].seconds / max(1, micro_batches[name]) for name in asked}
+        each_round = 2 * LEAST_STRATA * sum(micro[name] * len(variants) for name, variants in asked.items())
+        if self.is_gpu and (LEAST_ROUNDS - 0.5) * each_round > seconds:  # the last round may end late by a half
+            # Too few rounds to tell any from chance would be run all the same, in time that the chain needs.
+            asked = {}
+            self.refused.append(TOO_SHORT)
         gains: dict[str, tuple[Change, ...]] = {}
         before = self.trials.spent
         if asked:
