@@ -402,7 +402,10 @@ def accumulation_saving(cost: CostModel, micro_seconds: float, *, accumulation: 
 
 
 def mean_micro_seconds(found: Estimate, num_micro_batches: int) -> float:
-    """Mean seconds of an estimate's micro-steps, the optimizer's part taken off; `num_micro_batches` per device."""
-    if found.train_seconds is None or found.cost is None:
+    """Mean seconds of an estimate's micro-steps, the optimizer's part taken off; `num_micro_batches` per device.
+
+    Without what is taken once: kernels to load, new shapes to choose for.
+    """
+    if found.seconds_per_step is None or found.cost is None:
         raise MeasurementError(f"'{found.name}' has no measured time.")
-    return (found.train_seconds - found.num_steps * found.cost.optimizer) / max(1, num_micro_batches)
+    return found.num_steps * (found.seconds_per_step - found.cost.optimizer) / max(1, num_micro_batches)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from planner.first_times import Shape
 from planner.group import Group, rows_of
 from planner.measurement import LEFT_OUT, PlannedRow, RowVerdict
 from planner.prober import DoesNotFit, MemoryReply, MicroRows
@@ -94,6 +95,8 @@ class MemoryProbe:
                     is_growing = group.signature.device == "cpu" and self._thorough
                     more = self._long_windows(members) if is_growing else []
                     reply = self._try_alone(group, windows, more, seconds)
+                    # Its process has met these shapes: in a round they are no new ones.
+                    group.first_times.meet([self._shape(rows) for window in (*windows, *more) for rows in window])
                     if group.signature.device == "cpu" and reply.token_seconds is not None:
                         # Not on a GPU: its first micro-steps load kernels, and even the largest do not take long.
                         expected = reply.token_seconds * float(shapes.padded_tokens.sum() / shapes.tokens.sum())
@@ -175,6 +178,9 @@ class MemoryProbe:
             self._start(group)
             assert group.prober is not None
             return group.prober.memory(windows, more, seconds)
+
+    def _shape(self, rows: MicroRows) -> Shape:
+        return len(rows), max(int(self._data.lengths[row].sum()) for row in rows)
 
     def _headroom(self, group: Group) -> int | None:
         """Bytes that stay free at the peak, on a CPU."""

@@ -93,6 +93,9 @@ def make_strata(populations: list[tuple[Kind, MicroShapes]], count: int) -> Stra
         if per_kind > 2:
             upper.append(float(key[int(len(key) * (1 - TAIL_SHARE)) - 1]))
         distinct = sorted({value for value in upper if value < key[-1]})
+        if not distinct and key[0] < key[-1]:
+            # The largest hold more than the rest: a window's small remainder must not be drawn to stand for them.
+            distinct = [float(key[key < key[-1]][-1])]
         made.append(StrataOfKind(kind=kind, first=first, upper=tuple(distinct)))
         first += made[-1].count
     return Strata(kinds=tuple(made))

@@ -264,7 +264,7 @@ class _Tuning:
         }
         names = {row_name(name, one.changes) for name, ones in near.items() if len(ones) > 1 for one in ones}
         again = [row for row in rows if row.name in names]
-        if not again:
+        if not again or seconds <= 0:  # the heat's one round took it all: another would tell no more than that one
             return heat
         timed = self.trials.timed(again, self.trials.measure(again, seconds, what, optional=names))
         merged = dict(heat)
@@ -334,12 +334,17 @@ class _Tuning:
             fastest = best[name][0].changes
             if tried[name]:
                 asked[name] = [fastest, *((*fastest, change) for change in tried[name])]
+        micro = {name: best[name][0].seconds / max(1, micro_batches[name]) for name in asked}
+        each_round = 2 * LEAST_STRATA * sum(micro[name] * len(variants) for name, variants in asked.items())
+        if self.is_gpu and (LEAST_ROUNDS - 0.5) * each_round > seconds:  # the last round may end late by a half
+            # Too few rounds to tell any from chance would be run all the same, in time that the chain needs.
+            asked = {}
+            self.refused.append(TOO_SHORT)
         gains: dict[str, tuple[Change, ...]] = {}
+        before = self.trials.spent
         if asked:
             rows = self.trials.rows(asked)
-            before = self.trials.spent
             found = self.trials.measure(rows, seconds, "steps")
-            self.saved = seconds - (self.trials.spent - before)
             timed = self.trials.timed(rows, found)
             for name, variants in asked.items():
                 base = next((one for one in timed[name] if one.changes == variants[0]), None)
@@ -353,6 +358,7 @@ class _Tuning:
                     if one is not base and self.trials.lean_is_real(found, name, one)
                     if is_faster(one.replicates, base.replicates)
                 )
+        self.saved = seconds - (self.trials.spent - before)  # all of it where there is nothing to try
         for leader in asked:
             splits = {name: split_text(best[name][0].job) for name, led in led_by.items() if led == leader}
             others = [f"'{name}' ({text})" for name, text in splits.items() if text != splits[leader]]

@@ -113,6 +113,19 @@ def test_accumulation_earns_no_credit_that_it_has_not() -> None:
     assert 0 < saving < 0.03
 
 
+def test_what_new_shapes_take_is_no_part_of_what_accumulation_saves() -> None:
+    lengths = LENGTHS[:300]
+    data = make_data(lengths)
+    row = make_row(make_job(device="cuda", precision="bf16"), data)
+    costs = {"per_token": 2e-6, "per_token_width": 0.0, "half_speed_up": 1.0}
+    device = FakeDevice(lengths, base=0.05, new_shape_seconds=0.05, **costs)
+    (one,) = estimates(device, [row], data)
+    assert one.train_seconds is not None
+    assert one.train_seconds > 1.2 * device.true_seconds(row.plan)
+    true = float(device.true_micro_seconds(row.plan).mean())
+    assert mean_micro_seconds(one, row.plan.num_micro_batches) == pytest.approx(true, rel=0.01)
+
+
 def test_the_sum_over_a_long_tailed_plan_is_right_where_the_first_steps_mislead() -> None:
     lengths = np.sort(chat_lengths(4000, sigma=1.2, longest=4096))  # a few very long ones carry much of the work
     data = make_data(lengths)

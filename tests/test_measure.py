@@ -9,6 +9,7 @@ import pytest
 from fakes import FakeDevice, FakeProber, chat_lengths, make_data, make_job, make_row
 
 from planner.estimate import HEAP_GROWTH, estimate
+from planner.first_times import FirstTimes
 from planner.measure import measure, with_references
 from planner.measurement import Measurements, StepSignature
 from planner.prober import DoesNotFit, MemoryReply, MicroRows
@@ -327,6 +328,28 @@ def test_what_each_new_shape_takes_counts_as_often_as_the_run_meets_one(count: i
     off = estimate(row, data, without)
     assert off.train_seconds is not None
     assert off.train_seconds < (0.9 if count == 160 else 0.97) * device.run_seconds(row.plan, seed)
+
+
+@pytest.mark.parametrize("packed_length", [None, 1024])
+def test_what_probing_memory_ran_is_no_new_shape_in_a_round(
+    monkeypatch: pytest.MonkeyPatch, packed_length: int | None
+) -> None:
+    """Without noise each new shape takes as much more the first time as the device says, and no other does."""
+    excess: list[tuple[float, bool]] = []
+    original = FirstTimes.add
+
+    def watched(self: FirstTimes, first: list[float], second: list[float], is_new: list[bool]) -> None:
+        excess.extend((one - other, new) for one, other, new in zip(first, second, is_new, strict=True))
+        original(self, first, second, is_new)
+
+    monkeypatch.setattr(FirstTimes, "add", watched)
+    lengths = chat_lengths(160, longest=512)
+    device = FakeDevice(lengths, per_token=2e-6, per_token_width=0.0, new_shape_seconds=0.012, half_speed_up=1.0)
+    packing: dict[str, object] = {"packing": True, "packed_length": packed_length} if packed_length else {}
+    job = make_job(device="cuda", precision="bf16", micro_batch_size=2, **packing)
+    measure([make_row(job, make_data(lengths))], make_data(lengths), device.factory, 10, clock=device.clock)
+    assert any(is_new for _, is_new in excess)
+    assert [seconds for seconds, _ in excess] == pytest.approx([0.012 * is_new for _, is_new in excess], abs=1e-9)
 
 
 def test_windows_of_new_shapes_are_no_sign_that_the_parts_do_not_add_up() -> None:

@@ -19,7 +19,7 @@ from planner.group import Group
 from planner.measure import measure
 from planner.measurement import StepSignature
 from planner.trials import Trials
-from planner.tune import MOST_PACKED_TOKENS, WINDOW_MULTIPLE
+from planner.tune import MOST_PACKED_TOKENS, STAGE_SHARES, WINDOW_MULTIPLE
 from planner.twin import Change, Twin, Wanted
 from trainer.planning import plan_job, stand_in
 
@@ -123,20 +123,35 @@ def test_where_as_written_is_the_fastest_on_a_gpu_noise_is_taken_for_a_gain_no_m
     assert kept <= 2  # of 18, at a chance of one in twenty
 
 
-def test_what_is_plainly_slower_is_timed_in_the_first_heat_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[set[str], int]] = []
+@dataclass(frozen=True)
+class Call:
+    """Of `Trials.measure`."""
+
+    what: str
+    names: set[str]
+    seconds: float  # that it may take
+    num_rounds: int
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    made: list[Call] = []
     original = Trials.measure
 
     def watched(self: Trials, rows: Any, seconds: float, what: str, **more: Any) -> Any:
         found = original(self, rows, seconds, what, **more)
-        if what == "layouts":
-            calls.append(({row.name for row in rows}, max(len(one.rounds) for one in found.measurements)))
+        num_rounds = max(len(one.rounds) for one in found.measurements)
+        made.append(Call(what, {row.name for row in rows}, seconds, num_rounds))
         return found
 
     monkeypatch.setattr(Trials, "measure", watched)
+    return made
+
+
+def test_what_is_plainly_slower_is_timed_in_the_first_heat_alone(calls: list[Call]) -> None:
     lengths = lengths_of(200)
     (twin,) = tuned(launching(lengths), data=make_data(lengths), budget=300.0, **HALF)
-    (all_of_them, brief), (near, long) = calls
+    (all_of_them, brief), (near, long) = [(one.names, one.num_rounds) for one in calls if one.what == "layouts"]
     assert "recommended" in all_of_them - near
     assert "recommended + micro-batch 2" in all_of_them - near
     assert f"recommended + {twin.text}" in near
@@ -162,6 +177,45 @@ def test_of_windows_that_are_too_long_for_a_row_even_parts_are_tried() -> None:
     assert longest > MOST_PACKED_TOKENS["cuda"]
     assert job.packed_length is not None
     assert longest / 2 <= job.packed_length < longest / 2 + WINDOW_MULTIPLE
+
+
+def test_the_chain_has_the_time_of_the_steps_where_there_is_none_to_try(calls: list[Call]) -> None:
+    """The lean loss is there as written, and packed rows take no eager attention."""
+    lengths = lengths_of(200)
+    tuned(launching(lengths), data=make_data(lengths), budget=24.0, loss="lean", **HALF)
+    assert [one.what for one in calls] == ["layouts", "layouts", "the chain"]
+    least = (STAGE_SHARES[1] + STAGE_SHARES[2]) * 24.0
+    assert calls[-1].seconds > least or calls[-1].seconds == pytest.approx(least)
+
+
+def test_a_heat_that_took_the_layouts_time_is_all_that_there_is(calls: list[Call]) -> None:
+    lengths = lengths_of(2000)
+    slow = launching(lengths, base=0.6, per_token=1e-4)
+    tuned(slow, *BOTH, data=make_data(lengths), budget=24.0, **HALF)
+    assert [one.what for one in calls].count("layouts") == 1
+    assert all(one.seconds > 0 for one in calls)
+
+
+def test_steps_that_could_not_be_told_from_chance_leave_their_time_to_the_chain(calls: list[Call]) -> None:
+    lengths = lengths_of(2000)
+    slow = launching(lengths, base=0.2, per_token=4e-5)
+    for twin in tuned(slow, *BOTH, data=make_data(lengths), budget=36.0, **HALF):
+        assert any(change.packed_length for change in twin.changes)
+        assert twin.was_too_short
+    assert "steps" not in [one.what for one in calls]
+    calls.clear()
+    tuned(launching(lengths), *BOTH, data=make_data(lengths), budget=36.0, **HALF)
+    assert "steps" in [one.what for one in calls]
+
+
+def test_a_heat_of_one_round_does_not_take_a_split_for_its_small_remainder(calls: list[Call]) -> None:
+    lengths = lengths_of(200)
+    slow = launching(lengths, base=0.6, per_token=1e-4)
+    twins = tuned(slow, *BOTH, data=make_data(lengths), budget=180.0, **HALF)
+    layouts = [one for one in calls if one.what == "layouts"]
+    assert layouts[0].num_rounds == 1
+    assert len(layouts) == 2  # else the split was taken to be twice as fast as any packed row, and that for decided
+    assert all(any(change.packed_length for change in twin.changes) for twin in twins)
 
 
 def test_a_first_look_ends_after_so_many_rounds() -> None:
