@@ -234,7 +234,7 @@ def twin_candidate(candidate: Candidate, twin: Twin) -> Candidate | None:
         twin=twin,
         resolved=replace(candidate.resolved, job=job),
         planned=PlannedRow(name=twin_name(twin.preset), job=job, plan=planned.plan),
-        notes=(f"{TUNED}: {twin.text}", *lost),
+        notes=(twin.text, *lost),
     )
 
 

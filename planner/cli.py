@@ -88,6 +88,8 @@ def cli(ctx: click.Context, /, **given: Any) -> None:
         raise click.UsageError("--dry-run goes with --run PRESET.")
     if given["run"] and given["output_format"] not in ("table", "json"):
         raise click.UsageError("--format is for the table; a run prints its result as text, or with --json.")
+    if given["run"] and given["step_time"] is not None:
+        raise click.UsageError("--step-time is for the published table; leave it out to train with --run.")
     if given["run"] and given["preset_names"]:
         raise click.UsageError("--preset is for the table; --run takes the one configuration that it names.")
     if given["resume"]:
@@ -364,7 +366,7 @@ def _ended(folder: Path, job: Job, code: int, *, as_json: bool = False) -> int:
     elif code not in (0, 1, *STOPPED):
         say(
             f"Error: the trainer ended with code {code}. Its log: {folder / 'train.log'}. "
-            f"Go on with: plan --resume {folder}"
+            f"Go on with: plan --resume {shlex.quote(str(folder))}"
         )
         return 1
     return code

@@ -228,7 +228,7 @@ def _untuned(candidates: tuple[Candidate, ...]) -> str | None:
     missing = [name for name in planned if name not in searched]
     if not missing:
         return None
-    return f"not yet {', '.join(missing)}" if searched else "not yet for this model and data"
+    return f"not yet for {', '.join(missing)}" if searched else "not yet for this model and data"
 
 
 def _steps_by_formula(preset: Preset, num_examples: int) -> int | None:

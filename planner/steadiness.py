@@ -56,15 +56,22 @@ class Steadiness:
         if self.is_steady:
             return None
         if self.moved > STEADY and self.moved >= self.jumped:
-            what, limit = f"its speed moved by {self.moved:.0%}", STEADY
+            what, limit = f"its speed moved by {_over(self.moved, STEADY)}", STEADY
         elif self.jumped > JUMP:
-            what, limit = f"its speed jumped between two levels {self.jumped:.0%} apart", JUMP
+            what, limit = f"its speed jumped between two levels {_over(self.jumped, JUMP)} apart", JUMP
         else:
-            what, limit = f"the rounds scatter by at least {self.spread:.0%}", STEADY
+            what, limit = f"the rounds scatter by at least {_over(self.spread, STEADY)}", STEADY
         return (
             f"this machine is not steady: {what} while it was timed, more than {limit:.0%}. The range is widened, but "
             "holds only if the run meets the same conditions. Close other programs, measure again, or raise --budget."
         )
+
+
+def _over(share: float, limit: float) -> str:
+    """A share that lies over a limit, so that it reads so: "5.2%" beside "more than 5%", not "5%"."""
+    if f"{share:.0%}" != f"{limit:.0%}":
+        return f"{share:.0%}"
+    return f"{math.ceil(1000 * share) / 10:.1f}%"
 
 
 def too_few(found: Steadiness, spent: float) -> str | None:

@@ -66,7 +66,8 @@ def _shown_columns(rows: Sequence[Row], now: datetime) -> list[_Column]:
     return [column for column in columns if column.title != "speed-up"]
 
 
-_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
+# A comma is of the number only where three digits follow it: else it ends a part of the sentence.
+_NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 def remarks(report: PlanReport, now: datetime) -> tuple[str, ...]:

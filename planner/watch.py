@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -69,7 +70,7 @@ def lines_of(view: RunView, *, gpu: str | None, now: datetime, blocks: bool = Tr
     if view.state == "silent":
         lines.append(
             f"Nothing written for {duration(view.seconds_since_sign)}. If its process is gone: "
-            f"plan --resume {printable(str(view.folder))}"
+            f"plan --resume {printable(shlex.quote(str(view.folder)))}"
         )
     if view.record is not None and view.record.error and view.state == "failed":
         lines.append(f"Error: {printable(view.record.error)}")
@@ -79,7 +80,7 @@ def lines_of(view: RunView, *, gpu: str | None, now: datetime, blocks: bool = Tr
             "that its terminal showed."
         )
     if view.state == "stopped":
-        lines.append(f"Go on with it: plan --resume {printable(str(view.folder))}")
+        lines.append(f"Go on with it: plan --resume {printable(shlex.quote(str(view.folder)))}")
     lines.append(f"settings  {printable(job.name)}, {_split(view)}, {job.precision} on {job.device}")
     return lines
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -29,8 +30,10 @@ from planner.launch import open_to_write
 from planner.past import accuracy
 from planner.run_view import look_at
 from planner.watch import lines_of
+from presets.errors import RunError
 from trainer import alive
 from trainer.alive import NAME, note_process, still_there
+from trainer.finished import open_finished
 
 NOW = datetime(2026, 11, 25, 18, 0).astimezone()
 WITH_PROC = pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="the system has no /proc")
@@ -82,9 +85,23 @@ def test_a_killed_run_is_stopped_at_once(folder: Path, trainer: subprocess.Popen
     text = "\n".join(lines_of(view, gpu=None, now=NOW))
     assert "recommended-1: stopped, step 3 of 22" in text
     assert "Its process is gone" in text
-    assert f"Go on with it: plan --resume {folder}" in text
+    assert f"Go on with it: plan --resume {shlex.quote(str(folder))}" in text
     assert "it was killed, the memory ran out, or it ended with an error that its terminal showed." in text
     assert " left" not in text
+
+
+def test_a_command_to_copy_is_quoted_where_the_folder_s_name_has_blanks(tmp_path: Path) -> None:
+    folder = begin(tmp_path / "my run")
+    write_steps(folder, range(1, 4))
+    with subprocess.Popen([sys.executable, "-c", TRAINER, str(folder)], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"noted\n"
+        child.kill()
+    command = f"plan --resume '{folder}'"
+    assert command in "\n".join(lines_of(look_at(folder), gpu=None, now=NOW))
+    with pytest.raises(RunError, match="it is not finished") as refused:
+        open_finished(folder)
+    assert command in str(refused.value)
 
 
 def test_a_run_that_ended_by_itself_says_how_although_its_process_is_gone(

@@ -29,8 +29,11 @@ for step in range(1, 5):
     if step == 2:
         time.sleep(1.2)  # the bar is drawn twice a second
         monitor.say("step 2: held-out loss 3.1")
+        monitor.say("go on with: plan --resume " + sys.argv[2])
 monitor.close()
 """
+
+LONG_FOLDER = "/a/long/folder/of/a/run" * 5  # longer than the terminal is wide
 
 MEASURING = """
 import time
@@ -74,7 +77,7 @@ def plain(text: str) -> str:
 
 
 def test_while_it_trains_a_terminal_shows_the_loss_the_memory_and_the_plan(tmp_path: Path) -> None:
-    raw = seen(TRAINING, str(tmp_path))
+    raw = seen(TRAINING, str(tmp_path), LONG_FOLDER)
     text = plain(raw)
     assert "[red]mine" in text, "a name is text, not markup"
     assert "4/4" in text
@@ -84,11 +87,12 @@ def test_while_it_trains_a_terminal_shows_the_loss_the_memory_and_the_plan(tmp_p
     assert re.search(r"21 s left, done \w{3} \d\d:\d\d", text)
     assert "4% behind plan" in text
     assert "step 2: held-out loss 3.1" in text
+    assert f"plan --resume {LONG_FOLDER}" in text, "the terminal wraps, so that the command can be copied"
     assert "\x1b[?25h" in raw, "the cursor is given back"
 
 
 def test_without_a_terminal_it_is_lines(tmp_path: Path) -> None:
-    text = seen(TRAINING, str(tmp_path), terminal=False)
+    text = seen(TRAINING, str(tmp_path), LONG_FOLDER, terminal=False)
     assert "\x1b" not in text
     assert "step 4/4  loss 1.000  2.50 GiB  1,234 tok/s  4% behind plan" in text
 

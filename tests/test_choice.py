@@ -154,6 +154,8 @@ def test_an_option_before_a_command_and_one_that_does_not_go_with_it_are_refused
     assert "--dry-run goes with --run" in plan(home, *COMMON, "--dry-run", code=2).stderr
     assert "--dry-run does not go with 'plan tune'" in plan(home, "tune", *COMMON, "--dry-run", code=2).stderr
     assert "--format" in plan(home, "--run", "baseline", *COMMON, "--format", "html", code=2).stderr
+    both = ("--run", "baseline", "--step-time", "30")  # it printed the table, trained nothing and ended with 0
+    assert "leave it out to train" in plan(home, *both, code=2).stderr
     assert "--preset is for the table" in plan(home, "--run", "baseline", "--preset", "today", code=2).stderr
     said = plan(home, "--resume", "runs/x", "--learning-rate", "1e-4", code=2).stderr
     assert "--learning-rate does not go with --resume" in said

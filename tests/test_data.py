@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,22 @@ def test_a_models_name_like_a_folder_here_is_a_slip_and_another_one_is_not(
     with pytest.raises(ModelError, match="Did you mean 'my-model'"):
         inspect_model("mymodel")
     assert not inspect_model("gpt2").is_local
+
+
+def test_a_run_or_its_adapter_in_place_of_a_model_is_told_how_to_make_one(tmp_path: Path) -> None:
+    run = tmp_path / "my run"
+    adapter = run / "adapter"
+    adapter.mkdir(parents=True)
+    with pytest.raises(ModelError, match=r"no config\.json in it"):
+        inspect_model(str(adapter))
+    (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ModelError, match=r"an adapter, not a model\. Merge it"):
+        inspect_model(str(adapter))
+    (run / "job.json").write_text("{}", encoding="utf-8")
+    for folder, what in ((run, "a run folder"), (adapter, "the adapter of a run")):
+        with pytest.raises(ModelError, match=what) as refused:
+            inspect_model(str(folder))
+        assert f"Make one, and give that: plan merge {shlex.quote(str(run))}" in str(refused.value)
 
 
 def test_lengths_and_targets_are_counted_once_and_in_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:

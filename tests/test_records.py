@@ -202,6 +202,15 @@ def test_a_line_that_is_not_json_is_named_with_its_column(tmp_path: Path) -> Non
     assert "line 3" in read(path, skip_bad_lines=True).notes[0]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", ""])
+def test_a_line_that_was_cut_off_is_said_to_be_so(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"text": "cut o' + end.encode())
+    assert "line 1: not JSON (Unterminated string, column 10)." in error(path)
+    path.write_bytes(b'{"text": "a\ttab"}' + end.encode())
+    assert "line 1: not JSON (Invalid control character, column 12)." in error(path)
+
+
 def test_bytes_that_are_not_utf_8_are_named_with_their_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(json.dumps(CHAT).encode() + b'\n{"text": "caf\xe9"}\n')

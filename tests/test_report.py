@@ -469,3 +469,10 @@ def test_what_rows_say_alike_but_for_their_numbers_is_said_once() -> None:
     lines = remarks(dataclasses.replace(PLAN, rows=rows, notes=()), NOW)
     assert "one / two: a step takes 32 to 64 of 292 examples" in lines
     assert "three: only 5 steps" in lines
+
+
+def test_a_comma_behind_a_number_stays_where_it_was() -> None:
+    texts = ("give --budget 20, of 1,000, or wait", "give --budget 30, of 63,000, or wait")
+    rows = tuple(dataclasses.replace(PLAN.rows[0], name=text[-20:], note=text) for text in texts)
+    (line,) = (line for line in remarks(dataclasses.replace(PLAN, rows=rows, notes=()), NOW) if "--budget" in line)
+    assert line.endswith("give --budget 20 to 30, of 1,000 to 63,000, or wait")

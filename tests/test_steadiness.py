@@ -162,13 +162,20 @@ def test_a_jump_is_warned_of_with_number_threshold_and_remedy() -> None:
     assert "measure again" in found.warning
 
 
+def test_a_share_just_over_its_limit_reads_as_over_it() -> None:
+    assert "two levels 5.1% apart while it was timed, more than 5%" in str(Steadiness(jumped=0.05001).warning)
+    assert "moved by 10.1% while it was timed, more than 10%" in str(Steadiness(moved=0.1001).warning)
+    assert "two levels 6% apart" in str(Steadiness(jumped=0.06).warning)
+
+
 def test_a_steady_machine_is_not_warned_of() -> None:
     rounds = NORMAL.normal(10, 0.3, 20)
     assert judge(rounds, rounds, NORMAL.normal(0, 0.1, 200)).warning is None
     few = np.array([9.0, 11.0, 8.9, 11.1])  # 12 %, as few rounds have it by chance
     assert judge(few, few, np.zeros(3)).is_steady
     many = np.tile(few, 5)
-    assert "the rounds scatter by at least 10%" in str(judge(many * 1.2 - 2, many * 1.2 - 2, np.zeros(3)).warning)
+    scattered = judge(many * 1.2 - 2, many * 1.2 - 2, np.zeros(3))
+    assert "the rounds scatter by at least 10.3% while it was timed, more than 10%" in str(scattered.warning)
     two = np.array([10.0, 12.0])
     assert judge(two, two, np.zeros(3)).is_steady  # two rounds say nothing
 

@@ -267,7 +267,7 @@ def test_compare_shows_a_known_twin_after_its_preset_and_runs_it_alone(tmp_path:
     assert [row.name for row in known.report.rows] == names
     assert not any("plan tune" in note for note in known.report.notes)
     (untuned,) = (n for n in plan(names=("baseline", "recommended", "iterate")).report.notes if "plan tune" in n)
-    assert "not yet iterate." in untuned
+    assert "not yet for iterate." in untuned
     alone = plan(names=("recommended",), running=True, tuned=True)
     assert [candidate.name for candidate in alone.candidates] == ["recommended, tuned"]
     assert predicted_of(alone, alone.candidates[0]).is_tuned  # and so the run's entry in the history

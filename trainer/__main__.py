@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def main() -> int:
     except Stopped as stopped:
         return 128 + stopped.signal_number
     except KeyboardInterrupt:  # before the run listens to signals, while it imports and loads
-        print(printable(f"stopped while it started; go on with: plan --resume {arguments.job.parent}"), file=sys.stderr)
+        folder = shlex.quote(str(arguments.job.parent))
+        print(printable(f"stopped while it started; go on with: plan --resume {folder}"), file=sys.stderr)
         return 130
     except PlanError as reason:
         print(printable_lines(f"Error: {reason}"), file=sys.stderr)

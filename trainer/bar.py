@@ -45,7 +45,8 @@ class TrainingBar:
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self._bar.console.print(text, markup=False, highlight=False)
+        # The terminal wraps it: a line break of our own would stand inside the command that is to be copied.
+        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def update(self, done: int, loss: float | None, memory_bytes: float | None, told: list[str]) -> None:
         """After a step: `done` steps are behind, `told` is what else stands in the second line."""

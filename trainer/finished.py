@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -50,7 +51,7 @@ def open_finished(run: Path) -> Finished:
     job = Job.read(run / "job.json")
     kind = "adapter" if job.preset.adapter == "lora" else "model"
     if not (run / kind).is_dir():
-        raise RunError(f"'{run}' has no {kind} yet: it is not finished. Go on with it: plan --resume {run}")
+        raise RunError(_unfinished(run, kind))
     if job.num_threads:
         torch.set_num_threads(job.num_threads)
     if kind == "model":
@@ -67,6 +68,11 @@ def open_finished(run: Path) -> Finished:
 
     set_peft_model_state_dict(loaded.model, weights)
     return Finished(job, loaded.model.eval(), _tokenizer_of(run / "adapter", job))
+
+
+def _unfinished(run: Path, kind: str) -> str:
+    go_on = f"plan --resume {shlex.quote(str(run))}"
+    return f"'{run}' has no {kind} yet: it is not finished. Go on with it: {go_on}"
 
 
 def _tokenizer_of(folder: Path, job: Job) -> Any:
@@ -146,7 +152,7 @@ def merge(run: Path, output: Path) -> Path:
     if job.preset.adapter != "lora":
         raise RunError(f"'{run}' trained the whole model: it lies in {run / 'model'} and needs no merging.")
     if not (run / "adapter").is_dir():
-        raise RunError(f"'{run}' has no adapter yet: it is not finished. Go on with it: plan --resume {run}")
+        raise RunError(_unfinished(run, "adapter"))
     _adapter_weights(run)
     from peft import PeftModel
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shlex
 import shutil
 import signal
 import time
@@ -412,7 +413,7 @@ def _discard_and_stop(run: Run, random_state: dict[str, Any], number: int) -> No
     run.ask_to_stop(number)  # it may have come to another process
     steps.clear_gradients(run.stepper.parameters)
     _checkpoint(run, random_state)
-    run.say(f"stopped at step {run.progress.windows_done}; go on with: plan --resume {run.folder}")
+    run.say(f"stopped at step {run.progress.windows_done}; go on with: plan --resume {shlex.quote(str(run.folder))}")
     raise Stopped(number)
 
 

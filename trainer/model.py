@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,20 @@ UNTRUSTED = (
 )
 
 
+def _no_model(folder: Path) -> str:
+    """What lies in a folder without config.json, and what to give in its place."""
+    run = folder if (folder / "job.json").is_file() else folder.parent
+    if (run / "job.json").is_file():
+        merge = f"Make one, and give that: plan merge {shlex.quote(str(run))}"
+        if folder == run:
+            return f"a run folder, not a model. {merge}"
+        if (folder / "adapter_config.json").is_file():
+            return f"the adapter of a run, not a model. {merge}"
+    if (folder / "adapter_config.json").is_file():
+        return "an adapter, not a model. Merge it into its base model, and give that."
+    return "no config.json in it. Give the folder that holds config.json."
+
+
 def inspect_model(name: str) -> ModelFiles:
     """What lies behind a model's name. No torch; a hub name is believed to have everything.
 
@@ -53,7 +68,7 @@ def inspect_model(name: str) -> ModelFiles:
             raise ModelError(f"model '{name}': no such folder here.{meant} For one of the hub write OWNER/{name}.")
         return ModelFiles(name, is_local=False, has_weights=True, has_tokenizer=True)
     if not (folder / "config.json").is_file():
-        raise ModelError(f"model '{name}': no config.json in it. Give the folder that holds config.json.")
+        raise ModelError(f"model '{name}': {_no_model(folder)}")
     try:
         config = jsonio.loads((folder / "config.json").read_text(encoding="utf-8"), strict=False)
     except (OSError, ValueError) as reason:

@@ -228,6 +228,11 @@ def _is_json_lines(file: IO[bytes]) -> bool:
     return True
 
 
+def _told(reason: json.JSONDecodeError) -> str:
+    """Python's words without the "at" that some of them end in: a column follows."""
+    return reason.msg.removesuffix(" at").removesuffix(" starting")
+
+
 def _json_lines(name: str, file: IO[bytes]) -> Iterator[RawRecord]:
     # Binary iteration splits at \n only, so that U+2028 inside a string does not shift the line numbers.
     for number, line in enumerate(file, start=1):
@@ -237,11 +242,12 @@ def _json_lines(name: str, file: IO[bytes]) -> Iterator[RawRecord]:
         if not line.strip():
             continue
         try:
-            record = jsonio.loads(line.decode("utf-8"), strict=False)
+            # Without its end: a string that was cut off would be told as one with a line break in it.
+            record = jsonio.loads(line.rstrip(b"\r\n").decode("utf-8"), strict=False)
         except UnicodeDecodeError as reason:
             yield RawRecord(location, {}, f"not UTF-8 (byte {reason.start + 1} of the line)", number=number)
         except json.JSONDecodeError as reason:
-            yield RawRecord(location, {}, f"not JSON ({reason.msg}, column {reason.colno})", number=number)
+            yield RawRecord(location, {}, f"not JSON ({_told(reason)}, column {reason.colno})", number=number)
         except ValueError as reason:
             yield RawRecord(location, {}, f"not JSON that can be read ({reason})", number=number)
         else:
@@ -259,8 +265,8 @@ def _json_document(name: str, file: IO[bytes]) -> Iterator[RawRecord]:
         raise DataError(f"{name}, line {line}: not UTF-8. Save the file as UTF-8.") from None
     except json.JSONDecodeError as reason:
         raise DataError(
-            f"{name}, line {reason.lineno}: not JSON ({reason.msg}, column {reason.colno}). Fix the file, or write one "
-            f"object per line into a .jsonl file."
+            f"{name}, line {reason.lineno}: not JSON ({_told(reason)}, column {reason.colno}). Fix the file, or write "
+            f"one object per line into a .jsonl file."
         ) from None
     except ValueError as reason:
         raise DataError(f"{name}: not JSON that can be read ({reason}). Fix the file.") from None
