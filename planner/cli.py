@@ -88,6 +88,8 @@ def cli(ctx: click.Context, /, **given: Any) -> None:
         raise click.UsageError("--dry-run goes with --run PRESET.")
     if given["run"] and given["output_format"] not in ("table", "json"):
         raise click.UsageError("--format is for the table; a run prints its result as text, or with --json.")
+    if given["as_json"] and given["output_format"] not in ("table", "json"):
+        raise click.UsageError(f"--json does not go with --format {given['output_format']}.")
     if given["run"] and given["step_time"] is not None:
         raise click.UsageError("--step-time is for the published table; leave it out to train with --run.")
     if given["run"] and given["preset_names"]:
@@ -188,7 +190,7 @@ def _table(
     if _printed_as(comparison.report, given):
         return
     now = datetime.now().astimezone()
-    out(measured_text(comparison.report, now=now, width=width(), ascii_only=ascii_only()))
+    out(measured_text(comparison.report, now=now, width=width(), ascii_only=ascii_only(), brief=not given["explain"]))
     if given["explain"]:
         from planner.explain import explain_text
 
@@ -249,7 +251,11 @@ def _run(options: Options, settings: Settings, given: dict[str, Any]) -> int:
     found = comparison.estimates[candidate.name]
     now = datetime.now().astimezone()
     if not given["as_json"]:
-        out(measured_text(comparison.report, now=now, width=width(), ascii_only=ascii_only()))
+        out(
+            measured_text(
+                comparison.report, now=now, width=width(), ascii_only=ascii_only(), brief=not given["explain"]
+            )
+        )
     if found.fits is False:
         raise RunError(f"'{given['run']}' does not fit on this device: {found.error or 'out of memory'}.")
     job = replace(candidate.planned.job, checkpoint_every=found.checkpoint_every)  # as often as the estimate counts it

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from planner.options import Number, Valued
-from planner.terminal import open_history, open_trusted, out, out_json, say
+from planner.terminal import open_history, open_trusted, out, out_json, say, width
 from presets.rules import MOST_TOKENS
 
 
@@ -35,7 +35,7 @@ def history(limit: int, accuracy: bool, as_json: bool) -> None:
         out_json(past.accuracy_json(found)) if as_json else out(past.accuracy_text(found))
         return
     runs = as_they_stand(open_history(say).runs(limit))
-    out_json(past.runs_json(runs)) if as_json else out(past.runs_text(runs, datetime.now().astimezone()))
+    out_json(past.runs_json(runs)) if as_json else out(past.runs_text(runs, datetime.now().astimezone(), width=width()))
 
 
 @click.command(short_help="Watch a run from another terminal.")

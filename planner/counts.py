@@ -15,7 +15,7 @@ _MOST_DIGITS = 40  # of what is converted: far more than any count, and no numbe
 # Thousands stand in threes, so that "1,5" is not taken for 15; a point makes a part, which only k, M or e make whole.
 _WHOLE = r"[0-9]+|[0-9]{1,3}(?:[,_' ][0-9]{3})+"
 _COUNT = re.compile(rf"([+-]?(?:{_WHOLE}))|([+-]?[0-9]+(?:\.[0-9]+)?)(?:([kKmM])|[eE](\+?[0-9]{{1,3}}))")
-_NUMBERLIKE = re.compile(r"[+-]?[0-9.,_' ]*[0-9][0-9.,_' ]*(?:[eE][+-]?[0-9]*)?[kKmMgGbB%]?|0[xX][0-9a-fA-F]+")
+_NUMBERLIKE = re.compile(r"[+-]?[0-9.,_' ]*[0-9][0-9.,_' ]*(?:[eE][+-]?[0-9]*)?[a-zA-Z%]?|0[xX][0-9a-fA-F]+")
 _NO_NUMBERS = {"nan", "inf", "infinity"}  # what other programs write where a number is missing
 
 

@@ -8,8 +8,9 @@ import io
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
+from planner.remarks import remarks
 from planner.report import PlanReport
-from planner.table import column_cells, remarks
+from planner.table import column_cells
 from presets.text import printable, printable_lines
 
 FORMATS = ("table", "markdown", "csv", "json", "html")

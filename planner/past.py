@@ -106,21 +106,38 @@ def accuracy_json(found: Accuracy | None) -> str:
     return json.dumps(plain, indent=2, allow_nan=False)
 
 
-def runs_text(runs: Sequence[PastRun], now: datetime) -> str:
-    """A table of runs, in the order given."""
+COLUMNS = ("ended", "preset", "model", "examples seen", "predicted", "actual", "error", "in range", "status")
+_RIGHT = ("examples seen", "actual", "error")
+_LEFT_OUT = ("examples seen", "model", "in range")  # one after the other, where the table is too wide
+
+
+def runs_text(runs: Sequence[PastRun], now: datetime, *, width: int | None = None) -> str:
+    """A table of runs, in the order given, if it can be at most `width` characters wide (None: as wide as it gets).
+
+    A narrow one has fewer columns, at last no range, each run still on one line.
+    """
     if not runs:
         return NO_RUNS
     from tabulate import tabulate
 
-    table = tabulate(
-        [_cells(run, now) for run in runs],
-        headers=("ended", "preset", "model", "examples seen", "predicted", "actual", "error", "in range", "status"),
-        tablefmt="simple",
-        disable_numparse=True,
-        colalign=("left", "left", "left", "right", "left", "right", "right", "left", "left"),
-    )
-    doubted = any(run.calibrated is False and run.seconds_high is not None for run in runs)
-    return f"{table}\n{DOUBT}." if doubted else str(table)
+    cells = [dict(zip(COLUMNS, _cells(run, now), strict=True)) for run in runs]
+    points = [one | {"predicted": duration(run.seconds)} for one, run in zip(cells, runs, strict=True)]
+    forms = [(_LEFT_OUT[:count], cells) for count in range(len(_LEFT_OUT) + 1)]
+    table, has_ranges = "", True
+    for dropped, rows in (*forms, (_LEFT_OUT, points)):
+        shown = [column for column in COLUMNS if column not in dropped]
+        has_ranges = rows is cells
+        table = tabulate(
+            [[one[column] for column in shown] for one in rows],
+            headers=shown,
+            tablefmt="simple",
+            disable_numparse=True,
+            colalign=["right" if column in _RIGHT else "left" for column in shown],
+        )
+        if width is None or max(map(len, table.splitlines())) <= width:
+            break
+    doubted = has_ranges and any(run.calibrated is False and run.seconds_high is not None for run in runs)
+    return f"{table}\n{DOUBT}." if doubted else table
 
 
 def _cells(run: PastRun, now: datetime) -> tuple[str, ...]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 
 from planner.figures import (
-    DOUBT,
     NOT_APPLICABLE,
     UNKNOWN,
-    ago,
     clock,
     duration,
     figure,
@@ -21,11 +17,11 @@ from planner.figures import (
     hours_text,
     promised_range,
 )
-from planner.report import PlanReport, Quality, Row
+from planner.remarks import LONGEST_ERROR_IN_A_CELL, cleaned, remarks
+from planner.report import PlanReport, Row
 from presets.text import printable
 
 DOES_NOT_FIT = "does not fit"
-_LONGEST_ERROR_IN_A_CELL = 24  # characters; a longer one goes under the table
 _WIDEST_TEXT = 110  # characters; longer lines are hard to read on any terminal
 
 
@@ -39,18 +35,20 @@ class _Column:
     right: bool = False
 
 
-def measured_text(report: PlanReport, *, now: datetime, width: int | None = None, ascii_only: bool = False) -> str:
+def measured_text(
+    report: PlanReport, *, now: datetime, width: int | None = None, ascii_only: bool = False, brief: bool = False
+) -> str:
     """The table of a measured plan with its notes, at most `width` characters wide (None: as wide as it gets).
 
-    `ascii_only` is for a stdout whose encoding has no box-drawing characters.
+    `ascii_only` is for a stdout whose encoding has no box-drawing characters, `brief` as in `remarks`.
     """
-    rows = tuple(map(_cleaned, report.rows))
-    return _text(_shown_columns(rows, now), rows, remarks(report, now), width, ascii_only)
+    rows = tuple(map(cleaned, report.rows))
+    return _text(_shown_columns(rows, now), rows, remarks(report, now, brief=brief), width, ascii_only)
 
 
 def column_cells(report: PlanReport, now: datetime) -> tuple[list[tuple[str, bool]], list[list[str]]]:
     """The table's titles, each with whether its column stands to the right, and the rows' cells; for other forms."""
-    rows = tuple(map(_cleaned, report.rows))
+    rows = tuple(map(cleaned, report.rows))
     is_published = all(row.basis == "published" for row in rows)
     columns = _published_columns() if is_published else _shown_columns(rows, now)
     return [(column.title, column.right) for column in columns], [
@@ -66,57 +64,9 @@ def _shown_columns(rows: Sequence[Row], now: datetime) -> list[_Column]:
     return [column for column in columns if column.title != "speed-up"]
 
 
-# A comma is of the number only where three digits follow it: else it ends a part of the sentence.
-_NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
-
-
-def remarks(report: PlanReport, now: datetime) -> tuple[str, ...]:
-    """What stands under the table: what rows have to say, said once for all that say it, and the report's notes."""
-    rows = tuple(map(_cleaned, report.rows))
-    notes = tuple(map(printable, report.notes))
-    if all(row.basis == "published" for row in rows):
-        return notes
-    said: dict[tuple[str, int], list[tuple[str, str]]] = {}  # what several rows have to say is said once, (row, text)
-    for row in rows:
-        alike: Counter[str] = Counter()  # what one row says twice with other numbers are two things
-        for text in _under_the_table(row):
-            form = _NUMBER.sub("#", text)
-            said.setdefault((form, alike[form]), []).append((row.name, text))
-            alike[form] += 1
-    everyone = [row.name for row in rows if row.error is None]
-    lines = []
-    for told in said.values():
-        names = [name for name, _ in told]
-        who = "all rows" if names == everyone and len(names) > 1 else " / ".join(names)
-        lines.append(f"{who}: {_as_one([text for _, text in told])}")
-    if any(not row.calibrated and row.seconds_low is not None and row.error is None for row in rows):
-        lines.append(f"{DOUBT}; the row's warnings say why.")
-    cached: dict[str, list[str]] = {}
-    for row in rows:
-        if row.basis == "cached" and row.error is None:
-            age = "earlier" if row.measured_at is None else ago(datetime.fromisoformat(row.measured_at), now)
-            cached.setdefault(age, []).append(row.name)
-    for age, names in cached.items():
-        who = "all rows" if names == everyone and len(names) > 1 else " / ".join(names)
-        again = "" if age == "earlier" else " --fresh measures again."
-        lines.append(f"Measured {age} on this device, not now: {who}.{again}")
-    return (*lines, *notes)
-
-
-def _as_one(texts: list[str]) -> str:
-    """Texts that differ in their numbers only, as one: "32 to 64" where they do."""
-    numbers = [_NUMBER.findall(text) for text in texts]
-    spans = []
-    for of_one_place in zip(*numbers, strict=True):
-        known = sorted(set(of_one_place), key=lambda number: float(number.replace(",", "")))
-        spans.append(known[0] if len(known) == 1 else f"{known[0]} to {known[-1]}")
-    filled = iter(spans)
-    return _NUMBER.sub(lambda _: next(filled), texts[0])
-
-
 def published_text(report: PlanReport, *, width: int | None = None, ascii_only: bool = False) -> str:
     """The published table with its notes; arguments as `measured_text`."""
-    rows = tuple(map(_cleaned, report.rows))
+    rows = tuple(map(cleaned, report.rows))
     columns = _published_columns()
     if all(row.published is None or row.published.hours_low is None for row in rows):
         columns = [column for column in columns if column.title != "published time"]
@@ -162,22 +112,6 @@ def _speedup(row: Row) -> str:
     return UNKNOWN if row.speedup is None else f"{row.speedup:.2f}x"
 
 
-def _cleaned(row: Row) -> Row:
-    """The row with every text in it made printable, before line breaks of our own come in."""
-    return replace(
-        row,
-        name=printable(row.name),
-        quality=Quality(text=_printable_or_none(row.quality.text), source=_printable_or_none(row.quality.source)),
-        risk=_printable_or_none(row.risk),
-        note=None if row.note is None else "\n".join(map(printable, row.note.split("\n"))),
-        error=_printable_or_none(row.error),
-    )
-
-
-def _printable_or_none(text: str | None) -> str | None:
-    return None if text is None else printable(text)
-
-
 def _unless_error(row: Row, text: str) -> str:
     return text if row.error is None else NOT_APPLICABLE
 
@@ -197,7 +131,7 @@ def _speed_factor(row: Row) -> str:
 
 def _time(row: Row, before: str, after: str) -> str:
     if row.error is not None:
-        return row.error if len(row.error) <= _LONGEST_ERROR_IN_A_CELL else "failed"
+        return row.error if len(row.error) <= LONGEST_ERROR_IN_A_CELL else "failed"
     # A published figure in a table of measurements must not look like one of them.
     text = duration(row.seconds) + (" (published)" if row.basis == "published" else "")
     if row.seconds_low is None or row.seconds_high is None:
@@ -238,11 +172,6 @@ def _published_time(row: Row) -> str:
     if published.hours_high is None or published.hours_high == published.hours_low:
         return f"{published.hours_low:g} h"
     return f"{published.hours_low:g}-{published.hours_high:g} h"
-
-
-def _under_the_table(row: Row) -> list[str]:
-    error = row.error if row.error is not None and len(row.error) > _LONGEST_ERROR_IN_A_CELL else None
-    return [text for text in (error, *(row.note or "").split("\n")) if text]
 
 
 def _text(

@@ -151,6 +151,7 @@ def test_from_python_errors_are_the_planners_own(monkeypatch: pytest.MonkeyPatch
 
 def test_an_option_before_a_command_and_one_that_does_not_go_with_it_are_refused(home: Path) -> None:
     assert "--limit stands before 'advise'" in plan(home, "--limit", "5", "advise", "--goal", "first", code=2).stderr
+    assert "--json does not go with --format csv" in plan(home, *COMMON, "--json", "--format", "csv", code=2).stderr
     assert "--dry-run goes with --run" in plan(home, *COMMON, "--dry-run", code=2).stderr
     assert "--dry-run does not go with 'plan tune'" in plan(home, "tune", *COMMON, "--dry-run", code=2).stderr
     assert "--format" in plan(home, "--run", "baseline", *COMMON, "--format", "html", code=2).stderr

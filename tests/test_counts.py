@@ -31,6 +31,7 @@ def test_a_count_is_understood_as_people_write_it(text: str, count: int) -> None
     [
         "-5", "0", "1e12", "1e400", "1e99999", "9" * 5000, "1" * 5000 + "k", "1.5", "1,5", "63.000", "1.2345k", "1e-3",
         "1e", "0x10", "5%", "7b", "nan", "-inf", "Infinity", "6_30", "12,34,567", "3.14.15", ".5", "0.0001k", "-1k",
+        "63x",
     ],
 )  # fmt: skip
 def test_a_number_that_is_no_count_is_one_line_and_no_name_on_the_hub(text: str) -> None:

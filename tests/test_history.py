@@ -304,6 +304,16 @@ def test_ranges_that_were_no_90_percent_ranges_are_counted_apart() -> None:
     assert "The 90 % range" not in accuracy_text(alone)
 
 
+@pytest.mark.parametrize("width", [200, 100, 80])
+def test_the_list_fits_the_terminal_with_each_run_on_one_line(width: int) -> None:
+    runs = [past_run(1, model="/models/a-model-of-a-long-name"), past_run(2)]
+    lines = runs_text(runs, NOW, width=width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert len(lines) == 4
+    assert ("model" in lines[0]) is (width == 200)
+    assert all(column in lines[0] for column in ("ended", "preset", "predicted", "actual", "error", "status"))
+
+
 def test_a_range_that_was_no_90_percent_range_is_marked_in_the_list() -> None:
     lines = runs_text([past_run(1, calibrated=False), past_run(2, calibrated=True), past_run(3)], NOW).splitlines()
     assert [("(1 min 30 – 1 min 50?)" in line, "(1 min 30 – 1 min 50)" in line) for line in lines[2:5]] == [

@@ -10,6 +10,7 @@ import pytest
 
 from planner.figures import GIB, clock, duration, duration_range, figure, finish_at, gib, hours_text
 from planner.formats import as_text
+from planner.remarks import remarks
 from planner.report import (
     DatasetInfo,
     DeviceInfo,
@@ -20,7 +21,7 @@ from planner.report import (
     Row,
     published_report,
 )
-from planner.table import measured_text, published_text, remarks
+from planner.table import measured_text, published_text
 from presets.schema import load_preset, parse_preset, preset_names
 from presets.text import printable
 
@@ -476,3 +477,32 @@ def test_a_comma_behind_a_number_stays_where_it_was() -> None:
     rows = tuple(dataclasses.replace(PLAN.rows[0], name=text[-20:], note=text) for text in texts)
     (line,) = (line for line in remarks(dataclasses.replace(PLAN, rows=rows, notes=()), NOW) if "--budget" in line)
     assert line.endswith("give --budget 20 to 30, of 1,000 to 63,000, or wait")
+
+
+DOUBTS = (
+    "this machine is not steady: its speed moved by 33% while it was timed, more than 10%. The range is widened.",
+    "a step takes 32 of 292 examples",
+    "too few timings to tell whether this machine is steady: with 4 micro-steps a speed that moves by less than 40% "
+    "may not stand out from noise, and 20% has to. The range reaches. Measure again with --fresh --budget 120, say.",
+    "other programs used 41% of this machine's CPU time while it was timed, more than 10%. Close them.",
+)
+
+
+def test_in_brief_the_doubts_about_the_timings_are_one_remark_with_every_number() -> None:
+    rows = (dataclasses.replace(PLAN.rows[0], name="one", note="\n".join(DOUBTS)),)
+    report = dataclasses.replace(PLAN, rows=rows, notes=())
+    full = [line for line in remarks(report, NOW) if line.startswith("one: ")]
+    assert full == [f"one: {text}" for text in DOUBTS]
+    first, second = (line for line in remarks(report, NOW, brief=True) if line.startswith("one: "))
+    for fact in ("moved by 33%", "more than 10%", "4 micro-steps", "used 41%", "--fresh --budget 120", "--explain"):
+        assert fact in first
+    assert second == f"one: {DOUBTS[1]}"
+    lone = dataclasses.replace(report, rows=(dataclasses.replace(rows[0], note="\n".join(DOUBTS[:2])),))
+    assert f"one: {DOUBTS[0]}" in remarks(lone, NOW, brief=True)
+
+
+def test_what_was_measured_alike_of_several_rows_is_said_once() -> None:
+    rows = tuple(dataclasses.replace(PLAN.rows[0], name=name, note=None) for name in ("one", "two"))
+    notes = ("One: the budget of 12 s allowed ±2.5%.", "Data: 12 examples.", "Two: the budget of 12 s allowed ±63%.")
+    lines = remarks(dataclasses.replace(PLAN, rows=rows, notes=notes), NOW)
+    assert lines[-2:] == ("One / Two: the budget of 12 s allowed ±2.5 to 63%.", "Data: 12 examples.")
