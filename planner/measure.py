@@ -10,12 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from planner.decks import Decks, Drawn, part_of, sample_of
+from planner.decks import Decks, Drawn, sample_of
 from planner.estimate import with_references as with_references
 from planner.estimator import Estimator, PlanWork, plan_work
 from planner.first_times import FirstTimes
 from planner.fixed import measure_fixed
 from planner.group import Group, rows_of
+from planner.measured import measurement_of, what_to_tell
 from planner.measurement import (
     Conditions,
     Measurement,
@@ -28,34 +29,21 @@ from planner.measurement import (
 )
 from planner.memory import SAME_SHAPE, MemoryProbe
 from planner.prober import DoesNotFit, ProberFactory
+from planner.rounds import LEAST_ROUNDS, REFERENCE_EVERY, choose_classes, turn_of
 from planner.standing import Standing
 from planner.steadiness import is_slow_to_start, split_warmup
-from planner.strata import Kind, Strata, keys, make_strata
+from planner.strata import Strata, keys
 from presets.errors import MeasurementError, PlanError
 from trainer.batching import MicroShapes
 from trainer.tokens import FloatArray, TokenizedDataset
 
-STRATA = (11, 8, 6, 4, 3, 2)  # tried from the left until three rounds fit the budget
-LEAST_PER_ROUND = 8  # micro-batches: where strata are few, several of each
-LEAST_ROUNDS = 5  # before the interval is believed narrow enough to stop
 # Who looks briefly sees neither a machine that changes nor rare slow micro-steps, and finds the interval narrow. So
 # half of the budget is always used, and three quarters unless the interval is much narrower than asked.
 LEAST_SHARE = 0.5
 USUAL_SHARE = 0.75
 MUCH_NARROWER = 0.25  # of the target
 MOST_ROUNDS = 1000
-# References tell the speed factor and nothing else, in the slowest precision: in every round they took half of the
-# budget and more where the others compute in fp16.
-REFERENCE_EVERY = 8
-REFERENCE_SHARE = 0.25  # of the first rounds
-# Of a search on a GPU: strata are few enough for so many rounds. It takes three that are no warm-up to tell two apart,
-# and a worker that has just been started may be slow for two.
-SEARCH_ROUNDS = 6
 SEARCH_LEAST = 3  # rounds that tell two apart: as few are kept with the first, and one more may end a little late
-# On a GPU kernels are loaded and chosen when first asked for: on an H100 up to half of the first ten seconds went into
-# it, and later nothing that showed (2026-11-26). So the micro-batches of a round are run twice there, and the second
-# time counts. Where the first time still takes this much longer at the end, it is said.
-SETTLED = 0.03
 WINDOW_MICROS = 16  # micro-batches of a window timed as a whole; a longer window is cut
 WINDOW_AFTER = (2, 5, 10, 20, 40)  # rounds after which one is timed
 WINDOW_SHARE = 0.2  # of the budget that is left, at most, for one window
@@ -281,55 +269,12 @@ class _Measuring:
             group.close()
 
     def _stratify(self, live: list[Group]) -> None:
-        """Choose strata few enough for a warm-up and two rounds within the budget."""
-        populations = []
-        for group in live:
-            for row in group.fitting:
-                populations.append((row.kind, part_of(self.shapes[id(row.plan)])[1]))
-        for count in STRATA:
-            self.strata = make_strata(populations, count)
-            rounds = 3 if live[0].signature.device == "cpu" else 4  # on a GPU two, each run twice
-            if self.is_search:
-                rounds = 2 * SEARCH_ROUNDS
-            if rounds * self._first_guess(live, populations) <= self.budget:
-                break
-        if count != STRATA[0]:
-            self.warnings.append(
-                f"micro-steps are slow for a budget of {self.budget:g} s: {self.strata.count} classes of micro-batches "
-                f"are timed instead of about {STRATA[0]}. Give more time with --budget."
-            )
-        guess = self._first_guess(live, populations) * (2 if self.is_search else 1)
-        for draws in range(1, LEAST_PER_ROUND // self.strata.count + 1):
-            if draws == 1 or LEAST_ROUNDS * draws * guess <= self.budget:
-                self.draws = draws
+        chosen = choose_classes(live, self.shapes, self.budget, is_search=self.is_search)
+        self.strata, self.draws = chosen.strata, chosen.draws
+        self.warnings += chosen.warnings
         self.work = {
             row.name: plan_work(row, self.shapes[id(row.plan)], self.strata) for group in live for row in group.fitting
         }
-
-    def _first_guess(self, live: list[Group], populations: list[tuple[Kind, MicroShapes]]) -> float:
-        """Seconds of a round over all signatures, each with its own kinds, by what was seen while probing memory."""
-        sizes: dict[Kind, list[float]] = {}  # mean padded tokens of each stratum
-        for one in self.strata.kinds:
-            stratum = np.concatenate([self.strata.of(of, s) for of, s in populations if of == one.kind])
-            padded = np.concatenate([s.padded_tokens for of, s in populations if of == one.kind])
-            numbers = [number for number in range(one.first, one.first + one.count) if (stratum == number).any()]
-            sizes[one.kind] = [float(padded[stratum == number].mean()) for number in numbers]
-        seconds = 0.0
-        for group in live:
-            share = REFERENCE_SHARE if group.is_reference and len(live) > 1 else 1.0
-            for kind in {row.kind for row in group.fitting}:
-                seconds += share * sum(self._guess(group, tokens) for tokens in sizes[kind])
-        return seconds
-
-    def _guess(self, group: Group, padded: float) -> float:
-        """Seconds of a micro-batch of so many padded tokens.
-
-        A search on a GPU goes by what was probed and is like it in size: the rate of the largest says nothing of small
-        ones there, which may take as long.
-        """
-        if self.is_search:
-            return group.probed_seconds(padded)
-        return group.seconds_per_padded_token * padded
 
     def _time(self, groups: list[Group], budget: float) -> None:
         """Rounds until every row's interval is narrow enough, or the budget is spent. In turns: A B, B A, A B ..."""
@@ -347,7 +292,7 @@ class _Measuring:
                     return
                 decks = self._decks(groups)
             left = budget - (self.spent - begun)
-            turn = self._turn(groups, number)
+            turn = turn_of(groups, number)
             if number and not self._another_round(groups, turn, budget, left, number):
                 break
             if all(len(group.rounds) >= self.most_rounds for group in groups):
@@ -361,12 +306,6 @@ class _Measuring:
                         continue
                     self._guarded(group, functools.partial(self._window, group, budget - (self.spent - begun)))
             self.tell(f"timing, round {number + 1}", min(1.0, self.spent / max(self.budget, 1e-9)))
-
-    def _turn(self, groups: list[Group], number: int) -> list[Group]:
-        """Who takes part in a round: references in the first, and in few of the others where there are others."""
-        timed = [group for group in groups if not group.is_reference]
-        has_all = number == 0 or number % REFERENCE_EVERY == REFERENCE_EVERY // 2
-        return timed if timed and not has_all else groups
 
     def _decks(self, groups: list[Group]) -> Decks:
         rows = {id(row.plan): row for group in groups for row in group.fitting}
@@ -523,50 +462,10 @@ class _Measuring:
     def _result(self, group: Group) -> Measurement:
         kept = self._kept(group) if group.rounds and group.is_live else tuple(group.rounds)
         width = self._width(group, least=1) if group.is_live and kept else 0.0
-        if group.ended_by == "budget" and width > self.target and not group.is_reference:
-            self.warnings.append(
-                f"{group.rows[0].name}: the budget of {self.budget:g} s was spent while the timings alone still "
-                f"allowed ±{width:.1%} (--precision-target is ±{self.target:.1%}). Give more time with --budget."
-            )
-        share = group.first_times.share_to_the_end
-        if share > SETTLED and not group.is_reference:
-            self.notes.append(
-                f"{group.rows[0].name}: new micro-batches took {share:.0%} longer the first time to the end; the range "
-                "reaches up for it. A longer --budget shows whether it ends"
-            )
-        if group.ended_by == "precision" and not group.is_reference:
-            self.notes.append(
-                f"{group.rows[0].name}: timed for {group.spent:.0f} s, until the range of ±{width:.1%} was narrower "
-                f"than the ±{self.target:.1%} asked for"
-            )
-        if group.ended_by == "budget" and width <= self.target and not group.is_reference:
-            self.notes.append(
-                f"{group.rows[0].name}: timed for {group.spent:.0f} s, until the budget was spent; the range of "
-                f"±{width:.1%} was within the ±{self.target:.1%} asked for"
-            )
-        first = len(group.rounds) - len(kept)  # what lies before it is warm-up, windows too
-        windows = tuple(window for before, window in group.windows if before > first)
-        if kept and not windows and group.is_live and not group.is_reference:
-            self.notes.append(
-                f"{group.rows[0].name}: no whole window could be timed in the budget, so the sum of the parts was not "
-                "checked against one. A longer --budget checks it"
-            )
-        new_shape = group.first_times.new_shape()
-        return Measurement(
-            signature=group.signature,
-            load=group.load,
-            warmup=tuple(group.rounds[:first]),
-            rounds=kept,
-            windows=windows,
-            fixed=group.fixed,
-            one_off_seconds=group.first_seconds + group.first_times.once,
-            first_time_share=share,
-            new_shape_seconds=new_shape[0],
-            new_shape_error=new_shape[1],
-            seconds_spent=group.spent,
-            ended_by=group.ended_by,
-            error=group.error,
-        )
+        told = what_to_tell(group, kept, width, budget=self.budget, target=self.target)
+        self.notes += told.notes
+        self.warnings += told.warnings
+        return measurement_of(group, kept)
 
     def _verdict(self, group: Group, row: PlannedRow) -> RowVerdict:
         verdict = group.verdicts[row.name]
