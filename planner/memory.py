@@ -92,6 +92,7 @@ class MemoryProbe:
                 try:
                     seconds = LONG_ONES_SHARE * self._budget / (len(trials) * len(self._groups))
                     windows = self._worst_windows(members, plan, micro)[: None if self._thorough else 1]
+                    windows += self._most_learnt(members, windows)
                     is_growing = group.signature.device == "cpu" and self._thorough
                     more = self._long_windows(members) if is_growing else []
                     reply = self._try_alone(group, windows, more, seconds)
@@ -143,8 +144,9 @@ class MemoryProbe:
             return
         batches = evaluation_batches(self._data, held_out, group.signature.device)
         largest = max(batches, key=lambda batch: len(batch) * int(self._data.lengths[batch].max()))
+        learnt = max(batches, key=lambda batch: int(self._data.num_supervised[batch].sum()))  # see `_most_learnt`
         try:
-            group.prober.evaluate([largest.tolist()])
+            group.prober.evaluate([batch.tolist() for batch in ([largest] if learnt is largest else [largest, learnt])])
             reply = group.prober.peak()
         except DoesNotFit as reason:
             names = ", ".join(row.name for row in group.fitting)
@@ -201,6 +203,23 @@ class MemoryProbe:
             if len(key) and key.max() > 0:
                 windows.append(_neighbourhood(other, int(key.argmax())))
         return windows
+
+    def _most_learnt(self, members: list[PlannedRow], windows: list[list[MicroRows]]) -> list[list[MicroRows]]:
+        """The micro-batch of each plan that most tokens are learnt from, where that is more than in these windows.
+
+        Only such positions go through the output layer, whose logits are the largest tensors where the vocabulary is
+        large: a long prompt with a short answer holds less than a shorter text that is learnt from as a whole.
+        """
+        if all(row.job.loss == "lean" for row in members):
+            return []  # a chunk at a time, however many there are
+        supervised = self._data.num_supervised
+        known = max(int(sum(supervised[row].sum() for row in rows)) for window in windows for rows in window)
+        found = []
+        for plan in {id(row.plan): row.plan for row in members}.values():
+            learnt = plan.per_micro_batch(supervised)
+            if len(learnt) and learnt.max() > known:
+                found.append(_neighbourhood(plan, int(learnt.argmax())))
+        return found
 
     def _long_windows(self, members: list[PlannedRow]) -> list[list[MicroRows]]:
         """The longest micro-batches of each plan with their neighbours, in the plan's order."""

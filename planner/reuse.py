@@ -50,14 +50,15 @@ TIMED_SOURCES = (
     ("trainer", "siblings.py"), ("trainer", "gated.py"),
     ("trainer", "checkpoint.py"), ("trainer", "feed.py"), ("trainer", "compiled.py"), ("trainer", "process.py"),
     ("planner", "worker.py"), ("planner", "prober.py"), ("planner", "measurement.py"),
-    ("planner", "strata.py"), ("planner", "stopwatch.py"),
+    ("planner", "strata.py"), ("planner", "stopwatch.py"), ("planner", "memory.py"), ("planner", "first_times.py"),
+    ("planner", "measured.py"),
 )  # fmt: skip
 # A change in one of these makes another prediction of the same timings.
 ESTIMATED_SOURCES = (
     ("planner", "estimate.py"), ("planner", "measure.py"), ("planner", "steadiness.py"), ("planner", "intervals.py"),
     ("planner", "outliers.py"), ("planner", "slope.py"), ("planner", "estimator.py"), ("planner", "decks.py"),
     ("planner", "fixed.py"), ("planner", "works.py"), ("planner", "first_times.py"),
-    ("planner", "rounds.py"), ("planner", "measured.py"),
+    ("planner", "rounds.py"),
 )  # fmt: skip
 NOT_SHAPE = ("_name_or_path", "transformers_version")  # of a config.json
 LIKE = 2.0  # a class of micro-batches may lie on average this factor from those timed for it; the fit bridges that much

@@ -478,3 +478,27 @@ def test_what_a_round_will_take_is_guessed_from_each_signature_s_own_kinds() -> 
     assert found.strata.count >= 9
     assert not any("classes of micro-batches" in warning for warning in found.warnings)
     assert sum(one.seconds_spent for one in found.measurements) < 1.1 * 12
+
+
+@pytest.mark.parametrize(("loss", "is_run"), [("plain", True), ("lean", False)])
+def test_memory_is_probed_where_most_tokens_are_learnt_from_too(loss: str, is_run: bool) -> None:
+    """The longest are prompts with short answers; the logits of a shorter text, learnt from as a whole, are larger."""
+    lengths = np.array([400] * 60 + [300] + [400] * 59)
+    data = make_data(lengths)
+    supervised = data.supervised.copy()
+    for example in np.flatnonzero(lengths == 400):
+        supervised[data.offsets[example] : data.offsets[example + 1] - 5] = False
+    data = replace(data, supervised=supervised)
+    probed: list[int] = []
+
+    class Recording(FakeProber):
+        def memory(self, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float) -> MemoryReply:
+            probed.extend(example for window in windows for rows in window for row in rows for example in row)
+            return super().memory(windows, more, seconds)
+
+    device = FakeDevice(lengths, half_speed_up=1.0)
+    rows = [make_row(make_job(device="cuda", precision="fp16", loss=loss), data)]
+    learnt = int(np.flatnonzero(lengths == 300)[0])
+    assert learnt in rows[0].plan.order
+    measure(rows, data, lambda job: Recording(device, job), 5, clock=device.clock)
+    assert (learnt in probed) is is_run

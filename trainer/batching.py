@@ -125,6 +125,10 @@ class BatchPlan:
         """Sum over each window's documents of a number per example, (num_windows,)."""
         return _sums(per_document[self.order], self.window_documents)
 
+    def per_micro_batch(self, per_document: IntArray) -> IntArray:
+        """Sum over each micro-batch's documents of a number per example, (num_micro_batches,)."""
+        return _sums(per_document[self.order], self.row_offsets[self.micro_offsets])
+
     def digest(self) -> str:
         """What tells this plan from any other: SHA-256 over its arrays, in hexadecimal."""
         sha = hashlib.sha256()
