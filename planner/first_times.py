@@ -20,6 +20,7 @@ from trainer.tokens import FloatArray
 Shape = tuple[int, int]  # rows, width
 LEAST = 8  # micro-batches of a new shape, before their excess is believed
 SURE = 2.5  # standard errors
+NOISE = 2.0  # standard deviations of a sum of differences
 
 
 @dataclass(slots=True, eq=False)
@@ -54,27 +55,38 @@ class FirstTimes:
         if len(excess) < LEAST:
             return 0.0, 0.0
         seconds = float(np.median(excess))
-        error = _error_of_median(excess, seconds)
+        error = _error_of_median(excess)
         return (seconds, error) if seconds > SURE * error else (0.0, 0.0)
 
     @property
     def once(self) -> float:
-        """Seconds of what is loaded once: beyond what new shapes take."""
-        return max(0.0, self._excess(self._rounds))
+        """Seconds of what is loaded once: beyond what new shapes take; 0 where that is no more than noise."""
+        return self._surely(self._rounds)
 
     @property
     def share_to_the_end(self) -> float:
         """By how much the first time still took longer in the later half of the rounds, relative, new shapes apart."""
         later = self._rounds[len(self._rounds) // 2 :]
         second = sum(second for one in later for _, second, _ in one)
-        return max(0.0, self._excess(later) / second) if second > 0 else 0.0
+        return self._surely(later) / second if second > 0 else 0.0
 
-    def _excess(self, rounds: list[list[tuple[float, float, bool]]]) -> float:
+    def _surely(self, rounds: list[list[tuple[float, float, bool]]]) -> float:
+        """The sum of the excess of first times, where it is larger than that of as many differences by chance."""
+        excess = self._excess(rounds)
+        deviation = _deviation(self._excess(self._rounds[len(self._rounds) // 2 :]))
+        total = float(excess.sum())
+        return total if total > NOISE * deviation * math.sqrt(len(excess)) else 0.0
+
+    def _excess(self, rounds: list[list[tuple[float, float, bool]]]) -> FloatArray:
         each = self.new_shape()[0]
-        return sum(first - second - each * is_new for one in rounds for first, second, is_new in one)
+        return np.array([first - second - each * is_new for one in rounds for first, second, is_new in one])
 
 
-def _error_of_median(values: FloatArray, median: float) -> float:
-    """Standard error of a median, from the median absolute deviation, as of a normal distribution."""
-    deviation = 1.4826 * float(np.median(np.abs(values - median)))
-    return math.sqrt(math.pi / 2) * deviation / math.sqrt(len(values))
+def _deviation(values: FloatArray) -> float:
+    """Standard deviation, from the median absolute deviation: rare large ones do not count."""
+    return 1.4826 * float(np.median(np.abs(values - np.median(values)))) if len(values) else 0.0
+
+
+def _error_of_median(values: FloatArray) -> float:
+    """Standard error of a median, as of a normal distribution."""
+    return math.sqrt(math.pi / 2) * _deviation(values) / math.sqrt(len(values))

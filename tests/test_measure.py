@@ -366,7 +366,7 @@ def test_windows_of_new_shapes_are_no_sign_that_the_parts_do_not_add_up() -> Non
 
 
 def test_a_gpu_for_which_new_shapes_are_like_others_is_not_said_to_choose_for_them() -> None:
-    said = 0
+    said = loaded = 0
     for seed in range(20):
         device = FakeDevice(
             LENGTHS, base=0.05, per_token=2e-6, per_token_width=0.0, noise=0.1, seed=seed, half_speed_up=1.0
@@ -374,7 +374,9 @@ def test_a_gpu_for_which_new_shapes_are_like_others_is_not_said_to_choose_for_th
         row = make_row(make_job(device="cuda", precision="bf16", micro_batch_size=4), DATA)
         found = measure([row], DATA, device.factory, budget_seconds=10, clock=device.clock, seed=seed)
         said += found.measurements[0].new_shape_seconds > 0
+        loaded += found.measurements[0].one_off_seconds > 0
     assert said <= 1
+    assert loaded <= 2  # nor to load anything
 
 
 def test_too_short_a_time_to_warm_a_gpu_up_is_said() -> None:
