@@ -39,7 +39,7 @@ def line(**answer: Any) -> bytes:
 
 BAD_LINES: dict[str, tuple[bytes, str]] = {
     "invalid UTF-8": (b'{"messages": "\xff\xfe"}', "not UTF-8 (byte 15 of the line)"),
-    "a NUL byte": (b'{"messages": "a\x00b"}', "not JSON (Invalid control character at, column 16)"),
+    "a NUL byte": (b'{"messages": "a\x00b"}', "not JSON (Invalid control character, column 16)"),
     "deep lists": (b"[" * 100_000, "not JSON that can be read (nested too deeply)"),
     "deep objects": (b'{"a":' * 100_000, "not JSON that can be read (nested too deeply)"),
     "deep JSON in a text": (
