@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.conditions import summarise
-from planner.estimator import Estimator, PlanWork
+from planner.estimator import Z_90, Estimator, PlanWork
 from planner.figures import GIB
 from planner.intervals import lopsided
 from planner.measurement import (
@@ -38,7 +38,6 @@ FIXED_RELATIVE_HALF_WIDTH = 0.2
 # a shared machine eleven lay within 6 %, one, with other work beside it, at 13 %
 # (bench/results/accuracy-2026-11-24.json). A GPU alone in its machine is steadier; how steady has not been measured.
 BETWEEN_RUNS = {"cpu": 0.06, "mps": 0.03, "cuda": 0.01}
-CONFIDENT = 1.645  # standard errors to either end of a 90 % interval
 TIMER_SECONDS = 1e-6  # what reading the clock adds to each timed call
 # A run's resident memory on a CPU over that of its longest micro-batches in a worker, since the heap grows on over
 # hundreds of shapes: the median of 13 pairs, 1.062 the highest (bench/results/accuracy-2026-11-26.json). A GPU's blocks
@@ -214,7 +213,7 @@ def estimate(
     each, error = measurement.new_shape_seconds, measurement.new_shape_error
     if each > 0:
         shapes = works.num_shapes(row.plan)
-        apart = CONFIDENT * error
+        apart = Z_90 * error
         seconds, low, high = (
             seconds + each * shapes,
             low + max(0.0, each - apart) * shapes,

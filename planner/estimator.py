@@ -22,7 +22,7 @@ from trainer.record import CostModel
 from trainer.tokens import FloatArray
 
 _NORMAL = statistics.NormalDist()
-_Z = _NORMAL.inv_cdf(0.95)
+Z_90 = _NORMAL.inv_cdf(0.95)  # standard errors to either end of a 90 % interval
 MIN_RELATIVE_HALF_WIDTH = 0.002  # no two runs of one machine agree better, whatever the samples say
 
 
@@ -158,8 +158,8 @@ class Total:
         lie above, the rest may lie below: the lower end moves up.
         """
         up = math.hypot(half, self.slow_up)
-        above = 1 - _NORMAL.cdf(_Z * up / half) if half > 0 else 0.05
-        return math.hypot(_NORMAL.inv_cdf(0.90 + above) / _Z * half, self.slow_down), up
+        above = 1 - _NORMAL.cdf(Z_90 * up / half) if half > 0 else 0.05
+        return math.hypot(_NORMAL.inv_cdf(0.90 + above) / Z_90 * half, self.slow_down), up
 
 
 def _with_times(one: Round) -> Iterator[tuple[float, MicroSample]]:

@@ -23,7 +23,6 @@ class Group:
     verdicts: dict[str, RowVerdict] = field(default_factory=dict)
     reserved: int = 0  # bytes, at the largest micro-batch that fits
     largest_key: float = 0.0  # of the micro-batches that fit
-    seconds_per_padded_token: float = 0.0  # at the worst micro-batch: a first idea of what a round costs
     probed: dict[float, float] = field(default_factory=dict)  # padded tokens of worst micro-batches -> their seconds
     rounds: list[Round] = field(default_factory=list)  # the first of them may be warm-up
     windows: list[tuple[int, WindowSample]] = field(default_factory=list)  # (rounds before it, window)
@@ -44,6 +43,12 @@ class Group:
     @property
     def is_live(self) -> bool:
         return self.error is None and not self.is_postponed and bool(self.fitting)
+
+    @property
+    def seconds_per_padded_token(self) -> float:
+        """At the largest micro-batch that was probed: a first idea of what a round costs."""
+        largest = max(self.probed, default=0.0)
+        return self.probed[largest] / largest if largest else 0.0
 
     def probed_seconds(self, padded: float) -> float:
         """A first idea of what a micro-batch of so many padded tokens takes, from those of like size."""

@@ -403,8 +403,8 @@ class _Measuring:
         started = self.clock()
         seconds = prober.window([rows_of(plan, micro) for micro in micros])
         self._spend(group, started)
-        new = sum(group.first_times.meet([(one.rows, one.width) for one in samples]))
-        new = new if group.signature.device != "cpu" else 0
+        is_new = group.first_times.meet([(one.rows, one.width) for one in samples])
+        new = sum(is_new) if group.signature.device != "cpu" else 0
         group.windows.append((len(group.rounds), WindowSample(samples=samples, seconds=seconds, new_shapes=new)))
 
     def _spend(self, group: Group, started: float) -> float:

@@ -109,7 +109,6 @@ class MemoryProbe:
                     group.first_seconds += reply.first_seconds
                     group.largest_key = max(group.largest_key, float(keys(shapes)[micro]))
                     group.probed[float(padded)] = reply.micro_step_seconds
-                    group.seconds_per_padded_token = reply.micro_step_seconds / max(1, padded)
                     for row in members:
                         group.verdicts[row.name] = replace(
                             group.verdicts[row.name],

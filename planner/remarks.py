@@ -119,16 +119,17 @@ def _briefly(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
 def _notes(names: list[str], notes: tuple[str, ...]) -> tuple[str, ...]:
     """The report's notes; those of several rows that differ in their numbers only, as one."""
     known = {name[:1].upper() + name[1:] for name in names}
-    alike: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    alike: dict[str, list[tuple[str, str]]] = {}
     for note in notes:
         name, _, text = note.partition(": ")
-        alike.setdefault((_NUMBER.sub("#", text), "") if name in known and text else ("", note), []).append(
-            (name, text)
-        )
-    return tuple(
-        note if form == "" else f"{' / '.join(name for name, _ in said)}: {_as_one([text for _, text in said])}"
-        for (form, note), said in alike.items()
-    )
+        is_of_a_row = name in known and text
+        alike.setdefault(_NUMBER.sub("#", text) if is_of_a_row else note, []).append((name, text))
+    lines = []
+    for said in alike.values():
+        who = " / ".join(dict.fromkeys(name for name, _ in said))
+        text = _as_one([text for _, text in said])
+        lines.append(f"{who}: {text}" if text else who)
+    return tuple(lines)
 
 
 def _under_the_table(row: Row) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ class ClockMeter:
         self._marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        return [after - before for before, after in zip(self._marks, self._marks[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(self._marks)]
 
 
 class EventMeter:
@@ -51,4 +52,4 @@ class EventMeter:
         import torch
 
         torch.cuda.synchronize()
-        return [before.elapsed_time(after) / 1000 for before, after in zip(self._marks, self._marks[1:], strict=False)]
+        return [before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(self._marks)]
