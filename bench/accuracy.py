@@ -87,6 +87,14 @@ class Case:
     options: tuple[str, ...]
 
 
+def packed(length: int) -> tuple[str, ...]:
+    return ("--packing", "--max-length", str(length))
+
+
+def micro(size: int) -> tuple[str, ...]:
+    return ("--micro-batch-size", str(size))
+
+
 CPU_CASES = (
     Case("LoRA", "qwen3-6m", ("--limit", "420")),
     Case("LoRA, micro 4", "qwen3-6m", ("--limit", "460", "--micro-batch-size", "4")),
@@ -99,37 +107,27 @@ CPU_CASES = (
     Case("LoRA, eager", "mistral-9m", ("--limit", "280", "--attention", "eager")),
     Case("LoRA, cut at 128", "llama-12m", ("--limit", "420", "--max-length", "128")),
 )
-# Numbers of records for 15 to 25 s on an H200. First those whose micro-steps the GPU sets the pace of (13 us a token
-# with 1 B, as seen; by parameters with the others), then those that wait for the host: 3 to 5 ms a layer there.
+# Numbers of records for some 15 s on an H200. Most have micro-steps that the GPU sets the pace of (13 us a token of 1 B
+# in bf16, as seen; by parameters with the others); the last two wait for the host, which takes 3 to 5 ms a layer there.
+BF16, FP16 = ("--precision", "bf16"), ("--precision", "fp16")
+LEAN = ("--lean-loss",)
 GPU_CASES = (
-    Case(
-        "LoRA bf16, packed 8192",
-        "llama-3b",
-        ("--precision", "bf16", "--limit", "1240", "--packing", "--max-length", "8192"),
-    ),
-    Case("LoRA bf16, micro 8", "llama-8b", ("--precision", "bf16", "--limit", "370", "--micro-batch-size", "8")),
-    Case(
-        "LoRA fp16, packed 16384",
-        "llama-1b",
-        ("--precision", "fp16", "--limit", "3200", "--packing", "--max-length", "16384"),
-    ),
-    Case("LoRA fp16, micro 16", "llama-3b", ("--precision", "fp16", "--limit", "880", "--micro-batch-size", "16")),
+    Case("LoRA bf16, packed 8192, lean", "llama-1b", (*BF16, *LEAN, *packed(8192), "--limit", "1900")),
+    Case("LoRA bf16, micro 16", "qwen3-1.7b", (*BF16, "--limit", "1100", *micro(16))),
+    Case("LoRA bf16, packed 4096", "llama-3b", (*BF16, *packed(4096), "--limit", "770")),
+    Case("LoRA fp32, micro 4", "llama-1b", ("--precision", "fp32", "--limit", "270", *micro(4))),
     Case(
         "LoRA bf16, micro 8, checkpointing",
         "llama-8b",
-        ("--precision", "bf16", "--limit", "280", "--micro-batch-size", "8", "--gradient-checkpointing"),
+        (*BF16, "--limit", "270", *micro(8), "--gradient-checkpointing"),
     ),
-    Case("LoRA bf16, micro 16", "qwen3-1.7b", ("--precision", "bf16", "--limit", "1450", "--micro-batch-size", "16")),
-    Case("LoRA bf16, micro 4", "llama-1b", ("--precision", "bf16", "--limit", "1000", "--micro-batch-size", "4")),
-    Case("LoRA bf16, micro 4", "llama-8b", ("--precision", "bf16", "--limit", "400", "--micro-batch-size", "4")),
-    Case("LoRA tf32", "llama-1b", ("--precision", "tf32", "--limit", "280")),
-    Case(
-        "LoRA bf16, packed 4096",
-        "llama-3b",
-        ("--precision", "bf16", "--limit", "1200", "--packing", "--max-length", "4096"),
-    ),
-    Case("LoRA bf16, checkpointing", "llama-8b", ("--precision", "bf16", "--limit", "140", "--gradient-checkpointing")),
-    Case("LoRA bf16, micro 4", "qwen3-1.7b", ("--precision", "bf16", "--limit", "770", "--micro-batch-size", "4")),
+    Case("LoRA fp16, packed 8192", "qwen3-1.7b", (*FP16, *packed(8192), "--limit", "1400")),
+    Case("LoRA bf16, micro 8", "llama-3b", (*BF16, "--limit", "560", *micro(8))),
+    Case("LoRA fp16, packed 16384", "llama-1b", (*FP16, *packed(16384), "--limit", "1900")),
+    Case("LoRA fp16, packed 8192, lean", "llama-3b", (*FP16, *LEAN, *packed(8192), "--limit", "770")),
+    Case("LoRA tf32, micro 8", "llama-1b", ("--precision", "tf32", "--limit", "850", *micro(8))),
+    Case("LoRA bf16, micro 4", "llama-8b", (*BF16, "--limit", "360", *micro(4))),
+    Case("LoRA bf16, micro 4", "llama-1b", (*BF16, "--limit", "830", *micro(4))),
 )
 
 
@@ -361,6 +359,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=0.0, help="start no pair after this many")
     parser.add_argument("--data", type=Path, default=common.GSM8K, help="JSONL with question and answer")
     parser.add_argument("--models", type=Path, help="keep the models here, and take those that are there")
+    parser.add_argument("--keep", type=Path, help="copy each pair's measurement and small files there, to look into")
     parser.add_argument("--prepare", action="store_true", help="only make the models of the cases")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -404,7 +403,10 @@ def main() -> int:
             if arguments.prepare:
                 continue
             shutil.rmtree(home / "plan-home", ignore_errors=True)
-            found = run_pair(case, model, arguments, home / f"run-{time.monotonic_ns()}")
+            folder = home / f"run-{time.monotonic_ns()}"
+            found = run_pair(case, model, arguments, folder)
+            if arguments.keep:
+                keep_small_files((home / "plan-home", folder), arguments.keep, f"{len(content['pairs']):02d}")
             content["pairs"].append({"repeat": repeat, "model": case.model, "case": case.name} | found)
             content["summary"] = summary(content["pairs"])
             print(table(content["pairs"][-1:]).splitlines()[-1], flush=True)
@@ -413,6 +415,15 @@ def main() -> int:
     print(table(content["pairs"]))
     print(json.dumps(summary(content["pairs"]), indent=1))
     return 0
+
+
+def keep_small_files(folders: tuple[Path, ...], keep: Path, prefix: str) -> None:
+    """Measurement, log, metrics, estimate: what tells where a prediction went wrong; no weights."""
+    keep.mkdir(parents=True, exist_ok=True)
+    for folder in folders:
+        for path in folder.glob("*"):
+            if path.suffix in {".sqlite", ".json", ".jsonl", ".log"}:
+                shutil.copy(path, keep / f"{prefix}-{path.name}")
 
 
 def scaled(case: Case, scale: float) -> Case:

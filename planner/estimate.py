@@ -203,7 +203,10 @@ def estimate(
     if measurement.load is not None and measurement.load.compile_refused is not None:
         notes.append(f"the layers are not compiled: {measurement.load.compile_refused}")
     per_step = total.seconds / work.num_steps
-    job = with_checkpoint_interval(row.job, row.plan.num_steps, per_step)
+    saved = measurement.fixed.save
+    job = with_checkpoint_interval(
+        row.job, row.plan.num_steps, per_step, None if saved is None else saved.checkpoint_seconds
+    )
     fixed = fixed_seconds(replace(row, job=job), works, measurement, data_seconds)
     high += measurement.first_time_share * total.seconds  # it may go on: each shape its own kernel
     # Taken once as measured: the run meets other micro-batches first.

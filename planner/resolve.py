@@ -58,6 +58,7 @@ class Options:
     attention: Attention | None = None
     gradient_checkpointing: bool | None = None
     packing: bool = False
+    lean_loss: bool = False
     group_by_length: bool = False
     compile: bool = False
     seed: int | None = None
@@ -216,6 +217,7 @@ def resolve_job(preset: Preset, options: Options, settings: Settings, facts: Dev
             num_threads=options.num_threads,
             seed=options.seed if options.seed is not None else settings.seed if settings.seed is not None else 42,
             packing=options.packing,
+            loss="lean" if options.lean_loss else "plain",
             group_by_length=options.group_by_length,
             compile=options.compile,
             evaluation=_evaluation(options),

@@ -25,7 +25,7 @@ from planner.measurement import MicroSample, PlannedRow, Round
 from planner.steadiness import HAS_TO_SHOW
 from trainer.evaluate import evaluation_batches
 from trainer.job import EvaluationSpec
-from trainer.planning import CHECKPOINT_SECONDS, plan_job, stand_in
+from trainer.planning import CHECKPOINT_SECONDS, CHECKPOINT_SHARE, plan_job, stand_in, with_checkpoint_interval
 from trainer.record import CostModel
 from trainer.tokens import TokenizedDataset
 
@@ -202,6 +202,23 @@ def test_a_long_run_s_checkpoints_are_counted_every_ten_minutes_as_it_writes_the
     assert rare.checkpoint_every == 10**6
     assert rare.fixed.checkpoints is not None
     assert rare.fixed.checkpoints < one.fixed.checkpoints / 3
+
+
+def test_a_short_run_writes_checkpoints_seldomer_where_they_would_take_a_part_of_it_that_is_felt() -> None:
+    device = FakeDevice(LENGTHS, base=0.01)
+    row = make_row(make_job(), DATA)
+    (one,) = estimates(device, [row])
+    assert one.seconds_per_step is not None
+    assert one.checkpoint_every is not None
+    assert row.plan.num_steps / 10 < one.checkpoint_every < row.plan.num_steps
+    between = one.checkpoint_every * one.seconds_per_step  # the fake's checkpoints take 0.2 s
+    assert 0.2 <= CHECKPOINT_SHARE * between < 0.2 + one.seconds_per_step
+    # One step short of the end is no reason for a checkpoint beyond the last.
+    job = with_checkpoint_interval(row.job, row.plan.num_steps, one.seconds_per_step, 60.0)
+    assert job.checkpoint_every == row.plan.num_steps
+    # A checkpoint that takes minutes is written every ten all the same.
+    job = with_checkpoint_interval(row.job, 10_000, 1.0, 120.0)
+    assert job.checkpoint_every == CHECKPOINT_SECONDS
 
 
 def test_what_a_gpu_s_first_evaluation_takes_longer_is_counted_once() -> None:

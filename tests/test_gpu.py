@@ -176,3 +176,27 @@ def test_attention_of_grouped_heads_in_fp32_holds_no_square_of_the_tokens(tiny_m
     square = 16 * tokens * tokens * 4  # bytes of one head's scores, all heads
     assert held < square / 4
     assert torch.cuda.max_memory_allocated() - before < square
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("loss", ["plain", "lean"])
+@pytest.mark.parametrize("rows", [[[0], [1]], [[0, 1, 2], [3]]], ids=["plain rows", "packed"])
+def test_no_micro_step_waits_for_the_gpu(
+    precision: str, loss: str, rows: list[list[int]], tiny_model: Path, data: Any, make_job: Any
+) -> None:
+    """The host then launches the next one while the GPU still computes this one."""
+    from trainer.model import load_model
+    from trainer.step import make_stepper, micro_step
+
+    base = "fp16" if precision == "fp16" else "fp32"
+    job = make_job(model=str(tiny_model), device="cuda", precision=precision, base_precision=base, loss=loss)
+    stepper = make_stepper(load_model(job, need_weights=True).model, "cuda", precision, loss=loss)
+    assert stepper.lean_refused is None
+    batch = batches(tiny_model, data, rows)
+    micro_step(stepper, batch, scale=0.01)  # the first one loads and settles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        micro_step(stepper, batch, scale=0.01)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

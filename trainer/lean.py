@@ -93,7 +93,11 @@ def lean_losses(
     chosen = states.reshape(-1, states.shape[-1]).index_select(0, predicts)
     differentiated = torch.is_grad_enabled() and (chosen.requires_grad or bool(head.trained))
     if reduction == "sum" and differentiated:
-        scale = torch.as_tensor(gradient_scale, dtype=torch.float32, device=chosen.device)
+        scale = (
+            gradient_scale.to(chosen.device, torch.float32)
+            if isinstance(gradient_scale, torch.Tensor)
+            else torch.full((), gradient_scale, dtype=torch.float32, device=chosen.device)  # a copied one waits
+        )
         return _ChunkedSum.apply(chosen, targets, scale, head, *head.trained)
     parts = []
     for chunk in head.chunks(len(targets)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from trainer.tokens import FloatArray, IntArray, TokenizedDataset
 
 MOST_DOCUMENTS = 200_000_000  # in a batch plan
 CHECKPOINT_SECONDS = 600.0  # a crash loses ten minutes at most, where steps are short enough
+CHECKPOINT_SHARE = 0.02  # of the steps' time, for checkpoints: in a short run they come seldomer than ten times
 GROUPED_NOTE = "grouped by length: changes which examples share a batch; not quality-neutral"
 
 
@@ -27,10 +29,24 @@ class Planned:
     notes: tuple[str, ...]
 
 
-def with_checkpoint_interval(job: Job, num_steps: int, seconds_per_step: float | None) -> Job:
-    """The job with its own checkpoints, else ten times a run, and every ten minutes where that is more often."""
+def with_checkpoint_interval(
+    job: Job, num_steps: int, seconds_per_step: float | None, checkpoint_seconds: float | None = None
+) -> Job:
+    """The job with its own checkpoints, else ten times a run, but as seldom as a short run can bear and no seldomer.
+
+    Ten checkpoints of a second each would take a third of a run of half a minute, which is quickly done again: they may
+    take `CHECKPOINT_SHARE` of the steps' time. That of the last step, and those beside evaluations, are always written.
+    Whatever they take, they come every ten minutes, where steps are short enough.
+
+    Args:
+        seconds_per_step: None: not known, and neither rule is applied.
+        checkpoint_seconds: of one; None: not known.
+    """
     every = checkpoint_interval(job, num_steps)
     if seconds_per_step and job.checkpoint_every is None:
+        if checkpoint_seconds:
+            bearable = math.ceil(checkpoint_seconds / (CHECKPOINT_SHARE * seconds_per_step))
+            every = min(max(every, bearable), num_steps)
         every = min(every, max(1, round(CHECKPOINT_SECONDS / seconds_per_step)))
     return replace(job, checkpoint_every=every)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trainer import documents
+from trainer import documents, packed
 from trainer.collate import MicroBatch
 from trainer.job import Loss
 
@@ -137,16 +137,18 @@ def token_losses(
     if head is not None:
         from trainer.lean import lean_losses
 
-        return lean_losses(
-            head,
-            model,
-            arguments,
-            batch.predicts,
-            batch.targets,
-            reduction=reduction,
-            gradient_scale=gradient_scale,
-        )
-    logits = model(**arguments).logits
+        with packed.known(packed=batch.position_ids is not None):
+            return lean_losses(
+                head,
+                model,
+                arguments,
+                batch.predicts,
+                batch.targets,
+                reduction=reduction,
+                gradient_scale=gradient_scale,
+            )
+    with packed.known(packed=batch.position_ids is not None):
+        logits = model(**arguments).logits
     # Selected, not indexed: each position is taken once, and adding rows back needs no sorting of them on a GPU.
     chosen = logits.reshape(-1, logits.shape[-1]).index_select(0, batch.predicts)
     return cross_entropy(chosen, batch.targets, reduction=reduction)
@@ -167,7 +169,8 @@ def micro_step(stepper: Stepper, batch: MicroBatch, *, scale: float) -> torch.Te
     if stepper.head is not None and stepper.scaler is not None:
         import torch
 
-        gradient_scale = stepper.scaler.scale(torch.tensor(scale or 1.0, device=stepper.device))
+        # Filled on the device: a number copied there waits for it.
+        gradient_scale = stepper.scaler.scale(torch.full((), scale or 1.0, device=stepper.device))
     try:
         with contextlib.nullcontext() if stepper.halves is None else stepper.halves.in_place():
             with autocast(stepper.device, stepper.precision):
