@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trainer.tokens import FloatArray
+from trainer.widths import shared_width
 
 Shape = tuple[int, int]  # rows, width
 LEAST = 8  # micro-batches of a new shape, before their excess is believed
@@ -31,9 +32,10 @@ class FirstTimes:
     _rounds: list[list[tuple[float, float, bool]]] = field(default_factory=list)  # first, second, is its shape new
 
     def meet(self, shapes: list[Shape]) -> list[bool]:
-        """Of each shape in turn whether it is new; it no longer is."""
+        """Of each shape in turn whether it is new; it no longer is. Widths that a GPU's micro-batches share are one."""
         found = []
-        for shape in shapes:
+        for rows, width in shapes:
+            shape = (rows, shared_width(width))
             found.append(shape not in self.met)
             self.met.add(shape)
         return found

@@ -244,6 +244,7 @@ class Worker:
             micro_step_seconds=slowest,
             token_seconds=min(per_token),
             first_seconds=first_seconds,
+            taken=tuple(taken),
         )
 
     def peak(self) -> PeakReply:
@@ -395,7 +396,7 @@ class Worker:
         self._micro_step(next(self._feed([rows])), 1.0 / self._supervised([rows]))
 
     def _first_seconds(self) -> float:
-        """Seconds by which this process's first micro-step takes longer than the same one again; 0 later."""
+        """Seconds by which this process's first micro-step and optimizer step take longer than the second; 0 later."""
         if self._is_warm:
             return 0.0
         self._is_warm = True
@@ -406,7 +407,8 @@ class Worker:
             self._small_micro_step()
             self._synchronize()
             taken.append(time.perf_counter() - begin)
-        return max(0.0, taken[0] - taken[1])
+        steps = self.optimizer(2)  # the first one makes the moments; fp16 may skip more than are tried
+        return max(0.0, taken[0] - taken[1]) + (max(0.0, steps[0] - steps[1]) if len(steps) == 2 else 0.0)
 
     def _supervised(self, micro_batches: list[MicroRows]) -> int:
         return max(1, sum(int(self._targets[row].sum()) for rows in micro_batches for row in rows if row))

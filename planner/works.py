@@ -13,6 +13,7 @@ from planner.strata import Kind, Strata, keys
 from trainer.batching import BatchPlan, MicroShapes
 from trainer.evaluate import evaluation_batches
 from trainer.tokens import IntArray, TokenizedDataset
+from trainer.widths import shared_width
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,12 +64,13 @@ class Works:
         return self._extremes[id(plan)]
 
     def num_shapes(self, plan: BatchPlan) -> int:
-        """How many different shapes the micro-batches of one device have, at most."""
+        """How many different shapes the micro-batches of one device have, at most, as they are made on a GPU."""
         if id(plan) not in self._num_shapes:
             shapes = self._shapes(plan)
-            met = np.zeros((int(shapes.rows.max(initial=0)) + 1, int(shapes.width.max(initial=0)) + 1), dtype=bool)
+            widest = shared_width(int(shapes.width.max(initial=0)))
+            met = np.zeros((int(shapes.rows.max(initial=0)) + 1, widest + 1), dtype=bool)
             for some in shapes.blocks():
-                met[some.rows, some.width] = True
+                met[some.rows, shared_width(some.width)] = True
             share = -(-plan.num_micro_batches // plan.num_devices)
             self._num_shapes[id(plan)] = min(int(np.count_nonzero(met[1:])), share)
         return self._num_shapes[id(plan)]

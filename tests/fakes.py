@@ -14,6 +14,7 @@ from trainer.batching import BatchPlan
 from trainer.job import DataSpec, EvaluationSpec, Job
 from trainer.planning import plan_job
 from trainer.tokens import DataReport, TokenizedDataset
+from trainer.widths import shared_width
 
 _JOB_FIELDS = {one.name for one in fields(Job)}
 
@@ -138,7 +139,7 @@ class FakeDevice:
         new = 0
         if self.new_shape_seconds:
             shapes = plan.micro_shapes(self.lengths)
-            new = len(set(zip(shapes.rows.tolist(), shapes.width.tolist(), strict=True)))
+            new = len(set(zip(shapes.rows.tolist(), shared_width(shapes.width).tolist(), strict=True)))
         return float(charged.sum()) + loaded * self.variant_seconds + new * self.new_shape_seconds
 
     def variant(self, padded: np.ndarray) -> np.ndarray:
@@ -176,13 +177,14 @@ class FakeProber:
         device.most_alive = max(device.most_alive, device.alive)
 
     def _seconds(self, rows: MicroRows) -> float:
-        padded, _ = self.device.shape(rows)
+        padded, width = self.device.shape(rows)
         if self.device.fits_padded_tokens is not None and padded > self.device.fits_padded_tokens:
             raise DoesNotFit(f"tried to allocate {padded} tokens")
         slow = 3.0 if self.slow_left > 0 else 1.0
         self.slow_left -= 1
-        new = self.device.shape(rows) not in self.met
-        self.met.add(self.device.shape(rows))
+        shape = (len(rows), shared_width(width))
+        new = shape not in self.met
+        self.met.add(shape)
         return slow * self.device.cost(rows) / self.speed + self._loading(padded) + new * self.device.new_shape_seconds
 
     def _loading(self, padded: int) -> float:
@@ -237,6 +239,7 @@ class FakeProber:
             allocated_bytes=peak,
             reserved_bytes=peak,
             micro_step_seconds=max(taken),
+            taken=tuple(taken),
             token_seconds=min(seconds / self.device.shape(rows)[0] for seconds, rows in zip(taken, every, strict=True)),
         )
 

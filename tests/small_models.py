@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from trainer.arrangement import arrange
+from trainer.collate import MicroBatch
 from trainer.tokens import DataReport, TokenizedDataset
 
 VOCABULARY = 97
@@ -90,3 +93,9 @@ def random_data(lengths: list[int], *, seed: int = 0, supervised: float = 0.6) -
         offsets=offsets,
         report=DataReport(source="random", num_records=len(lengths)),
     )
+
+
+def grouped(batch: MicroBatch, device: str = "cpu") -> MicroBatch:
+    """The batch with its documents side by side, as `MicroBatch.to` makes it for a GPU."""
+    documents = batch.documents
+    return batch if documents is None else replace(batch, arrangement=arrange(documents, batch.input_ids.shape[1]))

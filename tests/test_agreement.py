@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_models import FAMILIES, random_data, small_model, with_lora
+from small_models import FAMILIES, grouped, random_data, small_model, with_lora
 
 from trainer import documents
 from trainer.agreement import packing_agrees, settle_packing
@@ -140,12 +139,6 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "in groups":
         monkeypatch.setattr(MicroBatch, "to", grouped)
     return str(request.param)
-
-
-def grouped(batch: MicroBatch, device: str = "cpu") -> MicroBatch:
-    """The batch as it is on a GPU."""
-    documents = batch.documents
-    return batch if documents is None else replace(batch, arrangement=arrange(documents, batch.input_ids.shape[1]))
 
 
 @pytest.mark.parametrize("family", DOCUMENT_WISE)

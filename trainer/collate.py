@@ -9,6 +9,7 @@ import numpy as np
 
 from trainer.arrangement import Arrangement, Document, arrange
 from trainer.tokens import IntArray, TokenizedDataset
+from trainer.widths import shared_width
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ class MicroBatch:
     predicts: torch.Tensor  # (num_targets,) positions in the flattened (rows * width) that predict a target
     targets: torch.Tensor  # (num_targets,) token ids
     num_tokens: int  # real ones
-    # Where each document of a packed row lies, row by row without gaps; padding is a document too.
+    # Where each document of a packed row lies, row by row without gaps; padding is one too, or the end of the last.
     documents: tuple[Document, ...] | None = None
     arrangement: Arrangement | None = None  # of the documents; set by `to` where they are attended to in groups
 
@@ -55,21 +56,31 @@ class MicroBatch:
         )
 
 
-def collate(rows: list[IntArray], data: TokenizedDataset, *, pad_token_id: int = 0) -> MicroBatch:
+def batch_on(device: str, rows: list[IntArray], data: TokenizedDataset) -> MicroBatch:
+    """The micro-batch of these rows as it is run on a device: on a GPU as wide as others of about its width."""
+    return collate(rows, data, shared=device.startswith("cuda")).to(device)
+
+
+def collate(rows: list[IntArray], data: TokenizedDataset, *, pad_token_id: int = 0, shared: bool = False) -> MicroBatch:
     """The micro-batch whose rows hold these examples.
 
     Args:
         rows: example indices, one array a row. None at all (a process that has no share of a partial window) gives one
             padding token and no target, so that every process still takes part in the exchange of gradients.
+        shared: round the width up, see `trainer.widths`; of rows of one document never beyond the longest there is,
+            for which alone the model is known to have positions.
     """
     import torch
 
     offsets = data.offsets
     spans = [[(int(offsets[i]), int(offsets[i + 1])) for i in row] for row in rows] or [[]]
+    packed = any(len(row) > 1 for row in spans)
     width = max((sum(end - start for start, end in row) for row in spans), default=0) or 1
+    if shared:
+        most = shared_width(width)
+        width = most if packed else max(width, min(most, data.longest))
     ids = np.full((len(spans), width), pad_token_id, dtype=np.int64)
     counts = np.zeros((len(spans), width), dtype=bool)
-    packed = any(len(row) > 1 for row in spans)
     positions = np.zeros((len(spans), width), dtype=np.int64) if packed else None
     documents: list[Document] = []
     num_tokens = 0
@@ -86,7 +97,12 @@ def collate(rows: list[IntArray], data: TokenizedDataset, *, pad_token_id: int =
             at += size
         if positions is not None and at < width:
             positions[index, at:] = np.arange(width - at)  # padding is a document of its own
-            documents.append((index, at, width))
+            last = documents[-1] if documents and documents[-1][0] == index else None
+            if last is not None and width - at < at - last[1]:
+                # For attention a little of it is the end of the last one, which never looks right: a call less.
+                documents[-1] = (index, last[1], width)
+            else:
+                documents.append((index, at, width))
         num_tokens += at
     target_positions = np.flatnonzero(counts.ravel())
     return MicroBatch(

@@ -20,7 +20,7 @@ import numpy as np
 
 from presets.errors import ModelError
 from trainer import step as steps
-from trainer.collate import collate
+from trainer.collate import batch_on
 from trainer.job import Job
 from trainer.tokens import IntArray, TokenizedDataset
 
@@ -64,7 +64,7 @@ def compile_layers(stepper: steps.Stepper, job: Job, data: TokenizedDataset) -> 
     limit.accumulated_recompile_limit = max(limit.accumulated_recompile_limit, 8 * len(layers))
     # Dropout then draws what it draws uncompiled, so that both can be compared.
     torch._inductor.config.fallback_random = True
-    batches = [collate(rows, data).to(stepper.device) for rows in probe_rows(job, data)]
+    batches = [batch_on(stepper.device, rows, data) for rows in probe_rows(job, data)]
     was_training = stepper.model.training
     refused: str | None = None
     gpus = [torch.cuda.current_device()] if stepper.device.startswith("cuda") else []

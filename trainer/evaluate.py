@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.collate import collate
+from trainer.collate import batch_on
 from trainer.tokens import IntArray, TokenizedDataset
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def evaluate_batches(
     try:
         with torch.no_grad(), autocast(device, precision):
             for members in batches:
-                batch = collate([members[i : i + 1] for i in range(len(members))], data).to(device)
+                batch = batch_on(device, [members[i : i + 1] for i in range(len(members))], data)
                 each(token_losses(model, batch, head=head).double().cpu(), len(batch.targets))
     finally:
         model.train(was_training)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from trainer.collate import MicroBatch, collate
+from trainer.collate import MicroBatch, batch_on
 from trainer.tokens import IntArray, TokenizedDataset
 
 Part = TypeVar("Part")
@@ -25,7 +25,7 @@ def feed(parts: Iterable[list[IntArray]], data: TokenizedDataset, device: str) -
     """
 
     def make(rows: list[IntArray]) -> MicroBatch:
-        return collate(rows, data).to(device)
+        return batch_on(device, rows, data)
 
     if not device.startswith("cuda"):
         return (make(rows) for rows in parts)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from presets.errors import NonFiniteLossError
-from trainer.collate import collate
+from trainer.collate import batch_on
 from trainer.evaluate import evaluation_batches
 from trainer.tokens import FloatArray, IntArray, TokenizedDataset
 
@@ -47,7 +47,7 @@ def example_losses(
     try:
         with torch.no_grad(), autocast(device, precision):
             for members in evaluation_batches(data, wanted, device)[share]:
-                batch = collate([members[i : i + 1] for i in range(len(members))], data).to(device)
+                batch = batch_on(device, [members[i : i + 1] for i in range(len(members))], data)
                 each = token_losses(model, batch, reduction="none").double()
                 row = batch.predicts // batch.input_ids.shape[1]
                 sums = torch.zeros(len(members), dtype=torch.float64, device=each.device).index_add_(0, row, each)

@@ -43,6 +43,7 @@ class TokenizedDataset:
     # Asked for hundreds of times in one table, and each takes a pass over all examples or tokens: made once.
     _lengths: IntArray | None = field(default=None, init=False, repr=False)
     _num_supervised: IntArray | None = field(default=None, init=False, repr=False)
+    _longest: int | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -54,6 +55,14 @@ class TokenizedDataset:
             object.__setattr__(self, "_lengths", _read_only(np.diff(self.offsets)))
         assert self._lengths is not None
         return self._lengths
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example; 0 where there is none."""
+        if self._longest is None:
+            object.__setattr__(self, "_longest", int(self.lengths.max(initial=0)))
+        assert self._longest is not None
+        return self._longest
 
     @property
     def num_supervised(self) -> IntArray:

@@ -1,0 +1,78 @@
+"""On a GPU micro-batches of about one width share it; what they train does not change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_models import grouped, random_data, small_model, with_lora
+
+from trainer import documents
+from trainer.collate import batch_on, collate
+from trainer.step import clear_gradients, make_stepper, micro_step
+from trainer.widths import shared_width
+
+DATA = random_data([70, 131, 135, 33, 41, 200, 9])
+PLAIN, PACKED = [[0], [1], [3]], [[0, 3, 4, 6], [2], [1, 6, 3]]
+
+
+@given(st.integers(1, 2**40))
+def test_a_width_is_rounded_up_by_a_sixty_fourth_at_most(width: int) -> None:
+    found = shared_width(width)
+    assert width <= found <= width * (1 + 1 / 64)
+    assert shared_width(found) == found
+
+
+def test_between_a_number_and_its_double_there_are_few_widths() -> None:
+    widths = np.arange(4097, 8193)
+    found = shared_width(widths)
+    assert found.tolist() == [shared_width(int(width)) for width in widths]
+    assert len(np.unique(found)) == 64
+    assert shared_width(8192) == 8192  # the usual lengths of packed rows are their own
+    assert shared_width(0) == 0
+
+
+def test_only_a_gpu_s_micro_batches_share_widths_and_plain_ones_never_beyond_the_longest_example() -> None:
+    assert batch_on("cpu", [np.array([1])], DATA).input_ids.shape == (1, 131)
+
+    def width(*rows: list[int]) -> int:
+        return collate([np.array(row) for row in rows], DATA, shared=True).input_ids.shape[1]
+
+    assert width([1]) == 132
+    assert width([5]) == 200 < shared_width(201)  # the model may have positions for no more
+    assert width([5, 6], [0]) == shared_width(209) == 210
+    assert collate([], DATA, shared=True).input_ids.shape == (1, 1)
+
+
+@pytest.mark.parametrize("way", ["by a mask", "one by one", "in groups"])
+@pytest.mark.parametrize("rows", [PLAIN, PACKED], ids=["plain rows", "packed"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_a_shared_width_changes_neither_loss_nor_gradient(family: str, rows: list[list[int]], way: str) -> None:
+    model = with_lora(small_model(family))
+    documents.use(model, apart=way != "by a mask")
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():  # LoRA's B, whose zeros would hide most of the gradient
+            parameter.data.normal_(std=0.1)
+    stepper = make_stepper(model, "cpu", "fp32")
+
+    def run(shared: bool) -> tuple[int, float, list[Any]]:
+        batch = collate([np.array(row) for row in rows], DATA, shared=shared)
+        loss = float(micro_step(stepper, grouped(batch) if way == "in groups" else batch, scale=0.01))
+        found = [parameter.grad.clone() for parameter in stepper.parameters]
+        clear_gradients(stepper.parameters)
+        return batch.input_ids.shape[1], loss, found
+
+    (width, loss, gradient), (shared_to, shared_loss, shared_gradient) = run(False), run(True)
+    assert shared_to == shared_width(width) > width
+    assert shared_loss == pytest.approx(loss, rel=1e-6)
+    for one, other in zip(gradient, shared_gradient, strict=True):
+        assert float((one - other).norm()) <= 1e-5 * float(one.norm())
+        assert float(one.norm()) > 0
+
+
+def test_a_little_padding_is_the_end_of_the_last_document_and_much_is_one_of_its_own() -> None:
+    batch = collate([np.array([0, 1]), np.array([3, 4]), np.array([2])], DATA, shared=True)  # 201, 74 and 135 tokens
+    assert batch.documents == ((0, 0, 70), (0, 70, 202), (1, 0, 33), (1, 33, 74), (1, 74, 202), (2, 0, 202))

@@ -1,0 +1,32 @@
+"""Widths of micro-batches on a GPU: rounded up a little, so that shapes come again. No torch.
+
+For each shape that a process has not met a GPU's matrix library chooses a kernel for every product anew, and the host
+is held up: on an H200 by 15 to 30 ms of 75 to 100 a micro-step (1 B model, four rows of some 480 tokens). Packed rows,
+of which hardly two are alike, took 10 to 12 % longer than the same ones a second time (1 and 1.7 B, up to 8,192 tokens;
+2026-11-27). Rounded up by a sixty-fourth of itself at most, a width has 64 values between a number and its double, for
+half a per cent more tokens on average.
+"""
+
+from __future__ import annotations
+
+from typing import overload
+
+import numpy as np
+
+from trainer.tokens import IntArray
+
+PARTS = 64  # between a power of two and the next
+
+
+@overload
+def shared_width(width: int) -> int: ...
+@overload
+def shared_width(width: IntArray) -> IntArray: ...
+def shared_width(width: int | IntArray) -> int | IntArray:
+    """The width that micro-batches of about this one share: at least it, at most a sixty-fourth more; 0 stays 0."""
+    found = np.asarray(width, dtype=np.int64)
+    # The exponent of the largest power of two that is no larger; frexp is exact where log2 rounds.
+    exponent = np.frexp(np.maximum(found, 1).astype(np.float64))[1] - 1
+    step = np.left_shift(np.int64(1), np.maximum(exponent - 6, 0).astype(np.int64))
+    rounded = -(-found // step) * step
+    return int(rounded) if np.ndim(width) == 0 else rounded
