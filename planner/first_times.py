@@ -75,20 +75,20 @@ class FirstTimes:
     def _surely(self, rounds: list[list[tuple[float, float, bool]]]) -> float:
         """The sum of the excess of first times, where it is larger than that of as many differences by chance."""
         excess = self._excess(rounds)
-        deviation = _deviation(self._excess(self._rounds[len(self._rounds) // 2 :]))
+        spread = deviation(self._excess(self._rounds[len(self._rounds) // 2 :]))
         total = float(excess.sum())
-        return total if total > NOISE * deviation * math.sqrt(len(excess)) else 0.0
+        return total if total > NOISE * spread * math.sqrt(len(excess)) else 0.0
 
     def _excess(self, rounds: list[list[tuple[float, float, bool]]]) -> FloatArray:
         each = self.new_shape()[0]
         return np.array([first - second - each * is_new for one in rounds for first, second, is_new in one])
 
 
-def _deviation(values: FloatArray) -> float:
+def deviation(values: FloatArray) -> float:
     """Standard deviation, from the median absolute deviation: rare large ones do not count."""
     return 1.4826 * float(np.median(np.abs(values - np.median(values)))) if len(values) else 0.0
 
 
 def _error_of_median(values: FloatArray) -> float:
     """Standard error of a median, as of a normal distribution."""
-    return math.sqrt(math.pi / 2) * _deviation(values) / math.sqrt(len(values))
+    return math.sqrt(math.pi / 2) * deviation(values) / math.sqrt(len(values))

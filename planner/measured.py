@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from planner.estimator import fit_cost
+from planner.first_times import deviation
 from planner.group import Group
 from planner.measurement import Measurement, Round
 
@@ -12,6 +16,7 @@ from planner.measurement import Measurement, Round
 # it, and later nothing that showed (2026-11-26). So the micro-batches of a round are run twice there, and the second
 # time counts. Where the first time still takes this much longer at the end, it is said.
 SETTLED = 0.03
+SURELY = 3.0  # standard deviations of a sum of a few timings
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +61,12 @@ def _loaded_while_probing(group: Group, kept: tuple[Round, ...], new_shape: floa
     if group.signature.device == "cpu" or not kept or not group.probed_first:
         return 0.0
     fit = fit_cost(kept)
-    beyond = [seconds - fit.micro_seconds(*shape) - new_shape * is_new for shape, seconds, is_new in group.probed_first]
-    return max(0.0, sum(beyond))
+    usual = np.array([fit.micro_seconds(*shape) + new_shape * is_new for shape, _, is_new in group.probed_first])
+    beyond = float(sum(seconds for _, seconds, _ in group.probed_first) - usual.sum())
+    ratios = [
+        one.seconds / fit.micro_seconds(one.rows, one.width) for each in kept for one in each.samples if one.seconds
+    ]
+    return beyond if beyond > SURELY * deviation(np.array(ratios)) * math.sqrt(float((usual**2).sum())) else 0.0
 
 
 def what_to_tell(group: Group, kept: tuple[Round, ...], width: float, *, budget: float, target: float) -> Told:
