@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from planner.measurement import (
     PlannedRow,
     RowVerdict,
     StepSignature,
+    new_shape_seconds,
 )
 from planner.prober import SaveReply
 from planner.steadiness import judge, too_few
@@ -213,19 +215,15 @@ def estimate(
     seconds, low, high = (
         of + share * measurement.one_off_seconds for of, share in ((total.seconds, 1.0), (low, 0.5), (high, 1.5))
     )
-    each, error = measurement.new_shape_seconds, measurement.new_shape_error
-    if each > 0:
-        shapes = works.num_shapes(row.plan)
+    if measurement.new_shape_seconds > 0 or measurement.new_shapes_apart:
+        counts = works.new_shapes(row, found.strata)
+        new, error = new_shape_seconds(measurement, counts)
         apart = Z_90 * error
-        seconds, low, high = (
-            seconds + each * shapes,
-            low + max(0.0, each - apart) * shapes,
-            high + (each + apart) * shapes,
-        )
-        if each * shapes > ONE_OFF_TOLD * seconds:
+        seconds, low, high = seconds + new, low + max(0.0, new - apart), high + new + apart
+        if new > ONE_OFF_TOLD * seconds:
             notes.append(
-                f"each new shape of a micro-batch takes {1000 * each:.0f} ms more, since the GPU's library chooses for "
-                f"it: {shapes:,} in this run, {each * shapes:.1f} s"
+                f"new shapes of micro-batches take {new:.1f} s more, since the GPU's library chooses for each: "
+                f"{sum(counts.values()):,} in this run"
             )
     if measurement.one_off_seconds > ONE_OFF_TOLD * seconds:
         notes.append(f"the first steps take {measurement.one_off_seconds:.1f} s more, while kernels are loaded")
@@ -331,7 +329,7 @@ def window_ratio(measurement: Measurement, estimator: Estimator) -> float | None
     """Seconds of whole windows as timed / as summed from their parts; None where none was timed."""
     windows = [one for one in measurement.windows if one.samples and one.samples[0].stratum in estimator.numbers]
     predicted = sum(estimator.window_seconds(window.samples) for window in windows)
-    new = measurement.new_shape_seconds * sum(window.new_shapes for window in windows)
+    new, _ = new_shape_seconds(measurement, Counter(stratum for window in windows for stratum in window.new_shapes))
     return sum(window.seconds for window in windows) / (predicted + new) if predicted > 0 else None
 
 

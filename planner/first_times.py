@@ -5,12 +5,14 @@ Two things are told apart, since a run meets them differently often:
 - Kernels are loaded and handles made in the first seconds of a process, once, whatever the run's length.
 - For each *shape* that it has not met, cuBLAS chooses a kernel for every product of that shape anew: 8 to 12 ms a
   micro-step of 60 on an H200 (a 1 B model; the time lies in the host's calls of mm and addmm, 2026-11-27). A run meets
-  as many new shapes as its batch plan has: most of the micro-batches of a short run, few of a long one.
+  as many new shapes as its batch plan has: most of the micro-batches of a short run, few of a long one. It is the host
+  that is held up: behind a GPU that is busy anyhow nothing of it shows, and so each class of micro-batches has its own.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,12 +26,38 @@ SURE = 2.5  # standard errors
 NOISE = 2.0  # standard deviations of a sum of differences
 
 
+@dataclass(frozen=True, slots=True)
+class First:
+    """A micro-batch that was run twice."""
+
+    seconds: float  # the first time
+    again: float
+    is_new: bool  # its shape
+    stratum: int
+
+    @property
+    def excess(self) -> float:
+        return self.seconds - self.again
+
+
+@dataclass(frozen=True, slots=True)
+class NewShapes:
+    """Seconds that a micro-step takes more where its shape is new, and their standard error; 0 where none shows."""
+
+    seconds: float = 0.0
+    error: float = 0.0
+    apart: Mapping[int, tuple[float, float]] = field(default_factory=dict)  # the same of strata that plainly differ
+
+    def of(self, stratum: int) -> float:
+        return self.apart[stratum][0] if stratum in self.apart else self.seconds
+
+
 @dataclass(slots=True, eq=False)
 class FirstTimes:
     """First and second times of the micro-batches that one process ran twice."""
 
     met: set[Shape] = field(default_factory=set)
-    _rounds: list[list[tuple[float, float, bool]]] = field(default_factory=list)  # first, second, is its shape new
+    _rounds: list[list[First]] = field(default_factory=list)
 
     def meet(self, shapes: list[Shape]) -> list[bool]:
         """Of each shape in turn whether it is new; it no longer is. Widths that a GPU's micro-batches share are one."""
@@ -40,25 +68,39 @@ class FirstTimes:
             self.met.add(shape)
         return found
 
-    def add(self, first: list[float], second: list[float], is_new: list[bool]) -> None:
-        """The seconds of a round's micro-batches, the first time and the second."""
-        self._rounds.append(list(zip(first, second, is_new, strict=True)))
+    def add(self, timed: list[First]) -> None:
+        """A round's micro-batches."""
+        self._rounds.append(timed)
 
-    def new_shape(self) -> tuple[float, float]:
-        """Seconds that a micro-step takes more where its shape is new, and their standard error; 0 where none shows.
+    def new_shapes(self) -> NewShapes:
+        """What a new shape takes: over all strata, and where one of them plainly differs from that, there.
 
         The median over the later half of the rounds: in the first ones kernels are loaded too, and a rare slow timing
-        is in either time.
+        is in either time. Of two timings of a stratum the lesser counts.
         """
         rounds = self._rounds[len(self._rounds) // 2 :]
-        if sum(is_new for one in rounds for _, _, is_new in one) < LEAST:
+        if sum(one.is_new for timed in rounds for one in timed) < LEAST:
             rounds = self._rounds[1:]
-        excess = np.array([first - second for one in rounds for first, second, is_new in one if is_new])
-        if len(excess) < LEAST:
-            return 0.0, 0.0
-        seconds = float(np.median(excess))
-        error = _error_of_median(excess)
-        return (seconds, error) if seconds > SURE * error else (0.0, 0.0)
+        excess: dict[int, list[float]] = {}
+        for timed in rounds:
+            for one in timed:
+                if one.is_new:
+                    excess.setdefault(one.stratum, []).append(one.excess)
+        every = np.array([value for values in excess.values() for value in values])
+        if not len(every):
+            return NewShapes()
+        seconds, error = float(np.median(every)), _error_of_median(every)
+        if len(every) < LEAST or seconds <= SURE * error:
+            seconds, error = 0.0, 0.0
+        # Strata differ in their medians; the spread is that of single timings around them.
+        spread = deviation(np.concatenate([np.array(values) - np.median(values) for values in excess.values()]))
+        apart = {}
+        for stratum, values in excess.items():
+            own = min(values) if len(values) == 2 else float(np.median(values))
+            own_error = math.sqrt(math.pi / 2) * max(spread, deviation(np.array(values))) / math.sqrt(len(values))
+            if len(values) > 1 and abs(own - seconds) > SURE * math.hypot(own_error, error):
+                apart[stratum] = (max(0.0, own), own_error)
+        return NewShapes(seconds, error, apart)
 
     @property
     def once(self) -> float:
@@ -69,19 +111,19 @@ class FirstTimes:
     def share_to_the_end(self) -> float:
         """By how much the first time still took longer in the later half of the rounds, relative, new shapes apart."""
         later = self._rounds[len(self._rounds) // 2 :]
-        second = sum(second for one in later for _, second, _ in one)
+        second = sum(one.again for timed in later for one in timed)
         return self._surely(later) / second if second > 0 else 0.0
 
-    def _surely(self, rounds: list[list[tuple[float, float, bool]]]) -> float:
+    def _surely(self, rounds: list[list[First]]) -> float:
         """The sum of the excess of first times, where it is larger than that of as many differences by chance."""
         excess = self._excess(rounds)
         spread = deviation(self._excess(self._rounds[len(self._rounds) // 2 :]))
         total = float(excess.sum())
         return total if total > NOISE * spread * math.sqrt(len(excess)) else 0.0
 
-    def _excess(self, rounds: list[list[tuple[float, float, bool]]]) -> FloatArray:
-        each = self.new_shape()[0]
-        return np.array([first - second - each * is_new for one in rounds for first, second, is_new in one])
+    def _excess(self, rounds: list[list[First]]) -> FloatArray:
+        new = self.new_shapes()
+        return np.array([one.excess - new.of(one.stratum) * one.is_new for timed in rounds for one in timed])
 
 
 def deviation(values: FloatArray) -> float:

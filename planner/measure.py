@@ -13,7 +13,7 @@ import numpy as np
 from planner.decks import Decks, Drawn, sample_of
 from planner.estimate import with_references as with_references
 from planner.estimator import Estimator, PlanWork, plan_work
-from planner.first_times import FirstTimes
+from planner.first_times import First, FirstTimes
 from planner.fixed import measure_fixed
 from planner.group import Group, rows_of
 from planner.measured import measurement_of, what_to_tell
@@ -373,7 +373,12 @@ class _Measuring:
         seconds = dict(zip(order, taken, strict=True))  # the last time counts
         if is_twice:
             is_new = group.first_times.meet([(one.sample.rows, one.sample.width) for one in drawn])
-            group.first_times.add(taken[: len(drawn)], [seconds[number] for number in range(len(drawn))], is_new)
+            group.first_times.add(
+                [
+                    First(taken[number], seconds[number], new, one.sample.stratum)
+                    for number, (one, new) in enumerate(zip(drawn, is_new, strict=True))
+                ]
+            )
         optimizer = prober.optimizer(1)
         group.round_seconds = self._spend(group, started)
         samples = tuple(replace(one.sample, seconds=seconds[number]) for number, one in enumerate(drawn))
@@ -405,7 +410,8 @@ class _Measuring:
         seconds = prober.window([rows_of(plan, micro) for micro in micros])
         self._spend(group, started)
         is_new = group.first_times.meet([(one.rows, one.width) for one in samples])
-        new = sum(is_new) if group.signature.device != "cpu" else 0
+        on_gpu = group.signature.device != "cpu"
+        new = tuple(one.stratum for one, is_one in zip(samples, is_new, strict=True) if is_one and on_gpu)
         group.windows.append((len(group.rounds), WindowSample(samples=samples, seconds=seconds, new_shapes=new)))
 
     def _spend(self, group: Group, started: float) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 from planner.estimator import fit_cost
 from planner.first_times import deviation
 from planner.group import Group
-from planner.measurement import Measurement, Round
+from planner.measurement import Measurement, NewShape, Round
 
 # On a GPU kernels are loaded and chosen when first asked for: on an H100 up to half of the first ten seconds went into
 # it, and later nothing that showed (2026-11-26). So the micro-batches of a round are run twice there, and the second
@@ -34,7 +34,7 @@ def measurement_of(group: Group, kept: tuple[Round, ...]) -> Measurement:
         kept: its rounds without warm-up.
     """
     first = len(group.rounds) - len(kept)  # what lies before it is warm-up, windows too
-    seconds, error = group.first_times.new_shape()
+    new = group.first_times.new_shapes()
     return Measurement(
         signature=group.signature,
         load=group.load,
@@ -42,10 +42,13 @@ def measurement_of(group: Group, kept: tuple[Round, ...]) -> Measurement:
         rounds=kept,
         windows=tuple(window for before, window in group.windows if before > first),
         fixed=group.fixed,
-        one_off_seconds=group.first_seconds + _loaded_while_probing(group, kept, seconds) + group.first_times.once,
+        one_off_seconds=group.first_seconds + _loaded_while_probing(group, kept, new.seconds) + group.first_times.once,
         first_time_share=group.first_times.share_to_the_end,
-        new_shape_seconds=seconds,
-        new_shape_error=error,
+        new_shape_seconds=new.seconds,
+        new_shape_error=new.error,
+        new_shapes_apart=tuple(
+            NewShape(stratum=stratum, seconds=own, error=error) for stratum, (own, error) in sorted(new.apart.items())
+        ),
         seconds_spent=group.spent,
         ended_by=group.ended_by,
         error=group.error,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from planner.prober import LoadReply, SaveReply
@@ -117,7 +119,17 @@ class WindowSample:
 
     samples: tuple[MicroSample, ...]
     seconds: float
-    new_shapes: int = 0  # of its micro-batches, those whose shape its process had not met before; 0 on a CPU
+    # Of its micro-batches, the strata of those whose shape its process had not met before; none on a CPU.
+    new_shapes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewShape:
+    """What a micro-step of one stratum takes more where its shape is new, in seconds, and its standard error."""
+
+    stratum: int
+    seconds: float
+    error: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,9 +158,21 @@ class Measurement:
     first_time_share: float = 0.0  # by which new micro-batches took longer the first time, to the end; 0 on a CPU
     new_shape_seconds: float = 0.0  # that a micro-step takes more where its shape is new; not in the two above
     new_shape_error: float = 0.0  # standard error of it, seconds
+    new_shapes_apart: tuple[NewShape, ...] = ()  # strata where it is plainly another
     seconds_spent: float = 0.0  # timing; process starts, memory and fixed parts not counted
     ended_by: str = ""  # "precision" or "budget"
     error: str | None = None
+
+
+def new_shape_seconds(measurement: Measurement, counts: Mapping[int, int]) -> tuple[float, float]:
+    """What so many new shapes of each stratum take more in all, in seconds, and its standard error."""
+    apart = {one.stratum: one for one in measurement.new_shapes_apart}
+    others = sum(count for stratum, count in counts.items() if stratum not in apart)
+    known = [(count, apart[stratum]) for stratum, count in counts.items() if stratum in apart]
+    seconds = others * measurement.new_shape_seconds + sum(count * one.seconds for count, one in known)
+    # One and the same figure for all the others, a figure of its own for each that differs.
+    error = math.hypot(others * measurement.new_shape_error, *(count * one.error for count, one in known))
+    return seconds, error
 
 
 LEFT_OUT = "left out: a smaller one was slower already"  # the error of a verdict that is no failure

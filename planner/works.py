@@ -39,7 +39,7 @@ class Works:
         self._works: dict[tuple[int, Kind, Strata], PlanWork] = {}
         self._padded: dict[tuple[bytes, str, int], int] = {}
         self._learnt: dict[int, float] = {}
-        self._num_shapes: dict[int, int] = {}
+        self._new_shapes: dict[tuple[int, Kind, Strata], dict[int, int]] = {}
 
     @property
     def num_examples(self) -> int:
@@ -63,17 +63,22 @@ class Works:
             self._extremes[id(plan)] = Extremes(worst_padded=worst[1], worst_width=worst[2], largest_padded=largest)
         return self._extremes[id(plan)]
 
-    def num_shapes(self, plan: BatchPlan) -> int:
-        """How many different shapes the micro-batches of one device have, at most, as they are made on a GPU."""
-        if id(plan) not in self._num_shapes:
-            shapes = self._shapes(plan)
+    def new_shapes(self, row: PlannedRow, strata: Strata) -> dict[int, int]:
+        """How many different shapes the micro-batches of one device have in each stratum, at most, as made on a GPU."""
+        key = (id(row.plan), row.kind, strata)
+        if key not in self._new_shapes:
+            shapes, devices = self._shapes(row.plan), row.plan.num_devices
             widest = shared_width(int(shapes.width.max(initial=0)))
-            met = np.zeros((int(shapes.rows.max(initial=0)) + 1, widest + 1), dtype=bool)
+            met = np.zeros((strata.count, int(shapes.rows.max(initial=0)) + 1, widest + 1), dtype=bool)
+            micros = np.zeros(strata.count, dtype=np.int64)
             for some in shapes.blocks():
-                met[some.rows, shared_width(some.width)] = True
-            share = -(-plan.num_micro_batches // plan.num_devices)
-            self._num_shapes[id(plan)] = min(int(np.count_nonzero(met[1:])), share)
-        return self._num_shapes[id(plan)]
+                of = strata.of(row.kind, some)
+                counted = (of >= 0) & (some.rows > 0)
+                met[of[counted], some.rows[counted], shared_width(some.width[counted])] = True
+                micros += np.bincount(of[counted], minlength=strata.count)
+            most = np.minimum(met.sum(axis=(1, 2)), -(-micros // devices))
+            self._new_shapes[key] = {int(one): int(most[one]) for one in np.flatnonzero(most)}
+        return self._new_shapes[key]
 
     def evaluation_padded(self, examples: IntArray, device: str, num_devices: int) -> int:
         """Padded tokens of one forward pass over some examples, on the device with the most.

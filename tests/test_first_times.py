@@ -8,7 +8,7 @@ import pytest
 from fakes import FakeDevice, FakeProber, chat_lengths, make_data, make_job, make_row
 
 from planner.estimate import estimate
-from planner.first_times import FirstTimes
+from planner.first_times import First, FirstTimes
 from planner.measure import measure
 from planner.measurement import Measurements
 from planner.prober import DoesNotFit, MicroRows
@@ -117,7 +117,7 @@ def test_what_each_new_shape_takes_counts_as_often_as_the_run_meets_one(count: i
     with_them = estimate(row, data, found)
     assert found.measurements[0].new_shape_seconds == pytest.approx(0.012, rel=0.3)
     assert with_them.train_seconds == pytest.approx(device.run_seconds(row.plan, seed), rel=0.03)
-    assert any("new shape of a micro-batch takes" in note for note in with_them.notes)
+    assert any("new shapes of micro-batches take" in note for note in with_them.notes)
     without = replace(found, measurements=(replace(found.measurements[0], new_shape_seconds=0.0),))
     off = estimate(row, data, without)
     assert off.train_seconds is not None
@@ -132,9 +132,9 @@ def test_what_probing_memory_ran_is_no_new_shape_in_a_round(
     excess: list[tuple[float, bool]] = []
     original = FirstTimes.add
 
-    def watched(self: FirstTimes, first: list[float], second: list[float], is_new: list[bool]) -> None:
-        excess.extend((one - other, new) for one, other, new in zip(first, second, is_new, strict=True))
-        original(self, first, second, is_new)
+    def watched(self: FirstTimes, timed: list[First]) -> None:
+        excess.extend((one.excess, one.is_new) for one in timed)
+        original(self, timed)
 
     monkeypatch.setattr(FirstTimes, "add", watched)
     lengths = chat_lengths(160, longest=512)
@@ -155,7 +155,7 @@ def test_windows_of_new_shapes_are_no_sign_that_the_parts_do_not_add_up() -> Non
     row = make_row(make_job(device="cuda", precision="bf16", micro_batch_size=2), data)
     found = measure([row], data, device.factory, budget_seconds=20, clock=device.clock)
     one = estimate(row, data, found)
-    assert sum(window.new_shapes for window in found.measurements[0].windows) > 0
+    assert any(window.new_shapes for window in found.measurements[0].windows)
     assert one.window_ratio == pytest.approx(1.0, abs=0.02)
 
 

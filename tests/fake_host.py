@@ -1,0 +1,121 @@
+"""A fake GPU behind a host that launches its work: what the GPU waits for, and what is hidden behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from fakes import FakeDevice, FakeProber
+
+from planner.prober import MemoryReply, MicroRows
+from trainer.batching import BatchPlan
+from trainer.job import Job
+from trainer.widths import shared_width
+
+
+@dataclass
+class HostedDevice(FakeDevice):
+    """The GPU takes base + per_token x padded + ... for a micro-step, and ends it no sooner than the host launched it.
+
+    The host runs ahead by what the queue holds, and waits for the GPU where a window ends. Noise is the host's.
+    """
+
+    base: float = 0.001
+    per_token: float = 13e-6
+    per_token_width: float = 0.0
+    half_speed_up: float = 1.0
+    launch: float = 0.07  # host's seconds of a micro-step
+    launch_new: float = 0.025  # more, where the shape is new
+    launch_optimizer: float = 0.005
+    queue: float = 0.6  # of a micro-step's launches that may wait for the GPU
+
+    def factory(self, job: Job) -> HostedProber:
+        return HostedProber(self, job)
+
+    def run_seconds(self, plan: BatchPlan, seed: int) -> float:
+        """What one run of a plan takes, with noise of its own."""
+        shapes, timeline = plan.micro_shapes(self.lengths), Timeline(self, np.random.default_rng([seed, 0xFC]))
+        for first, last in zip(plan.window_offsets[:-1].tolist(), plan.window_offsets[1:].tolist(), strict=True):
+            for micro in range(first, last):
+                timeline.micro_step(int(shapes.rows[micro]), int(shapes.width[micro]))
+            timeline.optimizer_step()
+        return timeline.synchronize()
+
+
+class Timeline:
+    """When the host has launched and when the GPU is done, of one process."""
+
+    def __init__(self, device: HostedDevice, random: np.random.Generator, now: float = 0.0) -> None:
+        self.device, self.random = device, random
+        self.host = self.gpu = now
+        self.met: set[tuple[int, int]] = set()
+
+    def micro_step(self, rows: int, width: int) -> float:
+        """The moment in which the GPU is done with it."""
+        device, shape = self.device, (rows, shared_width(width))
+        launched = (device.launch + device.launch_new * (shape not in self.met)) * self._noise()
+        self.met.add(shape)
+        begun = max(self.host, self.gpu - device.queue * device.launch)
+        computed = device.base + (device.per_token + device.per_token_width * width) * rows * width
+        self.gpu = max(max(self.gpu, begun) + computed, begun + launched)
+        self.host = max(begun + launched, self.gpu - device.queue * device.launch)
+        return self.gpu
+
+    def optimizer_step(self) -> float:
+        self.synchronize()
+        self.host += self.device.launch_optimizer * self._noise()
+        self.gpu = self.host
+        return self.gpu
+
+    def synchronize(self, now: float = 0.0) -> float:
+        self.host = self.gpu = max(self.host, self.gpu, now)
+        return self.gpu
+
+    def _noise(self) -> float:
+        spread = np.sqrt(np.log1p(self.device.noise**2))
+        return float(np.exp(self.random.normal(-(spread**2) / 2, spread)))
+
+
+class HostedProber(FakeProber):
+    """One worker; its clock is the device's."""
+
+    def __init__(self, device: HostedDevice, job: Job) -> None:
+        super().__init__(device, job)
+        self.timeline = Timeline(device, device.random, device.now)
+
+    def _marks(self, micro_batches: list[MicroRows], *, wait: bool = False) -> list[float]:
+        """Moments between micro-steps, and before the first; waiting for the GPU at each, or at the end only."""
+        marks = [self.timeline.synchronize(self.device.now)]
+        for rows in micro_batches:
+            marks.append(self.timeline.micro_step(len(rows), self.device.shape(rows)[1]))
+            if wait:
+                self.timeline.synchronize()
+        self.device.now = self.timeline.synchronize()
+        return marks
+
+    def run(self, micro_batches: list[MicroRows]) -> list[float]:
+        self._note("run")
+        return np.diff(self._marks(micro_batches)).tolist()
+
+    def optimizer(self, repeat: int) -> list[float]:
+        self._note("optimizer")
+        before = self.timeline.synchronize(self.device.now)
+        marks = [before, *(self.timeline.optimizer_step() for _ in range(repeat))]
+        self.device.now = marks[-1]
+        return np.diff(marks).tolist()
+
+    def window(self, micro_batches: list[MicroRows]) -> float:
+        self._note("window")
+        begun = self._marks([])[0]
+        for rows in micro_batches:
+            self.timeline.micro_step(len(rows), self.device.shape(rows)[1])
+        self.device.now = self.timeline.optimizer_step()
+        return self.device.now - begun
+
+    def memory(self, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float) -> MemoryReply:
+        self._note("memory")
+        every = [rows for window in windows for rows in window]
+        taken = np.diff(self._marks(every, wait=True)).tolist()
+        peak = max(self.device.shape(rows)[0] for rows in every) * self.device.bytes_per_token
+        self.held = peak
+        return MemoryReply(allocated_bytes=peak, reserved_bytes=peak, micro_step_seconds=max(taken), taken=tuple(taken))
