@@ -22,6 +22,7 @@ from trainer.widths import shared_width
 
 Shape = tuple[int, int]  # rows, width
 LEAST = 8  # micro-batches of a new shape, before their excess is believed
+LEAST_OF_ONE = 3  # of one stratum: a kernel that is still loaded now and then is in one of them
 SURE = 2.5  # standard errors
 NOISE = 2.0  # standard deviations of a sum of differences
 
@@ -76,7 +77,7 @@ class FirstTimes:
         """What a new shape takes: over all strata, and where one of them plainly differs from that, there.
 
         The median over the later half of the rounds: in the first ones kernels are loaded too, and a rare slow timing
-        is in either time. Of two timings of a stratum the lesser counts.
+        is in either time.
         """
         rounds = self._rounds[len(self._rounds) // 2 :]
         if sum(one.is_new for timed in rounds for one in timed) < LEAST:
@@ -96,9 +97,9 @@ class FirstTimes:
         spread = deviation(np.concatenate([np.array(values) - np.median(values) for values in excess.values()]))
         apart = {}
         for stratum, values in excess.items():
-            own = min(values) if len(values) == 2 else float(np.median(values))
+            own = float(np.median(values))
             own_error = math.sqrt(math.pi / 2) * max(spread, deviation(np.array(values))) / math.sqrt(len(values))
-            if len(values) > 1 and abs(own - seconds) > SURE * math.hypot(own_error, error):
+            if len(values) >= LEAST_OF_ONE and abs(own - seconds) > SURE * math.hypot(own_error, error):
                 apart[stratum] = (max(0.0, own), own_error)
         return NewShapes(seconds, error, apart)
 
