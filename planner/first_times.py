@@ -11,8 +11,9 @@ Two things are told apart, since a run meets them differently often:
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +23,9 @@ from trainer.widths import shared_width
 
 Shape = tuple[int, int]  # rows, width
 LEAST = 8  # micro-batches of a new shape, before their excess is believed
-LEAST_OF_ONE = 3  # of one stratum: a kernel that is still loaded now and then is in one of them
+# Of one stratum, where it shows in all of them, or in more than half: a kernel that is still loaded now and then is in
+# one or two, a choice of kernels in each that no GPU's work hides.
+LEAST_OF_ONE, ENOUGH = 3, 5
 SURE = 2.5  # standard errors
 NOISE = 2.0  # standard deviations of a sum of differences
 
@@ -82,25 +85,27 @@ class FirstTimes:
         rounds = self._rounds[len(self._rounds) // 2 :]
         if sum(one.is_new for timed in rounds for one in timed) < LEAST:
             rounds = self._rounds[1:]
-        excess: dict[int, list[float]] = {}
-        for timed in rounds:
-            for one in timed:
-                if one.is_new:
-                    excess.setdefault(one.stratum, []).append(one.excess)
-        every = np.array([value for values in excess.values() for value in values])
+        every = np.array([one.excess for timed in rounds for one in timed if one.is_new])
         if not len(every):
             return NewShapes()
         seconds, error = float(np.median(every)), _error_of_median(every)
         if len(every) < LEAST or seconds <= SURE * error:
             seconds, error = 0.0, 0.0
-        # Strata differ in their medians; the spread is that of single timings around them.
-        spread = deviation(np.concatenate([np.array(values) - np.median(values) for values in excess.values()]))
-        apart = {}
-        for stratum, values in excess.items():
+        of: dict[int, list[First]] = {}  # from all but the first round: of one stratum there are few
+        for one in itertools.chain.from_iterable(self._rounds[1:]):
+            of.setdefault(one.stratum, []).append(one)
+        noise, apart = _relative_noise(of.values()), {}
+        for stratum, timed in of.items():
+            values = np.array([one.excess for one in timed if one.is_new]) - seconds
+            if not len(values):
+                continue
+            single = noise * float(np.mean([one.again for one in timed]))
             own = float(np.median(values))
-            own_error = math.sqrt(math.pi / 2) * max(spread, deviation(np.array(values))) / math.sqrt(len(values))
-            if len(values) >= LEAST_OF_ONE and abs(own - seconds) > SURE * math.hypot(own_error, error):
-                apart[stratum] = (max(0.0, own), own_error)
+            showing = np.count_nonzero(np.sign(own) * values > SURE * single)
+            is_shown = showing > 0.5 * len(values) if len(values) >= ENOUGH else showing == len(values) >= LEAST_OF_ONE
+            if is_shown and abs(own) > SURE * math.hypot(_of_median(single, len(values)), error):
+                # What of it a GPU's work hides differs from one to the next, far more than the clock does.
+                apart[stratum] = (max(0.0, seconds + own), _of_median(max(single, deviation(values)), len(values)))
         return NewShapes(seconds, error, apart)
 
     @property
@@ -132,6 +137,21 @@ def deviation(values: FloatArray) -> float:
     return 1.4826 * float(np.median(np.abs(values - np.median(values)))) if len(values) else 0.0
 
 
+def _relative_noise(strata: Iterable[list[First]]) -> float:
+    """Standard deviation of an excess, over the second time: from its differences within strata, which differ."""
+    pairs = [
+        abs(one.excess - other.excess) / max(0.5 * (one.again + other.again), 1e-12)
+        for timed in strata
+        for one, other in itertools.combinations(timed, 2)
+    ]
+    return float(np.median(pairs)) / (math.sqrt(2) * 0.6745) if pairs else 0.0
+
+
 def _error_of_median(values: FloatArray) -> float:
-    """Standard error of a median, as of a normal distribution."""
-    return math.sqrt(math.pi / 2) * deviation(values) / math.sqrt(len(values))
+    """Standard error of a median."""
+    return _of_median(deviation(values), len(values))
+
+
+def _of_median(spread: float, count: int) -> float:
+    """Standard error of a median of so many values that spread so much, as of a normal distribution."""
+    return math.sqrt(math.pi / 2) * spread / math.sqrt(count)
