@@ -365,7 +365,7 @@ def test_a_worker_times_a_step_on_as_many_threads_as_each_process_of_the_run_get
 ) -> None:
     import torch
 
-    from planner.worker import Worker
+    from planner.workload import Worker
     from trainer import process
     from trainer.data import prepare_data
 

@@ -13,7 +13,7 @@ from fakes import chat_lengths, make_data, make_job
 from planner import hardware
 from planner.estimate import memory_warning
 from planner.measurement import RowVerdict, StepSignature
-from planner.worker import Worker
+from planner.workload import Worker
 
 GIB = 1 << 30
 
