@@ -204,6 +204,8 @@ def estimate(
         notes.append("the exchange of gradients between devices is not in the figure")
     if measurement.load is not None and measurement.load.compile_refused is not None:
         notes.append(f"the layers are not compiled: {measurement.load.compile_refused}")
+    if measurement.load is not None and measurement.load.lean_refused is not None:
+        notes.append(f"the plain loss is used instead of the lean one: {measurement.load.lean_refused}")
     per_step = total.seconds / work.num_steps
     saved = measurement.fixed.save
     job = with_checkpoint_interval(

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from fakes import FakeDevice, chat_lengths, make_data, make_job, make_row
+from planned import FACTS
 
 from planner.estimate import (
     EAGER_HEAP_GROWTH,
@@ -22,9 +23,12 @@ from planner.estimator import Estimator, fit_cost
 from planner.fixed import EVALUATION_BATCHES
 from planner.measure import measure, with_references
 from planner.measurement import MicroSample, PlannedRow, Round
+from planner.resolve import Options, resolve_job
 from planner.steadiness import HAS_TO_SHOW
+from presets.env import Settings
+from presets.schema import load_preset
 from trainer.evaluate import evaluation_batches
-from trainer.job import EvaluationSpec
+from trainer.job import DataSpec, EvaluationSpec
 from trainer.planning import CHECKPOINT_SECONDS, CHECKPOINT_SHARE, plan_job, stand_in, with_checkpoint_interval
 from trainer.record import CostModel
 from trainer.tokens import TokenizedDataset
@@ -408,3 +412,19 @@ def test_compile_time_is_a_part_of_the_total_and_a_refusal_is_told() -> None:
     assert one.fixed.compile == 40.0
     assert one.seconds == pytest.approx(plain.seconds + 40.0)
     assert any("not compiled: it fails" in note for note in one.notes)
+
+
+def test_a_lean_loss_that_is_asked_for_is_in_the_job_and_its_refusal_is_said() -> None:
+    for wanted in (False, True):
+        found = resolve_job(load_preset("baseline"), Options(lean_loss=wanted), Settings(), FACTS, DataSpec(source="x"))
+        assert found.job is not None
+        assert found.job.loss == ("lean" if wanted else "plain")
+    device = FakeDevice(LENGTHS)
+    row = make_row(make_job(loss="lean"), DATA)
+    measured = measure([row], DATA, device.factory, clock=device.clock)
+    (one,) = measured.measurements
+    assert one.load is not None
+    refused = replace(measured, measurements=(replace(one, load=replace(one.load, lean_refused="its logits differ")),))
+    said = "the plain loss is used instead of the lean one: its logits differ"
+    assert said in estimate(row, DATA, refused).notes
+    assert said not in estimate(row, DATA, measured).notes
