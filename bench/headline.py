@@ -376,12 +376,12 @@ def _leak(run: Path) -> int:
     watched_loop: Any = loop
     watched_loop.settle_packing = lambda *_, **__: None  # it would refuse
     watched: Any = feed
-    collate = watched.collate
+    batch_on = watched.batch_on
 
-    def leaking(*rows: Any, **named: Any) -> Any:
-        return replace(collate(*rows, **named), position_ids=None, documents=None)
+    def leaking(*given: Any) -> Any:
+        return replace(batch_on(*given), position_ids=None, documents=None, arrangement=None)
 
-    watched.collate = leaking
+    watched.batch_on = leaking
     record = loop.train(run)
     return 0 if record is not None else 1
 

@@ -175,7 +175,7 @@ def ours(arguments: argparse.Namespace) -> None:
     # The trainer's own functions, watched: the adapter it starts from, the batches it makes.
     seen = BatchHash()
     watched: Any = loop
-    load_model, collate = watched.load_model, feed.collate
+    load_model, batch_on = watched.load_model, feed.batch_on
 
     def watched_load(*args: Any, **kwargs: Any) -> Any:
         loaded = load_model(*args, **kwargs)
@@ -183,8 +183,8 @@ def ours(arguments: argparse.Namespace) -> None:
         save_file(first, case / "first_adapter.safetensors")
         return loaded
 
-    def watched_collate(rows: Any, data: Any, **kwargs: Any) -> Any:
-        batch = collate(rows, data, **kwargs)
+    def watched_batch(device: str, rows: Any, data: Any) -> Any:
+        batch = batch_on(device, rows, data)
         labels = batch.input_ids.new_full((batch.input_ids.numel(),), -100)
         labels[batch.predicts + 1] = batch.targets
         labels = labels.view(batch.input_ids.shape)
@@ -193,7 +193,7 @@ def ours(arguments: argparse.Namespace) -> None:
             seen.add(batch.input_ids[index, :length].tolist(), labels[index, :length].tolist())
         return batch
 
-    watched.load_model, feed.collate = watched_load, watched_collate  # type: ignore[assignment]
+    watched.load_model, feed.batch_on = watched_load, watched_batch
     begun = time.perf_counter()
     record = loop.train(run)
     assert record is not None

@@ -47,9 +47,9 @@ TIMED_SOURCES = (
     ("trainer", "lean.py"), ("trainer", "fused.py"), ("trainer", "documents.py"), ("trainer", "agreement.py"),
     ("trainer", "arrangement.py"), ("trainer", "grouped.py"), ("trainer", "halves.py"), ("trainer", "norms.py"),
     ("trainer", "rotary.py"), ("trainer", "kernels.py"), ("trainer", "entropy.py"), ("trainer", "alike.py"),
-    ("trainer", "siblings.py"), ("trainer", "gated.py"),
+    ("trainer", "siblings.py"), ("trainer", "gated.py"), ("trainer", "packed.py"), ("trainer", "widths.py"),
     ("trainer", "checkpoint.py"), ("trainer", "feed.py"), ("trainer", "compiled.py"), ("trainer", "process.py"),
-    ("planner", "worker.py"), ("planner", "prober.py"), ("planner", "measurement.py"),
+    ("planner", "worker.py"), ("planner", "workload.py"), ("planner", "prober.py"), ("planner", "measurement.py"),
     ("planner", "strata.py"), ("planner", "stopwatch.py"), ("planner", "memory.py"), ("planner", "first_times.py"),
     ("planner", "measured.py"),
 )  # fmt: skip
