@@ -209,7 +209,10 @@ def estimate(
     per_step = total.seconds / work.num_steps
     saved = measurement.fixed.save
     job = with_checkpoint_interval(
-        row.job, row.plan.num_steps, per_step, None if saved is None else saved.checkpoint_seconds
+        row.job,
+        row.plan.num_steps,
+        per_step,
+        None if saved is None else saved.checkpoint_seconds + saved.removal_seconds,
     )
     fixed = fixed_seconds(replace(row, job=job), works, measurement, data_seconds)
     high += measurement.first_time_share * total.seconds  # it may go on: each shape its own kernel
@@ -220,12 +223,12 @@ def estimate(
     if measurement.new_shape_seconds > 0 or measurement.new_shapes_apart:
         counts = works.new_shapes(row, found.strata)
         new, error = new_shape_seconds(measurement, counts)
-        apart = Z_90 * error
-        seconds, low, high = seconds + new, low + max(0.0, new - apart), high + new + apart
+        margin = Z_90 * error
+        seconds, low, high = seconds + new, low + max(0.0, new - margin), high + new + margin
         if new > ONE_OFF_TOLD * seconds:
             notes.append(
                 f"new shapes of micro-batches take {new:.1f} s more, since the GPU's library chooses for each: "
-                f"{sum(counts.values()):,} in this run"
+                f"up to {sum(counts.values()):,} in this run"
             )
     if measurement.one_off_seconds > ONE_OFF_TOLD * seconds:
         notes.append(f"the first steps take {measurement.one_off_seconds:.1f} s more, while kernels are loaded")

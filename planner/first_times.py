@@ -3,10 +3,11 @@
 Two things are told apart, since a run meets them differently often:
 
 - Kernels are loaded and handles made in the first seconds of a process, once, whatever the run's length.
-- For each *shape* that it has not met, cuBLAS chooses a kernel for every product of that shape anew: 8 to 12 ms a
-  micro-step of 60 on an H200 (a 1 B model; the time lies in the host's calls of mm and addmm, 2026-11-27). A run meets
-  as many new shapes as its batch plan has: most of the micro-batches of a short run, few of a long one. It is the host
-  that is held up: behind a GPU that is busy anyhow nothing of it shows, and so each class of micro-batches has its own.
+- For each *shape* that it has not met, cuBLAS chooses a kernel for every product of that shape anew: 8 to 30 ms a
+  micro-step of 60 to 100 on an H200 (a 1 B model; the time lies in the host's calls of mm and addmm, 2026-11-27). A run
+  meets as many new shapes as its batch plan has: most of the micro-batches of a short run, few of a long one. It is the
+  host that is held up: behind a GPU that is busy anyhow nothing of it shows, and so each class of micro-batches has its
+  own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ LEAST = 8  # micro-batches of a new shape, before their excess is believed
 LEAST_OF_ONE, ENOUGH = 3, 5
 SURE = 2.5  # standard errors
 NOISE = 2.0  # standard deviations of a sum of differences
+SURELY = 3.0  # of one of a few
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class NewShapes:
     seconds: float = 0.0
     error: float = 0.0
     apart: Mapping[int, tuple[float, float]] = field(default_factory=dict)  # the same of strata that plainly differ
+    noise: float = 0.0  # standard deviation of one such difference, over the second time
 
     def of(self, stratum: int) -> float:
         return self.apart[stratum][0] if stratum in self.apart else self.seconds
@@ -62,6 +65,8 @@ class FirstTimes:
 
     met: set[Shape] = field(default_factory=set)
     _rounds: list[list[First]] = field(default_factory=list)
+    _probed: list[First] = field(default_factory=list)  # the first of all, each waited for
+    _known: tuple[int, NewShapes] = (0, NewShapes())  # after so many rounds
 
     def meet(self, shapes: list[Shape]) -> list[bool]:
         """Of each shape in turn whether it is new; it no longer is. Widths that a GPU's micro-batches share are one."""
@@ -72,16 +77,24 @@ class FirstTimes:
             self.met.add(shape)
         return found
 
+    def probe(self, shapes: list[Shape], twice: tuple[tuple[float, float], ...]) -> None:
+        """The micro-batches of a memory probe, with their seconds where the process is new."""
+        for (first, again), new in zip(twice, self.meet(shapes), strict=False):
+            self._probed.append(First(first, again, new, stratum=-1))
+
     def add(self, timed: list[First]) -> None:
         """A round's micro-batches."""
         self._rounds.append(timed)
 
     def new_shapes(self) -> NewShapes:
-        """What a new shape takes: over all strata, and where one of them plainly differs from that, there.
+        """What a new shape takes: over all strata, and where one of them plainly differs from that, there."""
+        if self._known[0] != len(self._rounds):
+            self._known = len(self._rounds), self._new_shapes()
+        return self._known[1]
 
-        The median over the later half of the rounds: in the first ones kernels are loaded too, and a rare slow timing
-        is in either time.
-        """
+    def _new_shapes(self) -> NewShapes:
+        # The median over the later half of the rounds: in the first ones kernels are loaded too, and a rare slow timing
+        # is in either time.
         rounds = self._rounds[len(self._rounds) // 2 :]
         if sum(one.is_new for timed in rounds for one in timed) < LEAST:
             rounds = self._rounds[1:]
@@ -106,7 +119,21 @@ class FirstTimes:
             if is_shown and abs(own) > SURE * math.hypot(_of_median(single, len(values)), error):
                 # What of it a GPU's work hides differs from one to the next, far more than the clock does.
                 apart[stratum] = (max(0.0, seconds + own), _of_median(max(single, deviation(values)), len(values)))
-        return NewShapes(seconds, error, apart)
+        return NewShapes(seconds, error, apart, noise)
+
+    @property
+    def while_probing(self) -> float:
+        """Seconds of what was loaded in the memory probe, new shapes apart; 0 where that is no more than noise.
+
+        Its micro-steps are the first of their process: kernels are loaded in them and memory is taken from the driver,
+        as in the run's first steps. Left out, the first quarter of runs of 15 s took 15 to 20 % longer than planned (an
+        H200, 2026-11-27).
+        """
+        new = self.new_shapes()
+        # Each was waited for, so that no GPU's work hid what the host chose for it.
+        exposed = max([new.seconds, *(own for own, _ in new.apart.values())])
+        total = sum(one.excess - exposed * one.is_new for one in self._probed)
+        return total if total > SURELY * new.noise * math.hypot(*(one.again for one in self._probed)) else 0.0
 
     @property
     def once(self) -> float:
@@ -138,11 +165,11 @@ def deviation(values: FloatArray) -> float:
 
 
 def _relative_noise(strata: Iterable[list[First]]) -> float:
-    """Standard deviation of an excess, over the second time: from its differences within strata, which differ."""
+    """Standard deviation of an excess, over the second time: from its differences from one to the next of a stratum."""
     pairs = [
         abs(one.excess - other.excess) / max(0.5 * (one.again + other.again), 1e-12)
         for timed in strata
-        for one, other in itertools.combinations(timed, 2)
+        for one, other in itertools.pairwise(timed)
     ]
     return float(np.median(pairs)) / (math.sqrt(2) * 0.6745) if pairs else 0.0
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from planner.first_times import FirstTimes, Shape
+from planner.first_times import FirstTimes
 from planner.measurement import FixedSamples, PlannedRow, Round, RowVerdict, StepSignature, WindowSample
 from planner.prober import LoadReply, MicroRows, Prober
 from trainer.batching import BatchPlan
@@ -30,7 +30,6 @@ class Group:
     # Of its present process: by how much the first micro-step took longer than the same again, and what the others did.
     first_seconds: float = 0.0
     first_times: FirstTimes = field(default_factory=FirstTimes)
-    probed_first: list[tuple[Shape, float, bool]] = field(default_factory=list)  # shape, seconds, whether it was new
     spent: float = 0.0
     round_seconds: float = 0.0  # that the last round took
     ended_by: str = ""

@@ -223,7 +223,6 @@ class _Measuring:
             group.prober = self.factory(group.rows[0].job)
             group.first_seconds = 0.0  # a new process loads its kernels again, and a run has one
             group.first_times = FirstTimes()
-            group.probed_first = []
             reply = group.prober.load()
             group.load = group.load or reply
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import numpy as np
-
-from planner.estimator import fit_cost
-from planner.first_times import deviation
 from planner.group import Group
 from planner.measurement import Measurement, NewShape, Round
 
@@ -16,7 +11,6 @@ from planner.measurement import Measurement, NewShape, Round
 # it, and later nothing that showed (2026-11-26). So the micro-batches of a round are run twice there, and the second
 # time counts. Where the first time still takes this much longer at the end, it is said.
 SETTLED = 0.03
-SURELY = 3.0  # standard deviations of a sum of a few timings
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +36,7 @@ def measurement_of(group: Group, kept: tuple[Round, ...]) -> Measurement:
         rounds=kept,
         windows=tuple(window for before, window in group.windows if before > first),
         fixed=group.fixed,
-        one_off_seconds=group.first_seconds + _loaded_while_probing(group, kept, new.seconds) + group.first_times.once,
+        one_off_seconds=group.first_seconds + group.first_times.while_probing + group.first_times.once,
         first_time_share=group.first_times.share_to_the_end,
         new_shape_seconds=new.seconds,
         new_shape_error=new.error,
@@ -53,23 +47,6 @@ def measurement_of(group: Group, kept: tuple[Round, ...]) -> Measurement:
         ended_by=group.ended_by,
         error=group.error,
     )
-
-
-def _loaded_while_probing(group: Group, kept: tuple[Round, ...], new_shape: float) -> float:
-    """Seconds that the micro-steps of the memory probe took beyond what such ones take later, on a GPU.
-
-    They are the first of their process: kernels are loaded in them and memory is taken from the driver, as in the run's
-    first steps. Left out, the first quarter of runs of 15 s took 15 to 20 % longer than planned (an H200, 2026-11-27).
-    """
-    if group.signature.device == "cpu" or not kept or not group.probed_first:
-        return 0.0
-    fit = fit_cost(kept)
-    usual = np.array([fit.micro_seconds(*shape) + new_shape * is_new for shape, _, is_new in group.probed_first])
-    beyond = float(sum(seconds for _, seconds, _ in group.probed_first) - usual.sum())
-    ratios = [
-        one.seconds / fit.micro_seconds(one.rows, one.width) for each in kept for one in each.samples if one.seconds
-    ]
-    return beyond if beyond > SURELY * deviation(np.array(ratios)) * math.sqrt(float((usual**2).sum())) else 0.0
 
 
 def what_to_tell(group: Group, kept: tuple[Round, ...], width: float, *, budget: float, target: float) -> Told:

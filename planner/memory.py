@@ -97,9 +97,7 @@ class MemoryProbe:
                     more = self._long_windows(members) if is_growing else []
                     reply = self._try_alone(group, windows, more, seconds)
                     # Its process has met these shapes: in a round they are no new ones.
-                    tried = [self._shape(rows) for window in (*windows, *more) for rows in window]
-                    is_new = group.first_times.meet(tried)
-                    group.probed_first += zip(tried, reply.taken, is_new, strict=False)  # not all of `more` are run
+                    group.first_times.probe([self._shape(rows) for window in windows for rows in window], reply.twice)
                     if group.signature.device == "cpu" and reply.token_seconds is not None:
                         # Not on a GPU: its first micro-steps load kernels, and even the largest do not take long.
                         expected = reply.token_seconds * float(shapes.padded_tokens.sum() / shapes.tokens.sum())

@@ -52,7 +52,8 @@ class MemoryReply:
     micro_step_seconds: float
     token_seconds: float | None = None  # of the micro-step that took the least a padded token
     first_seconds: float = 0.0  # by which the process's first micro-step took longer than the same one again
-    taken: tuple[float, ...] = ()  # seconds of each micro-step in turn
+    # (seconds, seconds again) of the micro-steps of a GPU's new process, each waited for; empty in others.
+    twice: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

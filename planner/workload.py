@@ -163,12 +163,13 @@ class Worker:
     def memory(self, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float) -> MemoryReply:
         """Peak bytes over these windows or parts of them: since the process started, on a GPU since the last `memory`.
 
-        `more` windows follow while they take no longer than `seconds`.
+        `more` windows follow while they take no longer than `seconds`. A GPU's new process runs the windows twice: what
+        the first time took longer, the run's first steps will take too.
 
         Adam's moments appear at the first update, so a small one comes first. Then the micro-batches follow each other
         as in the run: where a window's longest stands at its head, no gradients lie beside its activations.
         """
-        from trainer.step import clear_gradients, optimizer_step
+        from trainer.step import clear_gradients
 
         cuda = self.job.device == "cuda"
         self._settle([rows for window in (*windows, *more) for rows in window])
@@ -177,10 +178,12 @@ class Worker:
 
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        is_first = not self._is_warm
         first_seconds = self._first_seconds()
         self.optimizer(1)
         taken: list[float] = []
         per_token: list[float] = []
+        again: list[float] = []
         until = float("inf")
         try:
             for number, window in enumerate([*windows, *more]):
@@ -188,18 +191,11 @@ class Worker:
                     until = time.perf_counter() + seconds
                 if time.perf_counter() >= until:
                     break
-                scale = 1.0 / self._supervised(window)
-                batches = self._feed(window)
-                for _ in window:
-                    self._synchronize()
-                    begin = time.perf_counter()
-                    batch = next(batches)
-                    self._micro_step(batch, scale)
-                    self._synchronize()
-                    taken.append(time.perf_counter() - begin)
-                    per_token.append(taken[-1] / batch.input_ids.numel())
-                optimizer_step(self.stepper, 0.0)
-            self._synchronize()
+                found = self._one_by_one(window)
+                taken += [one for one, _ in found]
+                per_token += [one / tokens for one, tokens in found]
+            if is_first:
+                again = [one for window in windows for one, _ in self._one_by_one(window)]
         finally:
             clear_gradients(self.stepper.parameters)
         if cuda:
@@ -214,8 +210,25 @@ class Worker:
             micro_step_seconds=slowest,
             token_seconds=min(per_token),
             first_seconds=first_seconds,
-            taken=tuple(taken),
+            twice=tuple(zip(taken, again, strict=False)),
         )
+
+    def _one_by_one(self, window: list[MicroRows]) -> list[tuple[float, int]]:
+        """(seconds, padded tokens) of each micro-step of a window, waiting for the device at each; then its update."""
+        from trainer.step import optimizer_step
+
+        scale = 1.0 / self._supervised(window)
+        batches = self._feed(window)
+        found = []
+        for _ in window:
+            self._synchronize()
+            begin = time.perf_counter()
+            batch = next(batches)
+            self._micro_step(batch, scale)
+            self._synchronize()
+            found.append((time.perf_counter() - begin, batch.input_ids.numel()))
+        optimizer_step(self.stepper, 0.0)
+        return found
 
     def peak(self) -> PeakReply:
         """Peak bytes since the last `memory`, with all that ran since: other shapes, evaluation, saving.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -209,20 +210,24 @@ def test_a_long_run_s_checkpoints_are_counted_every_ten_minutes_as_it_writes_the
 
 
 def test_a_short_run_writes_checkpoints_seldomer_where_they_would_take_a_part_of_it_that_is_felt() -> None:
-    device = FakeDevice(LENGTHS, base=0.01)
+    device = FakeDevice(LENGTHS, base=0.01, per_token=2e-5, per_token_width=0.0)
     row = make_row(make_job(), DATA)
     (one,) = estimates(device, [row])
     assert one.seconds_per_step is not None
     assert one.checkpoint_every is not None
-    assert row.plan.num_steps / 10 < one.checkpoint_every < row.plan.num_steps
-    between = one.checkpoint_every * one.seconds_per_step  # the fake's checkpoints take 0.2 s
-    assert 0.2 <= CHECKPOINT_SHARE * between < 0.2 + one.seconds_per_step
-    # One step short of the end is no reason for a checkpoint beyond the last.
-    job = with_checkpoint_interval(row.job, row.plan.num_steps, one.seconds_per_step, 60.0)
-    assert job.checkpoint_every == row.plan.num_steps
-    # A checkpoint that takes minutes is written every ten all the same.
-    job = with_checkpoint_interval(row.job, 10_000, 1.0, 120.0)
-    assert job.checkpoint_every == CHECKPOINT_SECONDS
+    steps, bearable = row.plan.num_steps, math.ceil(0.23 / (CHECKPOINT_SHARE * one.seconds_per_step))
+    assert steps / 10 < bearable <= one.checkpoint_every < steps  # writing one takes the fake 0.2 s, removing one 0.03
+    # Spread evenly: as many as fit, and none shortly before the last.
+    assert one.checkpoint_every == math.ceil(steps / (steps // bearable))
+
+    def every(num_steps: int, seconds_per_step: float, checkpoint: float) -> int | None:
+        return with_checkpoint_interval(row.job, num_steps, seconds_per_step, checkpoint).checkpoint_every
+
+    assert every(100, 1.0, 0.1) == 10
+    assert every(100, 1.0, 0.5) == 25
+    assert every(100, 1.0, 1.02) == 100  # one after 51 would leave 49 to the last: two take more than 2 %
+    assert every(100, 1.0, 60.0) == 100
+    assert every(10_000, 1.0, 120.0) == CHECKPOINT_SECONDS  # however long it takes: every ten minutes
 
 
 def test_what_a_gpu_s_first_evaluation_takes_longer_is_counted_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -182,9 +183,17 @@ def test_attention_of_grouped_heads_in_fp32_holds_no_square_of_the_tokens(tiny_m
 @pytest.mark.parametrize("loss", ["plain", "lean"])
 @pytest.mark.parametrize("rows", [[[0], [1]], [[0, 1, 2], [3]]], ids=["plain rows", "packed"])
 def test_no_micro_step_waits_for_the_gpu(
-    precision: str, loss: str, rows: list[list[int]], tiny_model: Path, data: Any, make_job: Any
+    precision: str,
+    loss: str,
+    rows: list[list[int]],
+    tiny_model: Path,
+    data: Any,
+    make_job: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The host then launches the next one while the GPU still computes this one."""
+    from trainer import packed
+    from trainer.collate import batch_on
     from trainer.model import load_model
     from trainer.step import make_stepper, micro_step
 
@@ -192,11 +201,18 @@ def test_no_micro_step_waits_for_the_gpu(
     job = make_job(model=str(tiny_model), device="cuda", precision=precision, base_precision=base, loss=loss)
     stepper = make_stepper(load_model(job, need_weights=True).model, "cuda", precision, loss=loss)
     assert stepper.lean_refused is None
-    batch = batches(tiny_model, data, rows)
+    batch = batch_on("cuda", [np.array(row, dtype=np.int64) for row in rows], data)
+
+    def watched() -> None:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            micro_step(stepper, batch, scale=0.01)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
     micro_step(stepper, batch, scale=0.01)  # the first one loads and settles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        micro_step(stepper, batch, scale=0.01)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    watched()
+    monkeypatch.setattr(packed, "known", lambda *, packed: contextlib.nullcontext())
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        watched()

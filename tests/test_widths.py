@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from small_models import grouped, random_data, small_model, with_lora
 
 from trainer import documents
-from trainer.collate import batch_on, collate
+from trainer.collate import MicroBatch, batch_on, collate
 from trainer.step import clear_gradients, make_stepper, micro_step
 from trainer.widths import shared_width
 
@@ -35,8 +35,22 @@ def test_between_a_number_and_its_double_there_are_few_widths() -> None:
     assert shared_width(0) == 0
 
 
-def test_only_a_gpu_s_micro_batches_share_widths_and_plain_ones_never_beyond_the_longest_example() -> None:
-    assert batch_on("cpu", [np.array([1])], DATA).input_ids.shape == (1, 131)
+@pytest.mark.parametrize(("device", "width"), [("cpu", 131), ("cuda", 132), ("cuda:1", 132), ("mps", 132)])
+def test_micro_batches_share_widths_on_all_but_a_cpu(device: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MicroBatch, "to", lambda batch, device: batch)
+    assert batch_on(device, [np.array([1])], DATA).input_ids.shape == (1, width)
+
+
+def test_no_position_of_padding_lies_beyond_those_of_documents() -> None:
+    """Where a model goes by the largest position (LongRoPE), the documents beside it would get other frequencies."""
+    batch = collate([np.array([0, 1, 3, 4, 2]), np.array([4, 6])], DATA)
+    assert batch.position_ids is not None
+    assert batch.input_ids.shape[1] == 410
+    assert int(batch.position_ids.max()) < DATA.longest == 200
+    assert batch.position_ids[1, 50:].tolist() == [*range(200), *range(160)]
+
+
+def test_plain_micro_batches_never_become_wider_than_the_longest_example() -> None:
 
     def width(*rows: list[int]) -> int:
         return collate([np.array(row) for row in rows], DATA, shared=True).input_ids.shape[1]

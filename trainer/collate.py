@@ -57,8 +57,8 @@ class MicroBatch:
 
 
 def batch_on(device: str, rows: list[IntArray], data: TokenizedDataset) -> MicroBatch:
-    """The micro-batch of these rows as it is run on a device: on a GPU as wide as others of about its width."""
-    return collate(rows, data, shared=device.startswith("cuda")).to(device)
+    """The micro-batch of these rows as it is run on a device: on all but a CPU as wide as others of about its width."""
+    return collate(rows, data, shared=device != "cpu").to(device)
 
 
 def collate(rows: list[IntArray], data: TokenizedDataset, *, pad_token_id: int = 0, shared: bool = False) -> MicroBatch:
@@ -96,7 +96,9 @@ def collate(rows: list[IntArray], data: TokenizedDataset, *, pad_token_id: int =
                 documents.append((index, at, at + size))
             at += size
         if positions is not None and at < width:
-            positions[index, at:] = np.arange(width - at)  # padding is a document of its own
+            # Padding is a document of its own, or several: a position that no document has would choose other
+            # frequencies for all of them where a model goes by the largest (LongRoPE).
+            positions[index, at:] = np.arange(width - at) % max(1, data.longest)
             last = documents[-1] if documents and documents[-1][0] == index else None
             if last is not None and width - at < at - last[1]:
                 # For attention a little of it is the end of the last one, which never looks right: a call less.

@@ -94,7 +94,7 @@ class Job:
     compile: bool = False  # torch.compile the layers, before the first step
     loss: Loss = "plain"  # lean: the output layer sees supervised positions only, a chunk at a time; the same number
     evaluation: EvaluationSpec = EvaluationSpec()
-    checkpoint_every: int | None = None  # optimizer steps; None: ten times a run
+    checkpoint_every: int | None = None  # optimizer steps; None: see trainer.planning.with_checkpoint_interval
     keep_checkpoints: int = 2
     trust_remote_code: bool = False
     tracker: str | None = None

@@ -40,13 +40,14 @@ def with_checkpoint_interval(
 
     Args:
         seconds_per_step: None: not known, and neither rule is applied.
-        checkpoint_seconds: of one; None: not known.
+        checkpoint_seconds: of writing one and taking an old one away; None: not known.
     """
     every = checkpoint_interval(job, num_steps)
     if seconds_per_step and job.checkpoint_every is None:
         if checkpoint_seconds:
             bearable = math.ceil(checkpoint_seconds / (CHECKPOINT_SHARE * seconds_per_step))
-            every = min(max(every, bearable), num_steps)
+            # Spread evenly, so that none falls shortly before the last.
+            every = max(every, math.ceil(num_steps / max(1, num_steps // bearable)))
         every = min(every, max(1, round(CHECKPOINT_SECONDS / seconds_per_step)))
     return replace(job, checkpoint_every=every)
 

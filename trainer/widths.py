@@ -1,4 +1,4 @@
-"""Widths of micro-batches on a GPU: rounded up a little, so that shapes come again. No torch.
+"""Widths of micro-batches anywhere but on a CPU: rounded up a little, so that shapes come again. No torch.
 
 For each shape that a process has not met a GPU's matrix library chooses a kernel for every product anew, and the host
 is held up: on an H200 by 15 to 30 ms of 75 to 100 a micro-step (1 B model, four rows of some 480 tokens). Packed rows,
@@ -15,7 +15,7 @@ import numpy as np
 
 from trainer.tokens import IntArray
 
-PARTS = 64  # between a power of two and the next
+PARTS = 64  # widths between a power of two and the next
 
 
 @overload
@@ -27,6 +27,6 @@ def shared_width(width: int | IntArray) -> int | IntArray:
     found = np.asarray(width, dtype=np.int64)
     # The exponent of the largest power of two that is no larger; frexp is exact where log2 rounds.
     exponent = np.frexp(np.maximum(found, 1).astype(np.float64))[1] - 1
-    step = np.left_shift(np.int64(1), np.maximum(exponent - 6, 0).astype(np.int64))
+    step = np.left_shift(np.int64(1), np.maximum(exponent - (PARTS.bit_length() - 1), 0).astype(np.int64))
     rounded = -(-found // step) * step
     return int(rounded) if np.ndim(width) == 0 else rounded
