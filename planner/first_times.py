@@ -114,11 +114,19 @@ class FirstTimes:
                 continue
             single = noise * float(np.mean([one.again for one in timed]))
             own = float(np.median(values))
-            showing = np.count_nonzero(np.sign(own) * values > SURE * single)
-            is_shown = showing > 0.5 * len(values) if len(values) >= ENOUGH else showing == len(values) >= LEAST_OF_ONE
+            shows = np.sign(own) * values > SURE * single
+            # What is loaded shows less and less often.
+            is_shown = (
+                min(shows.mean(), shows[len(shows) // 2 :].mean()) > 0.5
+                if len(values) >= ENOUGH
+                else len(values) >= LEAST_OF_ONE and bool(shows.all())
+            )
             if is_shown and abs(own) > SURE * math.hypot(_of_median(single, len(values)), error):
                 # What of it a GPU's work hides differs from one to the next, far more than the clock does.
-                apart[stratum] = (max(0.0, seconds + own), _of_median(max(single, deviation(values)), len(values)))
+                own_error = _of_median(max(single, deviation(values)), len(values))
+                if len(values) < LEAST:  # kernels that are still loaded may be all that shows
+                    own_error = max(own_error, abs(own) / 1.645)
+                apart[stratum] = (max(0.0, seconds + own), own_error)
         return NewShapes(seconds, error, apart, noise)
 
     @property

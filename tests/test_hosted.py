@@ -26,7 +26,7 @@ def measured(cost: dict[str, Any], changes: dict[str, Any], *, seed: int = 0) ->
     """A row, what was measured of it, and what a run of it takes."""
     device = HostedDevice(LENGTHS, noise=0.05, seed=seed, **cost)
     row = make_row(make_job(device="cuda", precision="bf16", **changes), DATA)
-    found = measure([row], DATA, device.factory, budget_seconds=40, clock=device.clock, seed=seed)
+    found = measure([row], DATA, device.factory, budget_seconds=60, clock=device.clock, seed=seed)
     return row, found, HostedDevice(LENGTHS, noise=0.05, **cost).run_seconds(row.plan, seed + 100)
 
 
