@@ -50,6 +50,21 @@ def test_a_micro_step_is_compared_with_the_trainer_s_way(tmp_path: Path) -> None
     assert found["contestants"]["the Trainer's way"]["over_trainers_way"] == 1.0
 
 
+def test_windows_are_run_with_and_without_what_the_host_waits_for(tmp_path: Path) -> None:
+    rows = [{"question": f"What is {number} and {number}? " * (number % 9 + 1), "answer": "x"} for number in range(500)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    out = tmp_path / "out.json"
+    few = ("--rows", "500", "--length", "512", "--windows", "1", "--turns", "2")
+    done = run(str(BENCH / "waiting.py"), "--data", str(data), "--out", str(out), *few)
+    assert done.returncode == 0, done.stderr
+    kinds = json.loads(out.read_text(encoding="utf-8"))["kinds"]
+    assert len(kinds) == 2
+    for one in kinds.values():
+        assert len(one["asked_over_known"]) == 2
+        assert min(*one["asked_over_known"], *one["own_over_shared"]) > 0
+
+
 def test_our_trainer_is_timed_as_the_peers_are(tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="the extra 'bench' is not installed")
     rows = [{"question": f"What is {number} and {number}?", "answer": f"It is {2 * number}."} for number in range(96)]
