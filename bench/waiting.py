@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import itertools
 import sys
 import tempfile
 import time
@@ -103,10 +104,7 @@ def worker_of(options: argparse.Namespace, model: Path, changes: dict[str, Any])
     worker = Worker(job, data, None)
     worker.load()
     offsets = plan.window_offsets.tolist()
-    windows = [
-        [rows_of(plan, micro) for micro in range(first, last)]
-        for first, last in zip(offsets[:-1], offsets[1:], strict=True)
-    ]
+    windows = [[rows_of(plan, micro) for micro in range(first, last)] for first, last in itertools.pairwise(offsets)]
     tokens = [sum(int(data.lengths[row].sum()) for rows in window for row in rows) for window in windows]
     return worker, windows, tokens
 

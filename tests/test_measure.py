@@ -345,3 +345,42 @@ def test_memory_is_probed_where_most_tokens_are_learnt_from_too(loss: str, is_ru
     assert learnt in rows[0].plan.order
     measure(rows, data, lambda job: Recording(device, job), 5, clock=device.clock)
     assert (learnt in probed) is is_run
+
+
+@pytest.mark.parametrize(
+    ("device", "with_fixed", "budget", "is_run"),
+    [
+        pytest.param("cuda", True, 60.0, True, id="a GPU's allocator"),
+        pytest.param("cpu", True, 60.0, False, id="a heap, watched for long"),
+        pytest.param("cuda", False, 60.0, False, id="a search"),
+        pytest.param("cuda", True, 3.0, False, id="a short budget"),
+    ],
+)
+def test_a_gpu_s_memory_is_probed_from_the_beginning_of_the_plan(
+    device: str, with_fixed: bool, budget: float, is_run: bool
+) -> None:
+    """Blocks of longer micro-batches do not fit where shorter ones lay; the longest first leaves room for all."""
+    fake = FakeDevice(LENGTHS, base=0.05, per_token=2e-5, per_token_width=0.0, half_speed_up=1.0)
+    asked: list[list[list[MicroRows]]] = []
+
+    class Recording(FakeProber):
+        def memory(self, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float) -> MemoryReply:
+            asked.append(windows)
+            found = super().memory(windows, more, seconds)
+            return replace(found, reserved_bytes=(4 << 30) + len(windows))
+
+    row = make_row(make_job(device=device), DATA)
+    found = measure(
+        [row], DATA, lambda job: Recording(fake, job), budget, clock=fake.clock, with_fixed=with_fixed, most_rounds=2
+    )
+    assert len(asked) == 1 + is_run
+    worst = asked[0]
+    plan = row.plan
+    first = [
+        [rows.tolist() for rows in plan.rows_of_micro_batch(micro)] for micro in range(int(plan.window_offsets[1]))
+    ]
+    if is_run:
+        assert asked[1][0] == first
+        assert asked[1][-len(worst) :] == worst
+        assert sum(map(len, asked[1][: -len(worst)])) <= 32
+    assert found.rows[0].peak_reserved_bytes == (4 << 30) + max(map(len, asked))
