@@ -11,6 +11,7 @@ from fakes import FakeDevice, chat_lengths, make_data, make_job, make_row
 from planned import FACTS
 
 from planner.estimate import (
+    CHECKPOINTED_HEAP_GROWTH,
     EAGER_HEAP_GROWTH,
     HEAP_GROWTH,
     PACKED_HEAP_GROWTH,
@@ -52,13 +53,15 @@ def test_a_cpu_s_heap_grows_on_in_a_run_and_a_gpu_s_blocks_do_not() -> None:
         make_row(make_job(device="cuda"), DATA, "cuda"),
         make_row(make_job(attention="eager"), DATA, "eager"),
         make_row(make_job(packing=True, packed_length=4096), DATA, "packed"),
+        make_row(make_job(gradient_checkpointing=True), DATA, "checkpointed"),
     ]
-    on_cpu, on_gpu, eager, packed = estimates(device, rows)
+    on_cpu, on_gpu, eager, packed, checkpointed = estimates(device, rows)
     longest = int(LENGTHS.max()) * device.bytes_per_token
     assert on_gpu.peak_memory_bytes == longest
     assert on_cpu.peak_memory_bytes == round(HEAP_GROWTH * longest)
     assert eager.peak_memory_bytes == round(EAGER_HEAP_GROWTH * longest)
-    fullest = int(rows[-1].plan.micro_shapes(LENGTHS).padded_tokens.max()) * device.bytes_per_token
+    assert checkpointed.peak_memory_bytes == round(CHECKPOINTED_HEAP_GROWTH * longest)
+    fullest = int(rows[3].plan.micro_shapes(LENGTHS).padded_tokens.max()) * device.bytes_per_token
     assert packed.peak_memory_bytes == round(PACKED_HEAP_GROWTH * fullest)
 
 
