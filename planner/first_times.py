@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from planner.estimator import Z_90
 from trainer.tokens import FloatArray
 from trainer.widths import shared_width
 
@@ -29,7 +30,7 @@ LEAST = 8  # micro-batches of a new shape, before their excess is believed
 LEAST_OF_ONE, ENOUGH = 3, 5
 SURE = 2.5  # standard errors
 NOISE = 2.0  # standard deviations of a sum of differences
-SURELY = 3.0  # of one of a few
+SURELY = 3.0  # the same, of a sum of a few
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class NewShapes:
     seconds: float = 0.0
     error: float = 0.0
     apart: Mapping[int, tuple[float, float]] = field(default_factory=dict)  # the same of strata that plainly differ
-    noise: float = 0.0  # standard deviation of one such difference, over the second time
+    noise: float | None = None  # standard deviation of one such difference, over the second time; None: not known
 
     def of(self, stratum: int) -> float:
         return self.apart[stratum][0] if stratum in self.apart else self.seconds
@@ -77,10 +78,10 @@ class FirstTimes:
             self.met.add(shape)
         return found
 
-    def probe(self, shapes: list[Shape], twice: tuple[tuple[float, float], ...]) -> None:
-        """The micro-batches of a memory probe, with their seconds where the process is new."""
-        for (first, again), new in zip(twice, self.meet(shapes), strict=False):
-            self._probed.append(First(first, again, new, stratum=-1))
+    def probe(self, twice: Iterable[tuple[float, float, bool]]) -> None:
+        """(seconds, seconds again, is its shape new) of micro-batches of a memory probe; a process's first one counts."""
+        if not self._probed:
+            self._probed = [First(seconds, again, is_new, stratum=-1) for seconds, again, is_new in twice]
 
     def add(self, timed: list[First]) -> None:
         """A round's micro-batches."""
@@ -93,6 +94,10 @@ class FirstTimes:
         return self._known[1]
 
     def _new_shapes(self) -> NewShapes:
+        of: dict[int, list[First]] = {}  # from all but the first round: of one stratum there are few
+        for one in itertools.chain.from_iterable(self._rounds[1:]):
+            of.setdefault(one.stratum, []).append(one)
+        noise, apart = _relative_noise(of.values()), {}
         # The median over the later half of the rounds: in the first ones kernels are loaded too, and a rare slow timing
         # is in either time.
         rounds = self._rounds[len(self._rounds) // 2 :]
@@ -100,19 +105,15 @@ class FirstTimes:
             rounds = self._rounds[1:]
         every = np.array([one.excess for timed in rounds for one in timed if one.is_new])
         if not len(every):
-            return NewShapes()
+            return NewShapes(noise=noise)
         seconds, error = float(np.median(every)), _error_of_median(every)
         if len(every) < LEAST or seconds <= SURE * error:
             seconds, error = 0.0, 0.0
-        of: dict[int, list[First]] = {}  # from all but the first round: of one stratum there are few
-        for one in itertools.chain.from_iterable(self._rounds[1:]):
-            of.setdefault(one.stratum, []).append(one)
-        noise, apart = _relative_noise(of.values()), {}
         for stratum, timed in of.items():
             values = np.array([one.excess for one in timed if one.is_new]) - seconds
             if not len(values):
                 continue
-            single = noise * float(np.mean([one.again for one in timed]))
+            single = (noise or 0.0) * float(np.mean([one.again for one in timed]))
             own = float(np.median(values))
             shows = np.sign(own) * values > SURE * single
             # What is loaded shows less and less often.
@@ -125,7 +126,7 @@ class FirstTimes:
                 # What of it a GPU's work hides differs from one to the next, far more than the clock does.
                 own_error = _of_median(max(single, deviation(values)), len(values))
                 if len(values) < LEAST:  # kernels that are still loaded may be all that shows
-                    own_error = max(own_error, abs(own) / 1.645)
+                    own_error = max(own_error, abs(own) / Z_90)
                 apart[stratum] = (max(0.0, seconds + own), own_error)
         return NewShapes(seconds, error, apart, noise)
 
@@ -138,7 +139,10 @@ class FirstTimes:
         H200, 2026-11-27).
         """
         new = self.new_shapes()
-        # Each was waited for, so that no GPU's work hid what the host chose for it.
+        if new.noise is None:
+            return 0.0
+        # Each was waited for, so that no GPU's work hid what the host chose for it. Where all of it is hidden in the
+        # rounds, it is not known and counts as loaded: tens of milliseconds for each of a few.
         exposed = max([new.seconds, *(own for own, _ in new.apart.values())])
         total = sum(one.excess - exposed * one.is_new for one in self._probed)
         return total if total > SURELY * new.noise * math.hypot(*(one.again for one in self._probed)) else 0.0
@@ -172,14 +176,17 @@ def deviation(values: FloatArray) -> float:
     return 1.4826 * float(np.median(np.abs(values - np.median(values)))) if len(values) else 0.0
 
 
-def _relative_noise(strata: Iterable[list[First]]) -> float:
-    """Standard deviation of an excess, over the second time: from its differences from one to the next of a stratum."""
+def _relative_noise(strata: Iterable[list[First]]) -> float | None:
+    """Standard deviation of an excess, over the second time, from its differences from one to the next of a stratum.
+
+    None where no stratum has two.
+    """
     pairs = [
         abs(one.excess - other.excess) / max(0.5 * (one.again + other.again), 1e-12)
         for timed in strata
         for one, other in itertools.pairwise(timed)
     ]
-    return float(np.median(pairs)) / (math.sqrt(2) * 0.6745) if pairs else 0.0
+    return float(np.median(pairs)) / (math.sqrt(2) * 0.6745) if pairs else None
 
 
 def _error_of_median(values: FloatArray) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -22,8 +23,8 @@ SAME_SHAPE = 0.95  # a worst micro-batch this near to a larger one is judged by 
 # next tensor exactly: with glibc 2.36 one long micro-batch after another took 1.47, 1.61, 1.64, 1.66 GB (2026-11-25).
 LONG_ONES = 10  # so many are run, as far as the plan holds them, while their time lasts
 LONG_ONES_SHARE = 0.2  # of the budget, for all rows' together
-BEGINNING = 32  # micro-batches of a plan's first windows that are run before its worst ones, on a GPU
-BEGINNING_SHARE = 0.1  # of the budget, at most
+# Of the budget: micro-batches that take less are run twice, to tell what a GPU's process loads in its first ones.
+AGAIN_SHARE = 0.1
 # Of several layouts to choose from: one that takes this many times the seconds of the best of its kind so far, by its
 # padding and its quickest micro-step (noise only slows), will not win; nor will larger ones.
 HOPELESS = 1.25
@@ -99,9 +100,13 @@ class MemoryProbe:
                     more = self._long_windows(members) if is_growing else []
                     reply = self._try_alone(group, windows, more, seconds)
                     # Its process has met these shapes: in a round they are no new ones.
-                    group.first_times.probe([self._shape(rows) for window in windows for rows in window], reply.twice)
-                    if group.signature.device == "cuda" and self._thorough:
-                        reply = self._from_the_beginning(group, plan, windows, reply, share=1 / len(trials))
+                    is_new = group.first_times.meet([self._shape(rows) for window in windows for rows in window])
+                    # The quickest: the others may have loaded.
+                    again_seconds = len(reply.taken) * min(reply.taken, default=math.inf)
+                    is_quick = again_seconds < AGAIN_SHARE * self._budget / len(self._groups)
+                    if self._thorough and is_quick and group.signature.device != "cpu":
+                        again = self._try_alone(group, windows, [], 0.0)
+                        group.first_times.probe(zip(reply.taken, again.taken, is_new, strict=True))
                     if group.signature.device == "cpu" and reply.token_seconds is not None:
                         # Not on a GPU: its first micro-steps load kernels, and even the largest do not take long.
                         expected = reply.token_seconds * float(shapes.padded_tokens.sum() / shapes.tokens.sum())
@@ -183,36 +188,6 @@ class MemoryProbe:
             self._start(group)
             assert group.prober is not None
             return group.prober.memory(windows, more, seconds)
-
-    def _from_the_beginning(
-        self, group: Group, plan: BatchPlan, windows: list[list[MicroRows]], reply: MemoryReply, *, share: float
-    ) -> MemoryReply:
-        """The same with the plan's first windows before its worst ones, where that takes little of the budget.
-
-        An allocator that is given the largest blocks first finds room in them for all others. A run goes from shorter
-        micro-batches to longer ones, whose blocks do not fit where the shorter ones' lay: 4.7 % more than was foreseen
-        in one of ten runs on an H200 (TF32, logits of 4 GB; 2026-11-27), by its third step.
-        """
-        beginning: list[list[MicroRows]] = []
-        count = sum(map(len, windows))
-        for window in range(plan.num_steps):
-            first, last = int(plan.window_offsets[window]), int(plan.window_offsets[window + 1])
-            micros = range(first, last, plan.num_devices)
-            count += len(micros)
-            is_dear = count * reply.micro_step_seconds > BEGINNING_SHARE * self._budget * share / len(self._groups)
-            if is_dear or count - sum(map(len, windows)) > BEGINNING:
-                break
-            beginning.append([rows for rows in (rows_of(plan, micro) for micro in micros) if any(rows)])
-        if not beginning:
-            return reply
-        assert group.prober is not None
-        again = group.prober.memory([*beginning, *windows], [], 0.0)
-        group.first_times.meet([self._shape(rows) for window in beginning for rows in window])
-        return replace(
-            reply,
-            allocated_bytes=max(reply.allocated_bytes, again.allocated_bytes),
-            reserved_bytes=max(reply.reserved_bytes, again.reserved_bytes),
-        )
 
     def _shape(self, rows: MicroRows) -> Shape:
         return len(rows), max(int(self._data.lengths[row].sum()) for row in rows)

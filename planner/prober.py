@@ -52,8 +52,7 @@ class MemoryReply:
     micro_step_seconds: float
     token_seconds: float | None = None  # of the micro-step that took the least a padded token
     first_seconds: float = 0.0  # by which the process's first micro-step took longer than the same one again
-    # (seconds, seconds again) of the micro-steps of a GPU's new process, each waited for; empty in others.
-    twice: tuple[tuple[float, float], ...] = ()
+    taken: tuple[float, ...] = ()  # seconds of each micro-step in turn, each waited for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -163,8 +163,7 @@ class Worker:
     def memory(self, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float) -> MemoryReply:
         """Peak bytes over these windows or parts of them: since the process started, on a GPU since the last `memory`.
 
-        `more` windows follow while they take no longer than `seconds`. A GPU's new process runs the windows twice: what
-        the first time took longer, the run's first steps will take too.
+        `more` windows follow while they take no longer than `seconds`.
 
         Adam's moments appear at the first update, so a small one comes first. Then the micro-batches follow each other
         as in the run: where a window's longest stands at its head, no gradients lie beside its activations.
@@ -178,12 +177,10 @@ class Worker:
 
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        is_first = not self._is_warm
         first_seconds = self._first_seconds()
         self.optimizer(1)
         taken: list[float] = []
         per_token: list[float] = []
-        again: list[float] = []
         until = float("inf")
         try:
             for number, window in enumerate([*windows, *more]):
@@ -194,8 +191,6 @@ class Worker:
                 found = self._one_by_one(window)
                 taken += [one for one, _ in found]
                 per_token += [one / tokens for one, tokens in found]
-            if is_first:
-                again = [one for window in windows for one, _ in self._one_by_one(window)]
         finally:
             clear_gradients(self.stepper.parameters)
         if cuda:
@@ -210,7 +205,7 @@ class Worker:
             micro_step_seconds=slowest,
             token_seconds=min(per_token),
             first_seconds=first_seconds,
-            twice=tuple(zip(taken, again, strict=False)),
+            taken=tuple(taken),
         )
 
     def _one_by_one(self, window: list[MicroRows]) -> list[tuple[float, int]]:

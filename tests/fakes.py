@@ -172,7 +172,7 @@ class FakeProber:
         self.met: set[tuple[int, int]] = set()  # shapes
         self.evaluated: set[tuple[int, ...]] = set()  # batches
         self.held = 0
-        self.stopped = self.is_probed = False
+        self.stopped = False
         device.alive += 1
         device.most_alive = max(device.most_alive, device.alive)
 
@@ -233,15 +233,13 @@ class FakeProber:
         self._note("memory")
         every = [rows for window in windows for rows in window]
         taken = [self.device.pass_time(self._seconds(rows)) for rows in every]
-        is_first, self.is_probed = not self.is_probed and self.job.device != "cpu", True
-        again = [self.device.pass_time(self._seconds(rows)) for rows in every if is_first]
         peak = max(self.device.shape(rows)[0] for rows in every) * self.device.bytes_per_token
         self.held = peak
         return MemoryReply(
             allocated_bytes=peak,
             reserved_bytes=peak,
             micro_step_seconds=max(taken),
-            twice=tuple(zip(taken, again, strict=False)),
+            taken=tuple(taken),
             token_seconds=min(seconds / self.device.shape(rows)[0] for seconds, rows in zip(taken, every, strict=True)),
         )
 

@@ -62,6 +62,7 @@ def test_windows_are_run_with_and_without_what_the_host_waits_for(tmp_path: Path
     assert len(kinds) == 2
     for one in kinds.values():
         assert len(one["asked_over_known"]) == 2
+        assert one["own_over_shared"]
         assert min(*one["asked_over_known"], *one["own_over_shared"]) > 0
 
 

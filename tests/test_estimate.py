@@ -220,14 +220,14 @@ def test_a_short_run_writes_checkpoints_seldomer_where_they_would_take_a_part_of
     assert one.checkpoint_every is not None
     steps, bearable = row.plan.num_steps, math.ceil(0.23 / (CHECKPOINT_SHARE * one.seconds_per_step))
     assert steps / 10 < bearable <= one.checkpoint_every < steps  # writing one takes the fake 0.2 s, removing one 0.03
-    # Spread evenly: as many as fit, and none shortly before the last.
-    assert one.checkpoint_every == math.ceil(steps / (steps // bearable))
+    assert not 0 < steps % one.checkpoint_every < bearable  # none shortly before the last
 
     def every(num_steps: int, seconds_per_step: float, checkpoint: float) -> int | None:
         return with_checkpoint_interval(row.job, num_steps, seconds_per_step, checkpoint).checkpoint_every
 
     assert every(100, 1.0, 0.1) == 10
     assert every(100, 1.0, 0.5) == 25
+    assert every(50, 1.0, 0.12) == 10  # after 6 each, 48 and 50 would be near each other
     assert every(100, 1.0, 1.02) == 100  # one after 51 would leave 49 to the last: two take more than 2 %
     assert every(100, 1.0, 60.0) == 100
     assert every(10_000, 1.0, 120.0) == CHECKPOINT_SECONDS  # however long it takes: every ten minutes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from fakes import FakeDevice, FakeProber, chat_lengths, make_data, make_job, make_row
 
@@ -137,7 +138,7 @@ def test_what_probing_memory_ran_is_no_new_shape_in_a_round(
         original(self, timed)
 
     monkeypatch.setattr(FirstTimes, "add", watched)
-    lengths = chat_lengths(160, longest=512)
+    lengths = chat_lengths(600, longest=512)
     device = FakeDevice(lengths, per_token=2e-6, per_token_width=0.0, new_shape_seconds=0.012, half_speed_up=1.0)
     packing: dict[str, object] = {"packing": True, "packed_length": packed_length} if packed_length else {}
     job = make_job(device="cuda", precision="bf16", micro_batch_size=2, **packing)
@@ -189,3 +190,14 @@ def test_what_is_loaded_at_first_is_a_note_of_the_estimate_and_counts_once() -> 
     assert with_it.train_seconds - plain.train_seconds == pytest.approx(found.measurements[0].one_off_seconds)
     assert with_it.seconds_per_step == plain.seconds_per_step
     assert any("while kernels are loaded" in note for note in with_it.notes)
+
+
+def test_noise_alone_is_nothing_that_was_loaded_though_no_shape_is_new() -> None:
+    loaded = 0
+    lengths = np.full(3000, 300)
+    for seed in range(20):
+        device = FakeDevice(lengths, base=0.05, per_token=2e-5, noise=0.05, seed=seed, half_speed_up=1.0)
+        row = make_row(make_job(device="cuda", precision="bf16", micro_batch_size=4), make_data(lengths))
+        found = measure([row], make_data(lengths), device.factory, budget_seconds=20, clock=device.clock, seed=seed)
+        loaded += found.measurements[0].one_off_seconds > 0
+    assert loaded <= 2

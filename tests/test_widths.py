@@ -43,11 +43,11 @@ def test_micro_batches_share_widths_on_all_but_a_cpu(device: str, width: int, mo
 
 def test_no_position_of_padding_lies_beyond_those_of_documents() -> None:
     """Where a model goes by the largest position (LongRoPE), the documents beside it would get other frequencies."""
-    batch = collate([np.array([0, 1, 3, 4, 2]), np.array([4, 6])], DATA)
+    batch = collate([np.array([0, 1, 3, 4, 2]), np.array([4, 6])], DATA)  # the longest of these has 135 tokens
     assert batch.position_ids is not None
     assert batch.input_ids.shape[1] == 410
-    assert int(batch.position_ids.max()) < DATA.longest == 200
-    assert batch.position_ids[1, 50:].tolist() == [*range(200), *range(160)]
+    assert int(batch.position_ids.max()) == 134 < DATA.longest
+    assert batch.position_ids[1, 50:].tolist() == [*range(135), *range(135), *range(90)]
 
 
 def test_plain_micro_batches_never_become_wider_than_the_longest_example() -> None:

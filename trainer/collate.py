@@ -82,6 +82,7 @@ def collate(rows: list[IntArray], data: TokenizedDataset, *, pad_token_id: int =
     ids = np.full((len(spans), width), pad_token_id, dtype=np.int64)
     counts = np.zeros((len(spans), width), dtype=bool)
     positions = np.zeros((len(spans), width), dtype=np.int64) if packed else None
+    longest = max((end - start for row in spans for start, end in row), default=1)
     documents: list[Document] = []
     num_tokens = 0
     for index, row in enumerate(spans):
@@ -96,9 +97,9 @@ def collate(rows: list[IntArray], data: TokenizedDataset, *, pad_token_id: int =
                 documents.append((index, at, at + size))
             at += size
         if positions is not None and at < width:
-            # Padding is a document of its own, or several: a position that no document has would choose other
-            # frequencies for all of them where a model goes by the largest (LongRoPE).
-            positions[index, at:] = np.arange(width - at) % max(1, data.longest)
+            # Padding is a document of its own, or several: a position that none of these documents has would choose
+            # other frequencies for all of them where a model goes by the largest (LongRoPE).
+            positions[index, at:] = np.arange(width - at) % longest
             last = documents[-1] if documents and documents[-1][0] == index else None
             if last is not None and width - at < at - last[1]:
                 # For attention a little of it is the end of the last one, which never looks right: a call less.

@@ -46,8 +46,9 @@ def with_checkpoint_interval(
     if seconds_per_step and job.checkpoint_every is None:
         if checkpoint_seconds:
             bearable = math.ceil(checkpoint_seconds / (CHECKPOINT_SHARE * seconds_per_step))
-            # Spread evenly, so that none falls shortly before the last.
-            every = max(every, math.ceil(num_steps / max(1, num_steps // bearable)))
+            every = max(every, bearable)
+            # None falls shortly before the last step's.
+            every = next((one for one in range(every, num_steps) if not 0 < num_steps % one < bearable), num_steps)
         every = min(every, max(1, round(CHECKPOINT_SECONDS / seconds_per_step)))
     return replace(job, checkpoint_every=every)
 
