@@ -79,7 +79,7 @@ class FirstTimes:
         return found
 
     def probe(self, twice: Iterable[tuple[float, float, bool]]) -> None:
-        """(seconds, seconds again, is its shape new) of micro-batches of a memory probe; a process's first one counts."""
+        """(seconds, seconds again, is its shape new) of a memory probe's micro-batches. The first probe counts."""
         if not self._probed:
             self._probed = [First(seconds, again, is_new, stratum=-1) for seconds, again, is_new in twice]
 
