@@ -79,9 +79,12 @@ class FirstTimes:
         return found
 
     def probe(self, twice: Iterable[tuple[float, float, bool]]) -> None:
-        """(seconds, seconds again, is its shape new) of a memory probe's micro-batches. The first probe counts."""
-        if not self._probed:
-            self._probed = [First(seconds, again, is_new, stratum=-1) for seconds, again, is_new in twice]
+        """(seconds, seconds again, is its shape new) of a memory probe's micro-batches, of the process's first one."""
+        self._probed = [First(seconds, again, is_new, stratum=-1) for seconds, again, is_new in twice]
+
+    @property
+    def is_probed(self) -> bool:
+        return bool(self._probed)
 
     def add(self, timed: list[First]) -> None:
         """A round's micro-batches."""
@@ -135,8 +138,8 @@ class FirstTimes:
         """Seconds of what was loaded in the memory probe, new shapes apart; 0 where that is no more than noise.
 
         Its micro-steps are the first of their process: kernels are loaded in them and memory is taken from the driver,
-        as in the run's first steps. Left out, the first quarter of runs of 15 s took 15 to 20 % longer than planned (an
-        H200, 2026-11-27).
+        as in the run's first steps. It was left out when the first quarter of runs of 15 s took 15 to 20 % longer than
+        planned (an H200, 2026-11-27); how much of that it is has not been seen yet.
         """
         new = self.new_shapes()
         if new.noise is None:

@@ -104,7 +104,8 @@ class MemoryProbe:
                     # The quickest: the others may have loaded.
                     again_seconds = len(reply.taken) * min(reply.taken, default=math.inf)
                     is_quick = again_seconds < AGAIN_SHARE * self._budget / len(self._groups)
-                    if self._thorough and is_quick and group.signature.device != "cpu":
+                    is_asked = self._thorough and not group.first_times.is_probed
+                    if is_asked and is_quick and group.signature.device != "cpu":
                         again = self._try_alone(group, windows, [], 0.0)
                         group.first_times.probe(zip(reply.taken, again.taken, is_new, strict=True))
                     if group.signature.device == "cpu" and reply.token_seconds is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from fakes import FakeDevice, FakeProber
 
-from planner.prober import MemoryReply, MicroRows
+from planner.prober import MicroRows
 from trainer.batching import BatchPlan
 from trainer.job import Job
 from trainer.widths import shared_width
@@ -112,15 +112,5 @@ class HostedProber(FakeProber):
         self.device.now = self.timeline.optimizer_step()
         return self.device.now - begun
 
-    def memory(self, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float) -> MemoryReply:
-        self._note("memory")
-        every = [rows for window in windows for rows in window]
-        taken = np.diff(self._marks(every, wait=True)).tolist()
-        peak = max(self.device.shape(rows)[0] for rows in every) * self.device.bytes_per_token
-        self.held = peak
-        return MemoryReply(
-            allocated_bytes=peak,
-            reserved_bytes=peak,
-            micro_step_seconds=max(taken),
-            taken=tuple(taken),
-        )
+    def _one_by_one(self, every: list[MicroRows]) -> list[float]:
+        return np.diff(self._marks(every, wait=True)).tolist()

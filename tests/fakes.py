@@ -232,7 +232,7 @@ class FakeProber:
     def memory(self, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float) -> MemoryReply:
         self._note("memory")
         every = [rows for window in windows for rows in window]
-        taken = [self.device.pass_time(self._seconds(rows)) for rows in every]
+        taken = self._one_by_one(every)
         peak = max(self.device.shape(rows)[0] for rows in every) * self.device.bytes_per_token
         self.held = peak
         return MemoryReply(
@@ -242,6 +242,10 @@ class FakeProber:
             taken=tuple(taken),
             token_seconds=min(seconds / self.device.shape(rows)[0] for seconds, rows in zip(taken, every, strict=True)),
         )
+
+    def _one_by_one(self, every: list[MicroRows]) -> list[float]:
+        """Seconds of micro-steps, waiting at each."""
+        return [self.device.pass_time(self._seconds(rows)) for rows in every]
 
     def packing_refused(self, packed_length: int) -> str | None:
         self._note("packing")

@@ -201,3 +201,13 @@ def test_noise_alone_is_nothing_that_was_loaded_though_no_shape_is_new() -> None
         found = measure([row], make_data(lengths), device.factory, budget_seconds=20, clock=device.clock, seed=seed)
         loaded += found.measurements[0].one_off_seconds > 0
     assert loaded <= 2
+
+
+@pytest.mark.parametrize(("with_fixed", "more"), [(True, 1), (False, 0)])
+def test_only_the_first_memory_probe_of_a_process_is_run_twice_and_none_of_a_search(
+    with_fixed: bool, more: int
+) -> None:
+    device = FakeDevice(LENGTHS, base=0.05, per_token=2e-5, per_token_width=0.0, half_speed_up=1.0)
+    rows = [make_row(make_job(device="cuda", micro_batch_size=size), DATA, f"{size}") for size in (1, 2, 4, 8)]
+    measure(rows, DATA, device.factory, budget_seconds=20, clock=device.clock, with_fixed=with_fixed)
+    assert [command for _, command in device.log].count("memory") == len(rows) + more

@@ -32,7 +32,7 @@ class Planned:
 def with_checkpoint_interval(
     job: Job, num_steps: int, seconds_per_step: float | None, checkpoint_seconds: float | None = None
 ) -> Job:
-    """The job with its own checkpoints, else ten times a run, but as seldom as a short run can bear and no seldomer.
+    """The job with its own checkpoints, else ten times a run, in a short one seldomer, and every ten minutes at least.
 
     Ten checkpoints of a second each would take a third of a run of half a minute, which is quickly done again: they may
     take `CHECKPOINT_SHARE` of the steps' time. That of the last step, and those beside evaluations, are always written.
@@ -47,8 +47,9 @@ def with_checkpoint_interval(
         if checkpoint_seconds:
             bearable = math.ceil(checkpoint_seconds / (CHECKPOINT_SHARE * seconds_per_step))
             every = max(every, bearable)
-            # None falls shortly before the last step's.
-            every = next((one for one in range(every, num_steps) if not 0 < num_steps % one < bearable), num_steps)
+            # None falls shortly before the last step's. Beyond half of the run there is none but that.
+            spread = range(every, num_steps if 2 * bearable <= num_steps else every)
+            every = next((one for one in spread if not 0 < num_steps % one < bearable), num_steps)
         every = min(every, max(1, round(CHECKPOINT_SECONDS / seconds_per_step)))
     return replace(job, checkpoint_every=every)
 

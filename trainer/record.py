@@ -23,10 +23,6 @@ class CostModel:
     per_token_width: float
     optimizer: float  # seconds of one optimizer step
 
-    def micro_seconds(self, rows: int, width: int) -> float:
-        """Of one micro-batch."""
-        return self.base + (self.per_token + self.per_token_width * width) * rows * width
-
     def window_seconds(self, plan: BatchPlan, lengths: IntArray) -> FloatArray:
         """Planned seconds of each window, (num_windows,); on several devices a round lasts as long as its slowest."""
         shapes = plan.micro_shapes(lengths)

@@ -134,10 +134,10 @@ def token_losses(
     from trainer.entropy import cross_entropy
 
     arguments = model_arguments(model, batch)
-    if head is not None:
-        from trainer.lean import lean_losses
+    with packed.known(packed=batch.position_ids is not None):
+        if head is not None:
+            from trainer.lean import lean_losses
 
-        with packed.known(packed=batch.position_ids is not None):
             return lean_losses(
                 head,
                 model,
@@ -147,7 +147,6 @@ def token_losses(
                 reduction=reduction,
                 gradient_scale=gradient_scale,
             )
-    with packed.known(packed=batch.position_ids is not None):
         logits = model(**arguments).logits
     # Selected, not indexed: each position is taken once, and adding rows back needs no sorting of them on a GPU.
     chosen = logits.reshape(-1, logits.shape[-1]).index_select(0, batch.predicts)
