@@ -26,6 +26,7 @@ from planner.steadiness import judge, too_few
 from planner.works import Works
 from presets.errors import MeasurementError
 from trainer.disk import LEAST_KEPT
+from trainer.evaluate import tokens_at_once
 from trainer.job import Job
 from trainer.planning import checkpoint_steps, evaluation_steps, needs_loss, with_checkpoint_interval
 from trainer.record import CostModel
@@ -53,6 +54,7 @@ CHECKPOINTED_HEAP_GROWTH = 1.034
 PACKED_HEAP_GROWTH = 1.048
 EAGER_HEAP_GROWTH = 1.054
 ONE_OFF_TOLD = 0.02  # of the loop: what the first steps of a process take longer is then worth a note
+TOLD_APART = 2.0  # evaluation batches so many times as large as others show what the size matters
 WINDOW_TOLERANCE = 0.10  # a window that differs more from the sum of its parts is worth a note
 
 
@@ -352,15 +354,13 @@ def fixed_seconds(
     if len(row.plan.evaluation) == 0:
         evaluation = 0.0
     elif samples.evaluation:
-        evaluation = (
-            _forward_seconds(works, row.plan.evaluation, samples, row.job) * evaluations_and_checkpoints(row)[0]
-        )
+        evaluation = _forward_seconds(works, row, row.plan.evaluation, samples) * evaluations_and_checkpoints(row)[0]
         evaluation += samples.evaluation_once
     if needs_loss(row.job.preset):
         # The run scores every training example with the model before it can make its batch plan.
         training = np.setdiff1d(np.arange(works.num_examples), row.plan.evaluation)
         known = data_seconds is not None and samples.evaluation
-        data_seconds = (data_seconds or 0.0) + _forward_seconds(works, training, samples, row.job) if known else None
+        data_seconds = (data_seconds or 0.0) + _forward_seconds(works, row, training, samples) if known else None
     answers = None
     if spec.num_samples == 0 or len(row.plan.evaluation) == 0:
         answers = 0.0
@@ -388,11 +388,19 @@ def _checkpoint_seconds(row: PlannedRow, saved: SaveReply) -> float:
     return saved.checkpoint_seconds * written + saved.removal_seconds * removed
 
 
-def _forward_seconds(works: Works, examples: IntArray, samples: FixedSamples, job: Job) -> float:
-    """Seconds of one forward pass over some examples, at the rate of the timed evaluation batches."""
-    padded = works.evaluation_padded(examples, job.device, job.num_devices)
-    timed = sum(one.seconds or 0.0 for one in samples.evaluation)
-    return timed / max(1, sum(one.rows * one.width for one in samples.evaluation)) * padded
+def _forward_seconds(works: Works, row: PlannedRow, examples: IntArray, samples: FixedSamples) -> float:
+    """Seconds of one forward pass over some examples, from the timed evaluation batches."""
+    job = row.job
+    at_once = tokens_at_once(job, works.extremes(row.plan).largest_padded)
+    batches, padded = works.evaluation(examples, job.device, job.num_devices, at_once)
+    sizes = np.array([one.rows * one.width for one in samples.evaluation], dtype=np.float64)
+    seconds = np.array([one.seconds or 0.0 for one in samples.evaluation])
+    if job.device == "cpu" or sizes.max() < TOLD_APART * sizes.min():
+        return float(seconds.sum() / max(1.0, sizes.sum())) * padded
+    # A GPU's batch takes the longer of launching, which is the same for all, and of what it computes: a line through
+    # batches of different sizes, neither end of it below nothing.
+    slope = float(np.clip(np.cov(sizes, seconds, bias=True)[0, 1] / sizes.var(), 0.0, seconds.mean() / sizes.mean()))
+    return (float(seconds.mean()) - slope * float(sizes.mean())) * batches + slope * padded
 
 
 def evaluations_and_checkpoints(row: PlannedRow) -> tuple[int, int]:

@@ -34,9 +34,13 @@ def measure_fixed(group: Group, prober: Prober, data: TokenizedDataset, memory: 
     holes = timed.reserved_bytes - group.reserved if group.signature.device == "cuda" else 0
     memory.raise_peaks(group, by=holes, headroom=timed.headroom_bytes)
     if len(held_out):
-        batches = evaluation_batches(data, held_out, group.signature.device)
-        places = np.unique(np.linspace(0, len(batches) - 1, EVALUATION_BATCHES).round().astype(int))
-        chosen = [batches[place] for place in places]
+        sizes = memory.evaluated_at_once(group)
+        # Rows of one signature evaluate as they train, in batches of different sizes: the smallest and the largest.
+        batches = [
+            evaluation_batches(data, held_out, group.signature.device, size) for size in sorted({sizes[0], sizes[-1]})
+        ]
+        places = [np.linspace(0, len(one) - 1, EVALUATION_BATCHES).round().astype(int) for one in batches]
+        chosen = [one[place] for one, at in zip(batches, places, strict=True) for place in np.unique(at)]
         # What is first in a process is slow. On a CPU that is one batch, which is run again at the end. On a GPU each
         # shape has its kernels to load and choose, once: all are run again, and what it took longer is counted once.
         again = [chosen[0]] if group.signature.device == "cpu" else chosen

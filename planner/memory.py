@@ -15,7 +15,7 @@ from planner.prober import DoesNotFit, MemoryReply, MicroRows
 from planner.strata import keys
 from presets.errors import MeasurementError, PlanError
 from trainer.batching import BatchPlan, MicroShapes
-from trainer.evaluate import evaluation_batches
+from trainer.evaluate import evaluation_batches, tokens_at_once
 from trainer.tokens import TokenizedDataset
 
 SAME_SHAPE = 0.95  # a worst micro-batch this near to a larger one is judged by the larger one's peak
@@ -151,7 +151,8 @@ class MemoryProbe:
         held_out = group.fitting[0].plan.evaluation
         if not len(held_out):
             return
-        batches = evaluation_batches(self._data, held_out, group.signature.device)
+        # The smallest that a row uses: what is larger fits, since the row's own micro-batches are as large.
+        batches = evaluation_batches(self._data, held_out, group.signature.device, self.evaluated_at_once(group)[0])
         largest = max(batches, key=lambda batch: len(batch) * int(self._data.lengths[batch].max()))
         learnt = max(batches, key=lambda batch: int(self._data.num_supervised[batch].sum()))  # see `_most_learnt`
         try:
@@ -170,6 +171,10 @@ class MemoryProbe:
             return
         if reply.reserved_bytes > group.reserved:
             self.raise_peaks(group, to=reply.reserved_bytes, headroom=reply.headroom_bytes)
+
+    def evaluated_at_once(self, group: Group) -> list[int]:
+        """Padded tokens of the evaluation batches of a group's rows, ascending."""
+        return sorted(tokens_at_once(row.job, self._shapes[id(row.plan)].largest) for row in group.fitting)
 
     def _try_alone(
         self, group: Group, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float

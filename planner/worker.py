@@ -27,6 +27,7 @@ import os
 import queue
 import signal
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import IO, Any
@@ -126,9 +127,13 @@ def main() -> None:
         request = json.loads(lines.get())
         if request.get("command") == "quit":
             return
-        reply(guarded(worker, request))
+        answer = guarded(worker, request)
         if request.get("command") == "load":
+            begun = time.perf_counter()
             settle_garbage()
+            if "load_seconds" in answer:  # a run does so too, once it has loaded
+                answer["load_seconds"] += time.perf_counter() - begun
+        reply(answer)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ class Worker:
         self._tokenizer: Any = None
         self._targets = data.num_supervised  # per example
         self._is_settled = False  # how packed documents are kept apart
+        self._packing_refused: str | None = None
         self._is_warm = job.device == "cpu"  # whether the first micro-step, which loads kernels, is over
 
     @property
@@ -88,6 +89,8 @@ class Worker:
             max_grad_norm=preset.max_grad_norm,
             loss=self.job.loss,
         )
+        if self.job.packing:
+            self._settle_packing(self.job)  # the first passes of a process, in a run's loading too
         self._synchronize()
         loaded = time.perf_counter()
         compile_refused = None
@@ -246,20 +249,26 @@ class Worker:
 
         self._is_settled = True
         job = replace(self.job, packed_length=packed_length)
-        return settle_packing(self.stepper.model, self.data, job, tell_leaks=True)
+        refused = settle_packing(self.stepper.model, self.data, job, tell_leaks=True)
+        self._packing_refused = None  # whoever asks knows, and may time it all the same
+        return refused
 
     def _settle(self, micro_batches: list[MicroRows]) -> None:
         """Before the first packed row is timed, choose how its documents are kept apart, as a run does at its start."""
-        if self._is_settled or not any(len(row) > 1 for rows in micro_batches for row in rows):
+        if not any(len(row) > 1 for rows in micro_batches for row in rows):
             return
+        if not self._is_settled:
+            longest = max(int(self.data.lengths[row].sum()) for rows in micro_batches for row in rows)
+            self._settle_packing(replace(self.job, packed_length=longest))
+        if self._packing_refused is not None:
+            raise MeasurementError(f"packing: {self._packing_refused}")
+
+    def _settle_packing(self, job: Job) -> None:
         from trainer.agreement import NO_COMPANY, settle_packing
 
         self._is_settled = True
-        longest = max(int(self.data.lengths[row].sum()) for rows in micro_batches for row in rows)
-        job = self.job if self.job.packing else replace(self.job, packed_length=longest)
         refused = settle_packing(self.stepper.model, self.data, job)
-        if refused is not None and refused != NO_COMPANY:
-            raise MeasurementError(f"packing: {refused}")
+        self._packing_refused = None if refused == NO_COMPANY else refused
 
     def free(self) -> int:
         """Bytes free on the device now."""

@@ -37,7 +37,7 @@ class Works:
         self._last: tuple[BatchPlan, MicroShapes] | None = None
         self._extremes: dict[int, Extremes] = {}
         self._works: dict[tuple[int, Kind, Strata], PlanWork] = {}
-        self._padded: dict[tuple[bytes, str, int], int] = {}
+        self._evaluations: dict[tuple[bytes, str, int, int], tuple[int, int]] = {}
         self._learnt: dict[int, float] = {}
         self._new_shapes: dict[tuple[int, Kind, Strata], dict[int, int]] = {}
 
@@ -80,18 +80,23 @@ class Works:
             self._new_shapes[key] = {int(one): int(most[one]) for one in np.flatnonzero(most)}
         return self._new_shapes[key]
 
-    def evaluation_padded(self, examples: IntArray, device: str, num_devices: int) -> int:
-        """Padded tokens of one forward pass over some examples, on the device with the most.
+    def evaluation(self, examples: IntArray, device: str, num_devices: int, at_once: int) -> tuple[int, int]:
+        """Batches and padded tokens of one forward pass over some examples, on the device with the most.
 
         Several devices take the batches in turns, and wait for the one with the most work.
+
+        Args:
+            at_once: see `trainer.evaluate.evaluation_batches`.
         """
-        key = (hashlib.sha256(examples.tobytes()).digest(), device, num_devices)
-        if key not in self._padded:
+        key = (hashlib.sha256(examples.tobytes()).digest(), device, num_devices, at_once)
+        if key not in self._evaluations:
             lengths = self._data.lengths
-            batches = evaluation_batches(self._data, examples, device)
+            batches = evaluation_batches(self._data, examples, device, at_once)
             each = [len(batch) * int(lengths[batch].max()) for batch in batches]
-            self._padded[key] = max(sum(each[first::num_devices]) for first in range(num_devices))
-        return self._padded[key]
+            shares = [each[first::num_devices] for first in range(num_devices)]
+            most = max(shares, key=sum)
+            self._evaluations[key] = len(most), sum(most)
+        return self._evaluations[key]
 
     def supervised_share(self, plan: BatchPlan) -> float:
         """Of the tokens in a plan, those that are learnt from, 0 to 1."""

@@ -29,7 +29,7 @@ from planner.resolve import Options, resolve_job
 from planner.steadiness import HAS_TO_SHOW
 from presets.env import Settings
 from presets.schema import load_preset
-from trainer.evaluate import evaluation_batches
+from trainer.evaluate import evaluation_batches, tokens_at_once
 from trainer.job import DataSpec, EvaluationSpec
 from trainer.planning import CHECKPOINT_SECONDS, CHECKPOINT_SHARE, plan_job, stand_in, with_checkpoint_interval
 from trainer.record import CostModel
@@ -241,7 +241,8 @@ def test_what_a_gpu_s_first_evaluation_takes_longer_is_counted_once() -> None:
     )
     assert plain is not None
     assert slow is not None
-    batches = len(evaluation_batches(DATA, row.plan.evaluation, "cuda"))
+    at_once = tokens_at_once(row.job, row.plan.micro_shapes(LENGTHS).largest)
+    batches = len(evaluation_batches(DATA, row.plan.evaluation, "cuda", at_once))
     loaded = min(EVALUATION_BATCHES, batches) - 1  # the largest was met by the memory probe
     assert loaded > 0
     assert slow == pytest.approx(plain + loaded * 0.7)
@@ -288,11 +289,47 @@ def test_several_devices_share_the_held_out_examples_and_what_is_scored() -> Non
         assert two == pytest.approx(one * max(sum(padded[0::2]), sum(padded[1::2])) / sum(padded), rel=0.01)
 
 
-@pytest.mark.parametrize(("device", "most"), [("cpu", 512), ("cuda", 2048)])
-def test_evaluation_batches_hold_each_example_once_and_no_more_than_the_device_wants(device: str, most: int) -> None:
+@pytest.mark.parametrize("sizes", [(1, 8), (8, 8)])
+def test_a_gpu_evaluates_each_row_in_batches_of_its_own_size(sizes: tuple[int, int]) -> None:
+    """Rows of one signature share what was measured; each batch costs a launch and its tokens."""
+    device = FakeDevice(LENGTHS, base=0.03, per_token=1e-5, per_token_width=0.0)
+    evaluation = EvaluationSpec(minimum=0, maximum=300)
+    rows = [
+        make_row(make_job(device="cuda", micro_batch_size=size, evaluation=evaluation), DATA, f"{name}{size}")
+        for name, size in zip("ab", sizes, strict=True)
+    ]
+    numbers = []
+    for row, found in zip(rows, estimates(device, rows), strict=True):
+        at_once = tokens_at_once(row.job, row.plan.micro_shapes(LENGTHS).largest)
+        batches = evaluation_batches(DATA, row.plan.evaluation, "cuda", at_once)
+        once = sum(device.cost([[int(one)] for one in batch]) for batch in batches) / 3
+        evaluations, _ = evaluations_and_checkpoints(row)
+        assert found.fixed.evaluation == pytest.approx(evaluations * once, rel=0.03)
+        numbers.append(len(batches))
+    assert (numbers[0] > 2 * numbers[1]) == (sizes[0] < sizes[1])
+
+
+def test_evaluation_batches_are_as_large_as_micro_batches_on_a_gpu_only() -> None:
+    def at_once(largest: int, **changes: object) -> int:
+        return tokens_at_once(make_job(**changes), largest)  # type: ignore[arg-type]
+
+    assert at_once(9000) == 0
+    assert at_once(9000, device="cuda") == 9000
+    by_loss = {"sampling_strategy": "prioritized", "sample_score": "loss", "sample_ratio": 0.5}
+    assert at_once(9000, device="cuda", **by_loss) == 0  # what is scored before there is a plan comes in small ones
+    assert make_row(make_job(), DATA).plan.micro_shapes(LENGTHS).largest == LENGTHS.max()
+
+
+@pytest.mark.parametrize(
+    ("device", "at_once", "most"),
+    [("cpu", 0, 512), ("cpu", 9000, 512), ("cuda", 0, 2048), ("cuda", 9000, 9000), ("cuda", 1 << 20, 16384)],
+)
+def test_evaluation_batches_hold_each_example_once_and_no_more_than_the_device_wants(
+    device: str, at_once: int, most: int
+) -> None:
     """On a CPU large ones make the peak of a run that trains one example at a time, and save no time."""
     examples = np.arange(0, len(DATA), 2)
-    batches = evaluation_batches(DATA, examples, device)
+    batches = evaluation_batches(DATA, examples, device, at_once)
     assert sorted(np.concatenate(batches).tolist()) == examples.tolist()
     padded = [len(batch) * int(LENGTHS[batch].max()) for batch in batches]
     assert max(size for size, batch in zip(padded, batches, strict=True) if len(batch) > 1) <= most

@@ -15,7 +15,9 @@ from planner.estimate import estimate
 from planner.measure import measure
 from planner.prober import DoesNotFit, ProcessProber
 from planner.worker import guarded
+from planner.workload import Worker
 from presets.errors import MeasurementError
+from trainer.job import Job
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -50,6 +52,34 @@ def prober(folder: Path) -> Iterator[ProcessProber]:
     started.stop()
     started.stop()  # twice is safe
     assert not psutil.pid_exists(pid)
+
+
+def test_a_packed_job_s_check_is_a_part_of_loading_as_in_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its passes are the first of the process: left out, a run took half a second longer than planned (an H200)."""
+    import trainer.agreement
+
+    asked: list[int | None] = []
+
+    def refuse(model: object, data: object, job: Job, **options: object) -> str:
+        asked.append(job.packed_length)
+        return "documents leak"
+
+    monkeypatch.setattr(trainer.agreement, "settle_packing", refuse)
+    model = str(folder / "model")
+    plain = Worker(make_job(model=model), DATA, None)
+    plain.load()
+    assert asked == []
+    with pytest.raises(MeasurementError, match="packing: documents leak"):
+        plain.run([[[0, 1]]])
+    assert asked == [int(LENGTHS[:2].sum())]
+    packed = Worker(make_job(model=model, packing=True, packed_length=128), DATA, None)
+    packed.load()
+    assert asked[1:] == [128]
+    packed.run([[[0], [1]]])  # rows of one document are no matter of packing
+    for _ in range(2):  # refused once is refused for good
+        with pytest.raises(MeasurementError, match="packing: documents leak"):
+            packed.run([[[0, 1]]])
+    assert asked[1:] == [128]
 
 
 @pytest.mark.slow

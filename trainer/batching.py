@@ -54,6 +54,11 @@ class MicroShapes:
     def padded_tokens(self) -> IntArray:
         return self.rows * self.width
 
+    @property
+    def largest(self) -> int:
+        """Padded tokens of the largest; 0 where there is none."""
+        return max((int(some.padded_tokens.max()) for some in self.blocks()), default=0)
+
     def part(self, micro_batches: IntArray | slice) -> MicroShapes:
         """Those of some micro-batches."""
         return MicroShapes(

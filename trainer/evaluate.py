@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.collate import batch_on
+from trainer.job import Job
+from trainer.planning import needs_loss
 from trainer.tokens import IntArray, TokenizedDataset
 
 if TYPE_CHECKING:
@@ -19,11 +21,12 @@ if TYPE_CHECKING:
 
 # Padded tokens in one evaluation batch, unless a single example is longer. On a CPU 512 fill the cores: batches of
 # 2,048 took no less time, but their logits made the peak of runs that train one example at a time (621 MB, not 537,
-# with 4,096 words, 2026-11-27), each in another hole of the heap, so that no probe of one batch foresaw it. A GPU would
-# wait for its calls.
-ROW_TOKENS = {"cpu": 512}
-OTHER_ROW_TOKENS = 2048
-MAX_ROWS = 16
+# with 4,096 words, 2026-11-27), each in another hole of the heap, so that no probe of one batch foresaw it.
+CPU_TOKENS, CPU_ROWS = 512, 16
+# A GPU would wait for its calls: on an H200 a batch of 2,048 tokens took 22 to 28 ms in a model of 1 B, whatever its
+# shape, and 87 to 90 ms in one of 3 B (2026-11-27), where its arithmetic takes a quarter of that. So there are as many
+# tokens as in the run's largest micro-batch: with gradients that fits, without it needs less.
+LEAST_TOKENS, MOST_TOKENS, MOST_ROWS = 2048, 16384, 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,20 +53,36 @@ class SampleAnswer:
     answer: str
 
 
-def evaluation_batches(data: TokenizedDataset, examples: IntArray, device: str) -> list[IntArray]:
-    """Examples of like length together, about `ROW_TOKENS` padded tokens a batch."""
-    most = ROW_TOKENS.get(device, OTHER_ROW_TOKENS)
+def evaluation_batches(data: TokenizedDataset, examples: IntArray, device: str, at_once: int = 0) -> list[IntArray]:
+    """Examples of like length together.
+
+    Args:
+        at_once: padded tokens of a batch, about, see `tokens_at_once`; on a CPU as few as fill it in any case.
+    """
+    on_cpu = device == "cpu"
+    most = CPU_TOKENS if on_cpu else max(LEAST_TOKENS, min(at_once, MOST_TOKENS))
+    most_rows = CPU_ROWS if on_cpu else MOST_ROWS
     lengths = data.lengths
     ordered = examples[np.argsort(lengths[examples], kind="stable")]
     batches: list[IntArray] = []
     start = 0
     while start < len(ordered):
         end = start + 1
-        while end < len(ordered) and end - start < MAX_ROWS and (end - start + 1) * lengths[ordered[end]] <= most:
+        while end < len(ordered) and end - start < most_rows and (end - start + 1) * lengths[ordered[end]] <= most:
             end += 1
         batches.append(ordered[start:end])
         start = end
     return batches
+
+
+def tokens_at_once(job: Job, largest: int) -> int:
+    """What a run's `evaluation_batches` are made with.
+
+    Args:
+        largest: padded tokens of its largest micro-batch, as it is executed.
+    """
+    # What is scored before there is a plan comes in small batches: one size of batch, one rate for both.
+    return 0 if job.device == "cpu" or needs_loss(job.preset) else largest
 
 
 def evaluate(
@@ -73,6 +92,7 @@ def evaluate(
     *,
     device: str,
     precision: str,
+    at_once: int = 0,
     share: slice = slice(None),
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
     head: LeanHead | None = None,
@@ -80,6 +100,7 @@ def evaluate(
     """Mean token loss of `examples`; None where there are none. Weights, gradients and random state are left alone.
 
     Args:
+        at_once: see `evaluation_batches`.
         share: which of the batches this process takes.
         reduce: sums a tensor over the processes.
         head: where the model is cut for the lean loss; None: the plain loss.
@@ -89,7 +110,7 @@ def evaluate(
     if len(examples) == 0:
         return None
     total = torch.zeros(2, dtype=torch.float64)
-    batches = evaluation_batches(data, examples, device)[share]
+    batches = evaluation_batches(data, examples, device, at_once)[share]
 
     def add(loss: torch.Tensor, count: int) -> None:
         total[0] += loss

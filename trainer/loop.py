@@ -83,7 +83,8 @@ def _train_in(folder: Path, *, resume: bool, owns_process: bool) -> RunRecord | 
     with told_in_one_line(folder, folder):
         run = _prepare(folder, resume)
     if owns_process:
-        settle_garbage()
+        with run.clock.part("load"):
+            settle_garbage()
     with _signals(run):  # to the very end: a stop is not over before its record is written
         try:
             with told_in_one_line(folder, folder):
@@ -137,9 +138,10 @@ def _prepare(folder: Path, resume: bool) -> Run:
         check_tracker(job.tracker)
     if is_main_process():
         note_process(folder)
-    accelerator = Accelerator(
-        cpu=job.device == "cpu", mixed_precision="no", log_with=job.tracker, project_dir=str(folder)
-    )
+    with clock.part("load"):  # on a GPU it opens the context that the model needs
+        accelerator = Accelerator(
+            cpu=job.device == "cpu", mixed_precision="no", log_with=job.tracker, project_dir=str(folder)
+        )
     if accelerator.num_processes != job.num_devices:
         raise RunError(
             f"the job is planned for {job.num_devices} process(es), {accelerator.num_processes} were started. "
@@ -210,6 +212,7 @@ def _prepare(folder: Path, resume: bool) -> Run:
         slept_before=slept,
         predicted=read_predicted(folder),
         notes=[*data.report.notes, *notes],
+        largest=0 if job.device == "cpu" else plan.micro_shapes(data.lengths).largest,
     )
     if resume:
         _restore(run)

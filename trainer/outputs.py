@@ -15,7 +15,14 @@ from presets.errors import RunError
 from presets.text import printable
 from trainer.card import write_card
 from trainer.disk import sync, sync_tree, told_in_one_line
-from trainer.evaluate import EvaluationResult, answerable, evaluate, evaluation_batches, sample_answers
+from trainer.evaluate import (
+    EvaluationResult,
+    answerable,
+    evaluate,
+    evaluation_batches,
+    sample_answers,
+    tokens_at_once,
+)
 from trainer.process import peak_memory_bytes, seconds_since_process_start, suspended_seconds
 from trainer.record import Actual, Breakdown, RunRecord
 from trainer.run import Run
@@ -33,13 +40,15 @@ def held_out_loss(run: Run) -> EvaluationResult | None:
 
     begun = time.perf_counter()
     with run.clock.part("evaluation"):
-        batches = len(evaluation_batches(run.data, run.plan.evaluation, run.job.device))
+        at_once = tokens_at_once(run.job, run.largest // run.progress.split)
+        batches = len(evaluation_batches(run.data, run.plan.evaluation, run.job.device, at_once))
         result = evaluate(
             run.stepper.model,
             run.data,
             run.plan.evaluation,
             device=run.stepper.device,
             precision=run.job.precision,
+            at_once=at_once,
             share=slice(run.accelerator.process_index, batches, run.job.num_devices),
             reduce=total if many else None,
             head=run.stepper.head,

@@ -62,6 +62,7 @@ class Run:
     progress: Progress
     predicted: Predicted
     notes: list[str]
+    largest: int = 0  # padded tokens of the plan's largest micro-batch; on a CPU nobody asks
     monitor: Monitor | None = None
     num_resumes: int = 0
     wall_before: float = 0.0
