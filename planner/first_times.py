@@ -64,6 +64,7 @@ class NewShapes:
 class FirstTimes:
     """First and second times of the micro-batches that one process ran twice."""
 
+    row_length: int = 0  # of packed rows; see trainer.widths
     met: set[Shape] = field(default_factory=set)
     _rounds: list[list[First]] = field(default_factory=list)
     _probed: list[First] = field(default_factory=list)  # the first of all, each waited for
@@ -73,7 +74,7 @@ class FirstTimes:
         """Of each shape in turn whether it is new; it no longer is. Widths that a GPU's micro-batches share are one."""
         found = []
         for rows, width in shapes:
-            shape = (rows, shared_width(width))
+            shape = (rows, shared_width(width, self.row_length))
             found.append(shape not in self.met)
             self.met.add(shape)
         return found

@@ -47,4 +47,4 @@ def bounded_by_memory(
 
 def size(job: Job) -> int:
     """What a micro-batch holds at most: tokens of packed rows, else examples."""
-    return job.micro_batch_size * ((job.packed_length or job.preset.max_length) if job.packing else 1)
+    return job.micro_batch_size * (job.row_length or 1)

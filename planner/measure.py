@@ -30,6 +30,7 @@ from planner.measurement import (
 from planner.memory import SAME_SHAPE, MemoryProbe
 from planner.prober import DoesNotFit, ProberFactory
 from planner.rounds import LEAST_ROUNDS, REFERENCE_EVERY, choose_classes, turn_of
+from planner.sequence import sequence
 from planner.standing import Standing
 from planner.steadiness import is_slow_to_start, split_warmup
 from planner.strata import Strata, keys
@@ -222,7 +223,7 @@ class _Measuring:
             self.tell(f"start: {group.rows[0].name}", 0.0)
             group.prober = self.factory(group.rows[0].job)
             group.first_seconds = 0.0  # a new process loads its kernels again, and a run has one
-            group.first_times = FirstTimes()
+            group.first_times = FirstTimes(group.rows[0].job.row_length)
             reply = group.prober.load()
             group.load = group.load or reply
 
@@ -365,17 +366,21 @@ class _Measuring:
         drawn = [one for one in draw if one.kind in kinds and one.key <= group.largest_key]
         started = self.clock()
         order = list(range(len(drawn)))
-        is_twice = group.signature.device != "cpu"
-        if is_twice:
+        on_gpu = group.signature.device != "cpu"
+        if on_gpu:
             order += self.random.permutation(len(drawn)).tolist()  # among other shapes, as the first time
-        taken = prober.run([rows_of(drawn[number].plan, drawn[number].micro) for number in order])
+        asked = sequence(
+            [drawn[number] for number in order], self.data.lengths, in_windows=on_gpu, most=group.largest_key
+        )
+        run = prober.run(asked.micro_batches, asked.begins)
+        taken = [run[place] for place in asked.places]
         seconds = dict(zip(order, taken, strict=True))  # the last time counts
-        if is_twice:
-            is_new = group.first_times.meet([(one.sample.rows, one.sample.width) for one in drawn])
+        if on_gpu:
+            is_new = group.first_times.meet(asked.shapes)
             group.first_times.add(
                 [
-                    First(taken[number], seconds[number], new, one.sample.stratum)
-                    for number, (one, new) in enumerate(zip(drawn, is_new, strict=True))
+                    First(taken[number], seconds[number], is_new[asked.places[number]], one.sample.stratum)
+                    for number, one in enumerate(drawn)
                 ]
             )
         optimizer = prober.optimizer(1)

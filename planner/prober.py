@@ -77,7 +77,7 @@ class Prober(Protocol):
     """One model on one device, to be timed. Every method but `stop` may raise DoesNotFit or MeasurementError."""
 
     def load(self) -> LoadReply: ...
-    def run(self, micro_batches: list[MicroRows]) -> list[float]: ...
+    def run(self, micro_batches: list[MicroRows], begins: list[int]) -> list[float]: ...
     def optimizer(self, repeat: int) -> list[float]: ...
     def window(self, micro_batches: list[MicroRows]) -> float: ...
     def memory(self, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float) -> MemoryReply: ...
@@ -133,8 +133,8 @@ class ProcessProber:
     def load(self) -> LoadReply:
         return jsonio.from_plain(LoadReply, self._ask(command="load"), what="worker", error=MeasurementError)
 
-    def run(self, micro_batches: list[MicroRows]) -> list[float]:
-        return list(self._ask(command="run", micro_batches=micro_batches)["seconds"])
+    def run(self, micro_batches: list[MicroRows], begins: list[int]) -> list[float]:
+        return list(self._ask(command="run", micro_batches=micro_batches, begins=begins)["seconds"])
 
     def optimizer(self, repeat: int) -> list[float]:
         return list(self._ask(command="optimizer", repeat=repeat)["seconds"])

@@ -58,7 +58,7 @@ ESTIMATED_SOURCES = (
     ("planner", "estimate.py"), ("planner", "measure.py"), ("planner", "steadiness.py"), ("planner", "intervals.py"),
     ("planner", "outliers.py"), ("planner", "slope.py"), ("planner", "estimator.py"), ("planner", "decks.py"),
     ("planner", "fixed.py"), ("planner", "works.py"), ("planner", "first_times.py"),
-    ("planner", "rounds.py"),
+    ("planner", "rounds.py"), ("planner", "sequence.py"),
 )  # fmt: skip
 NOT_SHAPE = ("_name_or_path", "transformers_version")  # of a config.json
 LIKE = 2.0  # a class of micro-batches may lie on average this factor from those timed for it; the fit bridges that much

@@ -1,4 +1,7 @@
-"""Seconds of micro-steps that follow each other on a device: begin, a mark after each, the seconds between marks."""
+"""Seconds of micro-steps that follow each other on a device: begin, a mark after each, the seconds between marks.
+
+`begin` again where others follow that did not come right after: what lies between is no micro-step's.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,18 @@ class ClockMeter:
 
     def __init__(self, synchronize: Callable[[], None]) -> None:
         self._synchronize = synchronize
-        self._marks: list[float] = []
+        self._rows: list[list[float]] = []
 
     def begin(self) -> None:
+        self._rows.append([])
         self.mark()
 
     def mark(self) -> None:
         self._synchronize()
-        self._marks.append(time.perf_counter())
+        self._rows[-1].append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        return [after - before for before, after in itertools.pairwise(self._marks)]
+        return [after - before for marks in self._rows for before, after in itertools.pairwise(marks)]
 
 
 class EventMeter:
@@ -33,12 +37,13 @@ class EventMeter:
     """
 
     def __init__(self) -> None:
-        self._marks: list[Any] = []
+        self._rows: list[list[Any]] = []
 
     def begin(self) -> None:
         import torch
 
         torch.cuda.synchronize()  # what came before is not a part of the first one
+        self._rows.append([])
         self.mark()
 
     def mark(self) -> None:
@@ -46,10 +51,12 @@ class EventMeter:
 
         event = torch.cuda.Event(enable_timing=True)
         event.record()
-        self._marks.append(event)
+        self._rows[-1].append(event)
 
     def seconds(self) -> list[float]:
         import torch
 
         torch.cuda.synchronize()
-        return [before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(self._marks)]
+        return [
+            before.elapsed_time(after) / 1000 for marks in self._rows for before, after in itertools.pairwise(marks)
+        ]

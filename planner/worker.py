@@ -3,7 +3,7 @@
 First line in: {"job": ..., "data_dir": ..., "scratch": ... or null}. Then one command a line, one reply a line:
 
     {"command": "load"}                                    -> LoadReply
-    {"command": "run", "micro_batches": [...]}             -> {"seconds": [...]}   one per micro-step
+    {"command": "run", "micro_batches": [...], "begins": [...]}   -> {"seconds": [...]}   one per micro-step
     {"command": "optimizer", "repeat": n}                  -> {"seconds": [...]}
     {"command": "window", "micro_batches": [...]}          -> {"seconds": x}       micro-steps and optimizer step as one
     {"command": "memory", "windows": [[...], ...], "more": [[...], ...], "seconds": x}   -> MemoryReply
@@ -46,7 +46,7 @@ def answer_command(worker: Worker, request: dict[str, Any]) -> Any:
     if command == "load":
         return jsonio.to_plain(worker.load())
     if command == "run":
-        return {"seconds": worker.run(request["micro_batches"])}
+        return {"seconds": worker.run(request["micro_batches"], request["begins"])}
     if command == "optimizer":
         return {"seconds": worker.optimizer(int(request["repeat"]))}
     if command == "window":

@@ -113,8 +113,13 @@ class Worker:
             compile_refused=compile_refused,
         )
 
-    def run(self, micro_batches: list[MicroRows]) -> list[float]:
-        """Seconds of each micro-step. Gradients pile up inside the block, as in a window, and are dropped after it."""
+    def run(self, micro_batches: list[MicroRows], begins: list[int]) -> list[float]:
+        """Seconds of each micro-step. Gradients pile up, as in a window, and are dropped at its end.
+
+        Args:
+            begins: places where a window begins: the device has done all that came before, and nothing is hidden
+                behind it.
+        """
         from trainer.step import clear_gradients
 
         self._settle(micro_batches)
@@ -122,8 +127,10 @@ class Worker:
         meter = EventMeter() if self.job.device == "cuda" else ClockMeter(self._synchronize)
         try:
             batches = self._feed(micro_batches)
-            meter.begin()
-            for scale in scales:
+            for place, scale in enumerate(scales):
+                if place == 0 or place in begins:
+                    clear_gradients(self.stepper.parameters)
+                    meter.begin()
                 self._micro_step(next(batches), scale)
                 meter.mark()
         finally:
@@ -366,7 +373,8 @@ class Worker:
         def indices(rows: MicroRows) -> list[IntArray]:
             return [np.array(row, dtype=np.int64) for row in rows]
 
-        batches = feed((indices(rows) for rows in micro_batches), self.data, self.stepper.device)
+        rows = (indices(rows) for rows in micro_batches)
+        batches = feed(rows, self.data, self.stepper.device, self.job.row_length)
         if not self.job.device.startswith("cuda"):
             return batches
         return itertools.chain(list(itertools.islice(batches, 1)), batches)  # a run, too, has made the first one before

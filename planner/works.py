@@ -68,13 +68,14 @@ class Works:
         key = (id(row.plan), row.kind, strata)
         if key not in self._new_shapes:
             shapes, devices = self._shapes(row.plan), row.plan.num_devices
-            widest = shared_width(int(shapes.width.max(initial=0)))
+            length = row.job.row_length
+            widest = shared_width(int(shapes.width.max(initial=0)), length)
             met = np.zeros((strata.count, int(shapes.rows.max(initial=0)) + 1, widest + 1), dtype=bool)
             micros = np.zeros(strata.count, dtype=np.int64)
             for some in shapes.blocks():
                 of = strata.of(row.kind, some)
                 counted = (of >= 0) & (some.rows > 0)
-                met[of[counted], some.rows[counted], shared_width(some.width[counted])] = True
+                met[of[counted], some.rows[counted], shared_width(some.width[counted], length)] = True
                 micros += np.bincount(of[counted], minlength=strata.count)
             most = np.minimum(met.sum(axis=(1, 2)), -(-micros // devices))
             self._new_shapes[key] = {int(one): int(most[one]) for one in np.flatnonzero(most)}

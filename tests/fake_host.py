@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,12 +13,15 @@ from trainer.batching import BatchPlan
 from trainer.job import Job
 from trainer.widths import shared_width
 
+FORWARD_LAUNCHES, FORWARD_WORK = 0.45, 1 / 3  # of a micro-step's
+
 
 @dataclass
 class HostedDevice(FakeDevice):
     """The GPU takes base + per_token x padded + ... for a micro-step, and ends it no sooner than the host launched it.
 
-    The host runs ahead by what the queue holds, and waits for the GPU where a window ends. Noise is the host's.
+    The host runs ahead by what the queue holds, and waits for the GPU where a window ends: the next one's forward pass,
+    a third of the GPU's work and nearly half of the launches, then finds nothing to hide behind. Noise is the host's.
     """
 
     base: float = 0.001
@@ -27,14 +31,15 @@ class HostedDevice(FakeDevice):
     launch: float = 0.07  # host's seconds of a micro-step
     launch_new: float = 0.025  # more, where the shape is new
     launch_optimizer: float = 0.005
-    queue: float = 0.6  # of a micro-step's launches that may wait for the GPU
+    queue: float = 0.25  # of a micro-step's launches that may wait for the GPU: some thousand
 
     def factory(self, job: Job) -> HostedProber:
         return HostedProber(self, job)
 
-    def run_seconds(self, plan: BatchPlan, seed: int) -> float:
+    def run_seconds(self, plan: BatchPlan, seed: int, row_length: int = 0) -> float:
         """What one run of a plan takes, with noise of its own."""
-        shapes, timeline = plan.micro_shapes(self.lengths), Timeline(self, np.random.default_rng([seed, 0xFC]))
+        random = np.random.default_rng([seed, 0xFC])
+        shapes, timeline = plan.micro_shapes(self.lengths), Timeline(self, random, row_length)
         for first, last in zip(plan.window_offsets[:-1].tolist(), plan.window_offsets[1:].tolist(), strict=True):
             for micro in range(first, last):
                 timeline.micro_step(int(shapes.rows[micro]), int(shapes.width[micro]))
@@ -45,20 +50,22 @@ class HostedDevice(FakeDevice):
 class Timeline:
     """When the host has launched and when the GPU is done, of one process."""
 
-    def __init__(self, device: HostedDevice, random: np.random.Generator, now: float = 0.0) -> None:
-        self.device, self.random = device, random
+    def __init__(self, device: HostedDevice, random: np.random.Generator, row_length: int, now: float = 0.0) -> None:
+        self.device, self.random, self.row_length = device, random, row_length
         self.host = self.gpu = now
         self.met: set[tuple[int, int]] = set()
 
     def micro_step(self, rows: int, width: int) -> float:
         """The moment in which the GPU is done with it."""
-        device, shape = self.device, (rows, shared_width(width))
+        device, shape = self.device, (rows, shared_width(width, self.row_length))
         launched = (device.launch + device.launch_new * (shape not in self.met)) * self._noise()
         self.met.add(shape)
-        begun = max(self.host, self.gpu - device.queue * device.launch)
         computed = device.base + (device.per_token + device.per_token_width * width) * rows * width
-        self.gpu = max(max(self.gpu, begun) + computed, begun + launched)
-        self.host = max(begun + launched, self.gpu - device.queue * device.launch)
+        for of_host, of_gpu in ((FORWARD_LAUNCHES, FORWARD_WORK), (1 - FORWARD_LAUNCHES, 1 - FORWARD_WORK)):
+            begun = max(self.host, self.gpu - device.queue * device.launch)
+            launch = of_host * launched
+            self.gpu = max(max(self.gpu, begun) + of_gpu * computed, begun + launch)
+            self.host = max(begun + launch, self.gpu - device.queue * device.launch)
         return self.gpu
 
     def optimizer_step(self) -> float:
@@ -81,21 +88,24 @@ class HostedProber(FakeProber):
 
     def __init__(self, device: HostedDevice, job: Job) -> None:
         super().__init__(device, job)
-        self.timeline = Timeline(device, device.random, device.now)
+        self.timeline = Timeline(device, device.random, job.row_length, device.now)
 
-    def _marks(self, micro_batches: list[MicroRows], *, wait: bool = False) -> list[float]:
-        """Moments between micro-steps, and before the first; waiting for the GPU at each, or at the end only."""
-        marks = [self.timeline.synchronize(self.device.now)]
-        for rows in micro_batches:
-            marks.append(self.timeline.micro_step(len(rows), self.device.shape(rows)[1]))
-            if wait:
-                self.timeline.synchronize()
+    def _seconds_of(self, micro_batches: list[MicroRows], waits: Collection[int]) -> list[float]:
+        """Of micro-steps, waiting for the GPU before some of them and at the end."""
+        before, seconds = self.timeline.synchronize(self.device.now), []
+        for place, rows in enumerate(micro_batches):
+            if place in waits:
+                before = self.timeline.synchronize()
+            after = self.timeline.micro_step(len(rows), self.device.shape(rows)[1])
+            seconds.append(after - before)
+            before = after
         self.device.now = self.timeline.synchronize()
-        return marks
+        return seconds
 
-    def run(self, micro_batches: list[MicroRows]) -> list[float]:
+    def run(self, micro_batches: list[MicroRows], begins: list[int]) -> list[float]:
         self._note("run")
-        return np.diff(self._marks(micro_batches)).tolist()
+        self.device.drawn += [(self.job.precision, rows) for rows in micro_batches]
+        return self._seconds_of(micro_batches, begins)
 
     def optimizer(self, repeat: int) -> list[float]:
         self._note("optimizer")
@@ -106,11 +116,11 @@ class HostedProber(FakeProber):
 
     def window(self, micro_batches: list[MicroRows]) -> float:
         self._note("window")
-        begun = self._marks([])[0]
+        begun = self.timeline.synchronize(self.device.now)
         for rows in micro_batches:
             self.timeline.micro_step(len(rows), self.device.shape(rows)[1])
         self.device.now = self.timeline.optimizer_step()
         return self.device.now - begun
 
     def _one_by_one(self, every: list[MicroRows]) -> list[float]:
-        return np.diff(self._marks(every, wait=True)).tolist()
+        return self._seconds_of(every, range(len(every)))

@@ -127,7 +127,7 @@ class FakeDevice:
         mean = 1 + self.spikes * (self.spike_factor - 1)
         return mean * (float(self.true_micro_seconds(plan).sum()) + plan.num_steps * self.optimizer)
 
-    def run_seconds(self, plan: BatchPlan, seed: int) -> float:
+    def run_seconds(self, plan: BatchPlan, seed: int, row_length: int = 0) -> float:
         """What one run of a plan takes: as `true_seconds`, each micro-step and optimizer step with noise of its own."""
         random = np.random.default_rng([seed, 0xFB])
         spread = np.sqrt(np.log1p(self.noise**2))
@@ -139,7 +139,7 @@ class FakeDevice:
         new = 0
         if self.new_shape_seconds:
             shapes = plan.micro_shapes(self.lengths)
-            new = len(set(zip(shapes.rows.tolist(), shared_width(shapes.width).tolist(), strict=True)))
+            new = len(set(zip(shapes.rows.tolist(), shared_width(shapes.width, row_length).tolist(), strict=True)))
         return float(charged.sum()) + loaded * self.variant_seconds + new * self.new_shape_seconds
 
     def variant(self, padded: np.ndarray) -> np.ndarray:
@@ -182,7 +182,7 @@ class FakeProber:
             raise DoesNotFit(f"tried to allocate {padded} tokens")
         slow = 3.0 if self.slow_left > 0 else 1.0
         self.slow_left -= 1
-        shape = (len(rows), shared_width(width))
+        shape = (len(rows), shared_width(width, self.job.row_length))
         new = shape not in self.met
         self.met.add(shape)
         return slow * self.device.cost(rows) / self.speed + self._loading(padded) + new * self.device.new_shape_seconds
@@ -212,7 +212,7 @@ class FakeProber:
             weights="random",
         )
 
-    def run(self, micro_batches: list[MicroRows]) -> list[float]:
+    def run(self, micro_batches: list[MicroRows], begins: list[int]) -> list[float]:
         self._note("run")
         most = self.device.fits_in_turns
         if most is not None and any(self.device.shape(rows)[0] > most for rows in micro_batches):

@@ -85,7 +85,9 @@ def test_a_run_fed_by_the_thread_ends_with_the_same_adapter(
 
     plain, ahead = (make_run(name, micro=micro, lora_dropout=0.1) for name in ("plain", "ahead"))
     loop.train(plain)
-    monkeypatch.setattr(window, "feed", lambda parts, data, device: one_ahead(lambda rows: collate(rows, data), parts))
+    monkeypatch.setattr(
+        window, "feed", lambda parts, data, device, row_length: one_ahead(lambda rows: collate(rows, data), parts)
+    )
     loop.train(ahead)
     name = "adapter/adapter_model.safetensors"
     assert (plain / name).read_bytes() == (ahead / name).read_bytes()
@@ -99,7 +101,7 @@ def test_windows_share_one_feed_that_makes_the_next_window_s_first_micro_batch_a
     made: list[int] = []
     begun: list[int] = []  # micro-batches made when a window began
 
-    def fed(parts: Any, data: Any, device: str) -> Any:
+    def fed(parts: Any, data: Any, device: str, row_length: int) -> Any:
         return one_ahead(lambda rows: made.append(1) or collate(rows, data), parts)
 
     real = window._micro_steps

@@ -36,7 +36,7 @@ def gpu_that_loads_kernels(*, budget: float, seed: int = 0) -> tuple[float, Meas
     found = measure([row], DATA, device.factory, budget_seconds=budget, clock=device.clock, seed=seed)
     seconds = estimate(row, DATA, found).train_seconds
     assert seconds is not None
-    return seconds, found, device.run_seconds(row.plan, seed)
+    return seconds, found, device.run_seconds(row.plan, seed, row.job.row_length)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -51,8 +51,8 @@ def test_kernels_that_a_gpu_loads_at_first_are_not_taken_for_its_pace(budget: fl
 def test_new_micro_batches_timed_once_would_be_taken_for_the_pace_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     run = FakeProber.run
 
-    def first_times(self: FakeProber, micro_batches: list[MicroRows]) -> list[float]:
-        seconds = run(self, micro_batches)
+    def first_times(self: FakeProber, micro_batches: list[MicroRows], begins: list[int]) -> list[float]:
+        seconds = run(self, micro_batches, begins)
         where = {str(rows): number for number, rows in reversed(list(enumerate(micro_batches)))}
         return [seconds[where[str(rows)]] for rows in micro_batches]
 
@@ -69,10 +69,10 @@ def test_what_a_worker_that_was_started_again_loads_counts_once() -> None:
     run = FakeProber.run
 
     class Failing(FakeProber):
-        def run(self, micro_batches: list[MicroRows]) -> list[float]:
+        def run(self, micro_batches: list[MicroRows], begins: list[int]) -> list[float]:
             if len(starts) == 1 and len(device.drawn) > 120:
                 raise DoesNotFit("no block is large enough any more")
-            return run(self, micro_batches)
+            return run(self, micro_batches, begins)
 
     def factory(job: Job) -> FakeProber:
         starts.append(job)
@@ -117,12 +117,12 @@ def test_what_each_new_shape_takes_counts_as_often_as_the_run_meets_one(count: i
     found = measure([row], data, device.factory, budget_seconds=15, clock=device.clock, seed=seed)
     with_them = estimate(row, data, found)
     assert found.measurements[0].new_shape_seconds == pytest.approx(0.012, rel=0.3)
-    assert with_them.train_seconds == pytest.approx(device.run_seconds(row.plan, seed), rel=0.03)
+    assert with_them.train_seconds == pytest.approx(device.run_seconds(row.plan, seed, row.job.row_length), rel=0.03)
     assert any("new shapes of micro-batches take" in note for note in with_them.notes)
     without = replace(found, measurements=(replace(found.measurements[0], new_shape_seconds=0.0),))
     off = estimate(row, data, without)
     assert off.train_seconds is not None
-    assert off.train_seconds < (0.9 if count == 160 else 0.97) * device.run_seconds(row.plan, seed)
+    assert off.train_seconds < (0.9 if count == 160 else 0.97) * device.run_seconds(row.plan, seed, row.job.row_length)
 
 
 @pytest.mark.parametrize("packed_length", [None, 1024])

@@ -26,11 +26,16 @@ def test_the_host_s_clock_is_read_after_a_wait_at_each_mark(monkeypatch: pytest.
         meter.mark()
     assert len(waits) == 3
     assert meter.seconds() == [1.5, 2.5]
+    now[0] += 100.0  # nobody's
+    meter.begin()
+    now[0] += 3.0
+    meter.mark()
+    assert meter.seconds() == [1.5, 2.5, 3.5]
 
 
 def test_the_gpu_s_clock_needs_no_wait_between_the_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    milliseconds = iter((10.0, 40.0, 100.0))
+    milliseconds = iter((10.0, 40.0, 100.0, 500.0, 520.0))
 
     class Event:
         def __init__(self, *, enable_timing: bool) -> None:
@@ -53,3 +58,7 @@ def test_the_gpu_s_clock_needs_no_wait_between_the_marks(monkeypatch: pytest.Mon
     meter.mark()
     assert told == ["wait", "mark", "mark", "mark"]
     assert meter.seconds() == pytest.approx([0.030, 0.060])
+    meter.begin()
+    meter.mark()
+    assert told[-3:] == ["wait", "mark", "mark"]
+    assert meter.seconds() == pytest.approx([0.030, 0.060, 0.020])

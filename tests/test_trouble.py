@@ -134,7 +134,9 @@ def test_running_out_of_memory_halves_the_micro_batch_keeps_the_global_batch_and
         patch.setattr(loop.steps, "micro_step", small_card)
         if is_ahead:
             patch.setattr(
-                window, "feed", lambda parts, data, device: one_ahead(lambda rows: collate(rows, data), parts)
+                window,
+                "feed",
+                lambda parts, data, device, row_length: one_ahead(lambda rows: collate(rows, data), parts),
             )
         record = train(run)
     assert record.actual.micro_batch_split == 2

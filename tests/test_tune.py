@@ -203,12 +203,12 @@ def test_a_candidate_whose_worker_fails_is_none() -> None:
     class Dies(Prober):
         runs = 0
 
-        def run(self, micro_batches: Any) -> list[float]:
+        def run(self, micro_batches: Any, begins: list[int]) -> list[float]:
             if self.job.loss == "lean":
                 self.runs += 1
                 if self.runs > 6:
                     raise MeasurementError("the worker process ended by itself (exit code 1).")
-            return super().run(micro_batches)
+            return super().run(micro_batches, begins)
 
     class Fragile(Device):
         def factory(self, job: Job) -> FakeProber:

@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes import make_job
 from hypothesis import given
 from hypothesis import strategies as st
 from small_models import grouped, random_data, small_model, with_lora
 
 from trainer import documents
 from trainer.collate import MicroBatch, batch_on, collate
+from trainer.feed import feed
 from trainer.step import clear_gradients, make_stepper, micro_step
 from trainer.widths import shared_width
 
@@ -33,6 +35,30 @@ def test_between_a_number_and_its_double_there_are_few_widths() -> None:
     assert len(np.unique(found)) == 64
     assert shared_width(8192) == 8192  # the usual lengths of packed rows are their own
     assert shared_width(0) == 0
+
+
+@given(st.integers(1, 8192), st.sampled_from([2, 100, 2048, 4096, 6000, 8192]))
+def test_a_packed_row_s_rest_has_few_widths_and_is_padded_with_little_beside_a_full_row(
+    width: int, length: int
+) -> None:
+    found = shared_width(width, length)
+    assert width <= found <= width + max(length // 32, width // 64)
+    if width > length // 4:
+        assert found == shared_width(width)
+    assert len(np.unique(shared_width(np.arange(1, length // 4 + 1), length))) <= 9
+
+
+def test_packed_rows_are_made_as_wide_as_the_job_s_rows_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MicroBatch, "to", lambda batch, device: batch)
+    job = make_job(device="cuda", packing=True, packed_length=4096)
+    assert job.row_length == 4096
+    assert make_job(device="cuda").row_length == 0
+    rest = [np.array([0, 3])]  # 103 tokens
+    monkeypatch.setattr("torch.cuda.set_device", lambda index: None)
+    for length, width in ((job.row_length, 128), (0, 103)):
+        (batch,) = feed([rest], DATA, "cuda", length)
+        assert batch.input_ids.shape == (1, width)
+        assert batch.num_tokens == 103
 
 
 @pytest.mark.parametrize(("device", "width"), [("cpu", 131), ("cuda", 132), ("cuda:1", 132), ("mps", 132)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -70,22 +71,38 @@ def test_a_packed_job_s_check_is_a_part_of_loading_as_in_a_run(folder: Path, mon
     plain.load()
     assert asked == []
     with pytest.raises(MeasurementError, match="packing: documents leak"):
-        plain.run([[[0, 1]]])
+        plain.run([[[0, 1]]], [])
     assert asked == [int(LENGTHS[:2].sum())]
     packed = Worker(make_job(model=model, packing=True, packed_length=128), DATA, None)
     packed.load()
     assert asked[1:] == [128]
-    packed.run([[[0], [1]]])  # rows of one document are no matter of packing
+    packed.run([[[0], [1]]], [])  # rows of one document are no matter of packing
     for _ in range(2):  # refused once is refused for good
         with pytest.raises(MeasurementError, match="packing: documents leak"):
-            packed.run([[[0, 1]]])
+            packed.run([[[0, 1]]], [])
     assert asked[1:] == [128]
+
+
+def test_gradients_pile_up_within_a_window_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a run, where the first micro-step of a window finds none to add to."""
+    worker = Worker(make_job(model=str(folder / "model")), DATA, None)
+    worker.load()
+    step = worker._micro_step
+    found: list[bool] = []
+
+    def noted(*given: Any) -> Any:
+        found.append(any(parameter.grad is not None for parameter in worker.stepper.parameters))
+        return step(*given)
+
+    monkeypatch.setattr(worker, "_micro_step", noted)
+    assert len(worker.run([[[0]], [[1]], [[2]], [[3]]], [2])) == 4
+    assert found == [False, True, False, True]
 
 
 @pytest.mark.slow
 def test_a_worker_loads_times_and_reports_memory(prober: ProcessProber) -> None:
     with pytest.raises(MeasurementError, match="before 'load'"):
-        prober.run([[[0]]])
+        prober.run([[[0]]], [])
     loaded = prober.load()
     assert loaded.weights == "random"
     assert 0 < loaded.num_trainable_parameters < loaded.num_parameters
@@ -93,7 +110,7 @@ def test_a_worker_loads_times_and_reports_memory(prober: ProcessProber) -> None:
     assert loaded.num_threads == 1
     memory = prober.memory([[[[int(LENGTHS.argmax())]], [[0]]]], [], 0.0)
     assert memory.reserved_bytes == memory.allocated_bytes > 50 << 20
-    seconds = prober.run([[[0]], [[1, 2]], [[3], [4]]])  # one row, a packed one, two rows
+    seconds = prober.run([[[0]], [[1, 2]], [[3], [4]]], [])  # one row, a packed one, two rows
     assert len(seconds) == 3
     assert all(0 < value < 5 for value in seconds)
     assert len(prober.optimizer(2)) == 2
@@ -110,8 +127,8 @@ def test_a_worker_loads_times_and_reports_memory(prober: ProcessProber) -> None:
 @pytest.mark.slow
 def test_a_failed_command_is_a_reply_and_the_worker_lives_on(prober: ProcessProber) -> None:
     with pytest.raises(MeasurementError, match="out of bounds"):
-        prober.run([[[10_000_000]]])
-    assert len(prober.run([[[0]]])) == 1
+        prober.run([[[10_000_000]]], [])
+    assert len(prober.run([[[0]]], [])) == 1
 
 
 @pytest.mark.slow

@@ -56,12 +56,18 @@ class MicroBatch:
         )
 
 
-def batch_on(device: str, rows: list[IntArray], data: TokenizedDataset) -> MicroBatch:
-    """The micro-batch of these rows as it is run on a device: on all but a CPU as wide as others of about its width."""
-    return collate(rows, data, shared=device != "cpu").to(device)
+def batch_on(device: str, rows: list[IntArray], data: TokenizedDataset, row_length: int = 0) -> MicroBatch:
+    """The micro-batch of these rows as it is run on a device: on all but a CPU as wide as others of about its width.
+
+    Args:
+        row_length: see `trainer.widths.shared_width`.
+    """
+    return collate(rows, data, shared=device != "cpu", row_length=row_length).to(device)
 
 
-def collate(rows: list[IntArray], data: TokenizedDataset, *, pad_token_id: int = 0, shared: bool = False) -> MicroBatch:
+def collate(
+    rows: list[IntArray], data: TokenizedDataset, *, pad_token_id: int = 0, shared: bool = False, row_length: int = 0
+) -> MicroBatch:
     """The micro-batch whose rows hold these examples.
 
     Args:
@@ -69,6 +75,7 @@ def collate(rows: list[IntArray], data: TokenizedDataset, *, pad_token_id: int =
             padding token and no target, so that every process still takes part in the exchange of gradients.
         shared: round the width up, see `trainer.widths`; of rows of one document never beyond the longest there is,
             for which alone the model is known to have positions.
+        row_length: of packed rows, for that.
     """
     import torch
 
@@ -77,7 +84,7 @@ def collate(rows: list[IntArray], data: TokenizedDataset, *, pad_token_id: int =
     packed = any(len(row) > 1 for row in spans)
     width = max((sum(end - start for start, end in row) for row in spans), default=0) or 1
     if shared:
-        most = shared_width(width)
+        most = shared_width(width, row_length)
         width = most if packed else max(width, min(most, data.longest))
     ids = np.full((len(spans), width), pad_token_id, dtype=np.int64)
     counts = np.zeros((len(spans), width), dtype=bool)

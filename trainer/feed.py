@@ -13,7 +13,9 @@ Part = TypeVar("Part")
 Made = TypeVar("Made")
 
 
-def feed(parts: Iterable[list[IntArray]], data: TokenizedDataset, device: str) -> Generator[MicroBatch]:
+def feed(
+    parts: Iterable[list[IntArray]], data: TokenizedDataset, device: str, row_length: int = 0
+) -> Generator[MicroBatch]:
     """The micro-batches of these rows on a device; close it where it is left before its end.
 
     On a GPU a thread collates the next one, pins it and starts its copy while the current one computes: the host's
@@ -22,10 +24,13 @@ def feed(parts: Iterable[list[IntArray]], data: TokenizedDataset, device: str) -
     cores; one row, eight rows, a packed row of 880 tokens; 2026-11-25), less than a thread that takes a busy core.
 
     Nothing random is used here, so that what is made ahead and never trained on leaves a resumed run as it was.
+
+    Args:
+        row_length: see `trainer.widths.shared_width`.
     """
 
     def make(rows: list[IntArray]) -> MicroBatch:
-        return batch_on(device, rows, data)
+        return batch_on(device, rows, data, row_length)
 
     if not device.startswith("cuda"):
         return (make(rows) for rows in parts)

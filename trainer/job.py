@@ -132,6 +132,11 @@ class Job:
         return (self.preset.global_batch_size,)
 
     @property
+    def row_length(self) -> int:
+        """Tokens that a packed row may hold; 0 where rows are not packed."""
+        return (self.packed_length or self.preset.max_length) if self.packing else 0
+
+    @property
     def gradient_accumulation_steps(self) -> tuple[int, ...]:
         """Micro-batches per optimizer step and device, one per phase: what holds the global batch on these devices."""
         return tuple(self._accumulation(size) for size in self.global_batch_sizes)

@@ -156,7 +156,7 @@ class Plans:
             num_devices=job.num_devices,
             seed=job.seed,
             sort_window=job.sort_window,
-            packed_length=(job.packed_length or preset.max_length) if job.packing else None,
+            packed_length=job.row_length or None,
             group_by_length=job.group_by_length,
         )
         if job.group_by_length:

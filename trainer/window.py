@@ -141,7 +141,8 @@ def _batches_from_here(run: Run) -> Generator[MicroBatch]:
     """
     first, split = run.progress.windows_done, run.progress.split
     windows = (_parts_of_window(run, window, split) for window in range(first, run.plan.num_steps))
-    return feed((rows for window in windows for parts in window for rows in parts), run.data, run.stepper.device)
+    rows = (rows for window in windows for parts in window for rows in parts)
+    return feed(rows, run.data, run.stepper.device, run.job.row_length)
 
 
 def _parts_of_window(run: Run, window: int, split: int) -> Iterator[list[list[IntArray]]]:

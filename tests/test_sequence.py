@@ -1,0 +1,89 @@
+"""Micro-batches as a GPU is given them: windows begin where they begin in a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import FakeDevice, make_data, make_job, make_row
+
+from planner.decks import Drawn, sample_of
+from planner.group import rows_of
+from planner.measure import measure
+from planner.measurement import PlannedRow
+from planner.sequence import place_in_window, sequence
+
+LENGTHS = np.random.default_rng(5).integers(200, 900, 640)
+DATA = make_data(LENGTHS)
+EVERY = 1e9
+
+
+def drawn(row: PlannedRow, *micros: int) -> list[Drawn]:
+    shapes = row.plan.micro_shapes(LENGTHS)
+    samples = [sample_of(shapes, micro, 0) for micro in micros]
+    return [
+        Drawn(row.plan, micro, row.kind, one.rows * one.width, one) for micro, one in zip(micros, samples, strict=True)
+    ]
+
+
+def row_of(**changes: Any) -> PlannedRow:
+    return make_row(make_job(device="cuda", **changes), DATA)
+
+
+def test_the_second_of_a_window_of_two_follows_its_first_as_in_the_run() -> None:
+    row = row_of(micro_batch_size=8)
+    assert place_in_window(row.plan, 6) == (0, 2)
+    assert place_in_window(row.plan, 7) == (1, 2)
+    found = sequence(drawn(row, 7, 2), LENGTHS, in_windows=True, most=EVERY)
+    assert found.micro_batches == [rows_of(row.plan, micro) for micro in (6, 7, 2)]
+    assert found.begins == [0, 2]
+    assert found.places == [1, 2]
+    shapes = row.plan.micro_shapes(LENGTHS)
+    assert found.shapes == [(int(shapes.rows[micro]), int(shapes.width[micro])) for micro in (6, 7, 2)]
+
+
+def test_one_that_does_not_fit_is_not_run_for_the_sake_of_another() -> None:
+    row = row_of(micro_batch_size=8)
+    first = row.plan.micro_shapes(LENGTHS).padded_tokens[6]
+    found = sequence(drawn(row, 7), LENGTHS, in_windows=True, most=float(first) - 1)
+    assert found.micro_batches == [rows_of(row.plan, 7)]
+    assert found.begins == []
+
+
+def test_in_longer_windows_only_the_first_begins_one() -> None:
+    row = row_of(micro_batch_size=4)
+    found = sequence(drawn(row, 5, 4, 6, 7, 0), LENGTHS, in_windows=True, most=EVERY)
+    assert found.micro_batches == [rows_of(row.plan, micro) for micro in (5, 4, 6, 7, 0)]
+    assert found.begins == [1, 4]
+    assert found.places == [0, 1, 2, 3, 4]
+
+
+def test_each_device_has_its_own_place_in_a_window() -> None:
+    row = row_of(micro_batch_size=4, num_devices=2)
+    assert [place_in_window(row.plan, micro) for micro in range(4, 8)] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    found = sequence(drawn(row, 7), LENGTHS, in_windows=True, most=EVERY)
+    assert found.micro_batches == [rows_of(row.plan, micro) for micro in (5, 7)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_windows_matter_where_a_host_launches_ahead_of_a_gpu(device: str) -> None:
+    fake = FakeDevice(LENGTHS)
+    begun: list[list[int]] = []
+    factory = fake.factory
+
+    def watched(job: Any) -> Any:
+        prober = factory(job)
+        run = prober.run
+
+        def noted(micro_batches: Any, begins: list[int]) -> list[float]:
+            begun.append(begins)
+            return run(micro_batches, begins)
+
+        prober.run = noted  # type: ignore[method-assign]
+        return prober
+
+    row = make_row(make_job(device=device, micro_batch_size=16), DATA)
+    measure([row], DATA, watched, budget_seconds=20, clock=fake.clock)
+    assert begun
+    assert all(bool(begins) == (device == "cuda") for begins in begun)
