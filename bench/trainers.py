@@ -183,8 +183,8 @@ def ours(arguments: argparse.Namespace) -> None:
         save_file(first, case / "first_adapter.safetensors")
         return loaded
 
-    def watched_batch(device: str, rows: Any, data: Any) -> Any:
-        batch = batch_on(device, rows, data)
+    def watched_batch(device: str, rows: Any, data: Any, *more: Any) -> Any:
+        batch = batch_on(device, rows, data, *more)
         labels = batch.input_ids.new_full((batch.input_ids.numel(),), -100)
         labels[batch.predicts + 1] = batch.targets
         labels = labels.view(batch.input_ids.shape)

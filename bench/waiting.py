@@ -61,7 +61,9 @@ def widths(shared: bool) -> Iterator[None]:
     from trainer.collate import collate
 
     made = feed.batch_on
-    feed.batch_on = lambda device, rows, data: collate(rows, data, shared=shared).to(device)
+    feed.batch_on = lambda device, rows, data, row_length=0: collate(
+        rows, data, shared=shared, row_length=row_length
+    ).to(device)
     try:
         yield
     finally:

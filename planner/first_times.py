@@ -25,9 +25,10 @@ from trainer.widths import shared_width
 
 Shape = tuple[int, int]  # rows, width
 LEAST = 8  # micro-batches of a new shape, before their excess is believed
-# Of one stratum, where it shows in all of them, or in more than half: a kernel that is still loaded now and then is in
-# one or two, a choice of kernels in each that no GPU's work hides.
-LEAST_OF_ONE, ENOUGH = 3, 5
+LEAST_ROUNDS = 3  # a single one after the first cannot tell what shapes take from what is still loaded
+# Of strata that are neighbours in work, where it shows in all of few, or in more than half: a kernel that is still
+# loaded now and then is in one or two, a choice of kernels in each that no GPU's work hides.
+LEAST_OF_FEW, ENOUGH = 3, 5
 SURE = 2.5  # standard errors
 NOISE = 2.0  # standard deviations of a sum of differences
 SURELY = 3.0  # the same, of a sum of a few
@@ -98,40 +99,43 @@ class FirstTimes:
         return self._known[1]
 
     def _new_shapes(self) -> NewShapes:
-        of: dict[int, list[First]] = {}  # from all but the first round: of one stratum there are few
-        for one in itertools.chain.from_iterable(self._rounds[1:]):
-            of.setdefault(one.stratum, []).append(one)
-        noise, apart = _relative_noise(of.values()), {}
+        of: dict[int, list[tuple[int, First]]] = {}  # (round, one) from all but the first round: of one stratum few
+        for number, timed in enumerate(self._rounds[1:]):
+            for one in timed:
+                of.setdefault(one.stratum, []).append((number, one))
+        noise = _relative_noise([one for _, one in timed] for timed in of.values())
+        apart: dict[int, tuple[float, float]] = {}
         # The median over the later half of the rounds: in the first ones kernels are loaded too, and a rare slow timing
         # is in either time.
         rounds = self._rounds[len(self._rounds) // 2 :]
         if sum(one.is_new for timed in rounds for one in timed) < LEAST:
             rounds = self._rounds[1:]
         every = np.array([one.excess for timed in rounds for one in timed if one.is_new])
-        if not len(every):
+        if not len(every) or len(self._rounds) < LEAST_ROUNDS:
             return NewShapes(noise=noise)
         seconds, error = float(np.median(every)), _error_of_median(every)
         if len(every) < LEAST or seconds <= SURE * error:
             seconds, error = 0.0, 0.0
-        for stratum, timed in of.items():
-            values = np.array([one.excess for one in timed if one.is_new]) - seconds
-            if not len(values):
+        for strata in _neighbours(of):
+            found = [(number, one) for stratum in strata for number, one in of[stratum] if one.is_new]
+            if len(found) < LEAST_OF_FEW:
                 continue
-            single = (noise or 0.0) * float(np.mean([one.again for one in timed]))
-            own = float(np.median(values))
+            values = np.array([one.excess for _, one in found]) - seconds
+            single = np.array([(noise or 0.0) * one.again for _, one in found])
+            own, of_one = float(np.median(values)), float(np.median(single))
             shows = np.sign(own) * values > SURE * single
             # What is loaded shows less and less often.
-            is_shown = (
-                min(shows.mean(), shows[len(shows) // 2 :].mean()) > 0.5
-                if len(values) >= ENOUGH
-                else len(values) >= LEAST_OF_ONE and bool(shows.all())
-            )
-            if is_shown and abs(own) > SURE * math.hypot(_of_median(single, len(values)), error):
+            when = np.array([number for number, _ in found])
+            often = min(shows.mean(), shows[when >= np.median(when)].mean()) > 0.5
+            is_shown = often if len(found) >= ENOUGH else bool(shows.all())
+            if is_shown and abs(own) > SURE * math.hypot(_of_median(of_one, len(found)), error):
                 # What of it a GPU's work hides differs from one to the next, far more than the clock does.
-                own_error = _of_median(max(single, deviation(values)), len(values))
-                if len(values) < LEAST:  # kernels that are still loaded may be all that shows
+                own_error = _of_median(max(of_one, deviation(values)), len(found))
+                if len(found) < LEAST:  # kernels that are still loaded may be all that shows
                     own_error = max(own_error, abs(own) / Z_90)
-                apart[stratum] = (max(0.0, seconds + own), own_error)
+                # One figure for all of them: their errors do not even out, as separate ones would.
+                one_of = own_error * math.sqrt(len(strata))
+                apart |= dict.fromkeys(strata, (max(0.0, seconds + own), one_of))
         return NewShapes(seconds, error, apart, noise)
 
     @property
@@ -173,6 +177,23 @@ class FirstTimes:
     def _excess(self, rounds: list[list[First]]) -> FloatArray:
         new = self.new_shapes()
         return np.array([one.excess - new.of(one.stratum) * one.is_new for timed in rounds for one in timed])
+
+
+def _neighbours(of: Mapping[int, list[tuple[int, First]]]) -> list[list[int]]:
+    """Strata by the seconds that their micro-batches take, so many together that enough of them were new.
+
+    What a GPU's work hides of the host's choice, it hides of micro-batches that take about as long. After few rounds
+    one stratum alone says nothing.
+    """
+    found: list[list[int]] = [[]]
+    held = 0
+    for stratum in sorted(of, key=lambda one: float(np.mean([first.again for _, first in of[one]]))):
+        found[-1].append(stratum)
+        held += sum(first.is_new for _, first in of[stratum])
+        if held >= ENOUGH:
+            found.append([])
+            held = 0
+    return found
 
 
 def deviation(values: FloatArray) -> float:

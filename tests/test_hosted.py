@@ -84,6 +84,23 @@ def test_what_a_window_s_first_micro_step_waits_for_is_timed_as_it_is_in_the_run
     assert abs(np.median(as_in_the_run)) < 0.018
 
 
+def test_after_few_rounds_neighbouring_classes_tell_together_what_new_shapes_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of one class there are two or three, and half of all show nothing: the GPU hides it."""
+
+    def errors() -> list[float]:
+        return [
+            error(*measured(LARGE, {"micro_batch_size": 8}, seed=seed, examples=1000, budget=18.0)) for seed in range(8)
+        ]
+
+    together = errors()
+    assert max(map(abs, together)) < 0.05
+    assert abs(np.median(together)) < 0.015
+    monkeypatch.setattr("planner.first_times._neighbours", lambda of: [[stratum] for stratum in of])
+    assert sorted(errors())[1] < -0.05
+
+
 def test_a_rest_of_a_window_has_a_shape_that_comes_again() -> None:
     """Else it is new in nearly every window, and a run is longer than it need be."""
     row, data, _, run = measured(LARGE, PACKED, examples=1500, budget=25.0)
