@@ -144,7 +144,7 @@ def judge(task: tuple[str, str, str, dict[str, float], int]) -> Cell:
         budget = 15.0 if kind == "shapes" else 60.0  # the run itself is short
         found = measure([row], data, device.factory, budget, clock=device.clock, seed=seed)
         one = estimate(row, data, found)
-        truth = device.run_seconds(row.plan, seed, row.job.row_length)
+        truth = device.run_seconds(row.plan, seed, packed=row.job.packing)
         assert one.train_seconds is not None
         assert one.train_seconds_low is not None
         assert one.train_seconds_high is not None

@@ -6,8 +6,8 @@
 #   bash bench/gpu_check.sh 3    fp16, bf16 and packing are right; then this trainer beside TRL and Transformers' Trainer
 #
 # Importing the libraries takes a bare machine 10 to 20 s a process: the benches fork theirs from one that has them.
-# Stage 1 has twelve pairs of 45 to 50 s (BUDGET 11 s each), of which ten fit; a longer BUDGET and SCALE 2 make better pairs, and
-# fewer. A second call on the same day with the same OUT goes on where the first stopped.
+# Stage 1 has twelve pairs of some 65 s (16 s of it the profile, BUDGET, and loops of 22 to 36 s, SCALE), of which seven fit. A
+# second call on the same day with the same OUT goes on where the first stopped.
 # Seen on an H200 (2026-11-27): launching kernels sets the pace below some 6,000 tokens a micro-step (3 to 5 ms a layer, and the
 # host's speed moves), and the first seconds of a process are slower while kernels are loaded. Teaching the model takes 20 s, a
 # search for both presets 90 s, a seed without the leaking packer another two minutes. The fork server's children are not the
@@ -50,7 +50,7 @@ server=""
 case "$stage" in
   1)
     preload
-    bench/preloaded.py bench/accuracy.py --device "$device" --budget "${BUDGET:-11}" --scale "${SCALE:-0.9}" \
+    bench/preloaded.py bench/accuracy.py --device "$device" --budget "${BUDGET:-16}" --scale "${SCALE:-1.9}" \
       --samples 0 --minutes "${MINUTES:-8.3}" --models "$work/models" \
       --out "$out/accuracy-$device-$day.json" "${data[@]}"
     ;;

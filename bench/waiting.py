@@ -61,8 +61,8 @@ def widths(shared: bool) -> Iterator[None]:
     from trainer.collate import collate
 
     made = feed.batch_on
-    feed.batch_on = lambda device, rows, data, row_length=0: collate(
-        rows, data, shared=shared, row_length=row_length
+    feed.batch_on = lambda device, rows, data, longest_row=0: collate(
+        rows, data, shared=shared, longest_row=longest_row
     ).to(device)
     try:
         yield
@@ -138,15 +138,20 @@ def compare(options: argparse.Namespace, model: Path, changes: dict[str, Any]) -
     worker, windows, tokens = worker_of(options, model, changes)
     several = [number for number, window in enumerate(windows) if len(window) > 1] or list(range(len(windows)))
     chosen = several[: options.windows]
+    longest = 0  # tokens in the longest packed row
+    if changes["packing"]:
+        longest = max(
+            sum(int(worker.data.lengths[i]) for i in row) for window in windows for rows in window for row in rows
+        )
     for number in chosen:
-        worker.window(windows[number])  # now their shapes are known, and kernels are loaded
+        worker.window(windows[number], longest)  # now their shapes are known, and kernels are loaded
     asked: dict[bool, list[float]] = {True: [], False: []}
     for turn in range(options.turns):
         for is_asked in (True, False) if turn % 2 else (False, True):
             with question(is_asked):
                 begun = time.perf_counter()
                 for number in chosen:
-                    worker.window(windows[number])
+                    worker.window(windows[number], longest)
                 asked[is_asked].append(time.perf_counter() - begun)
     rest = [number for number in range(len(windows)) if number not in set(chosen)]
     blocks: list[dict[str, float]] = []
@@ -155,7 +160,7 @@ def compare(options: argparse.Namespace, model: Path, changes: dict[str, Any]) -
         for place, number in enumerate(rest[first : first + 2 * BLOCK]):
             is_shared = place % 4 in (0, 3)  # neither always comes first
             with widths(is_shared):
-                seconds[is_shared] += worker.window(windows[number])
+                seconds[is_shared] += worker.window(windows[number], longest)
             real[is_shared] += tokens[number]
         blocks.append({"shared": seconds[True] / real[True], "own": seconds[False] / real[False]})
     found = {

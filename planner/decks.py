@@ -24,6 +24,7 @@ class Drawn:
     kind: Kind
     key: float
     sample: MicroSample
+    longest_row: int = 0  # tokens in the longest packed row of its plan; 0: its rows are not packed
 
 
 class Decks:
@@ -39,6 +40,7 @@ class Decks:
             draws: micro-batches of each stratum in a round.
         """
         self._rows, self._shapes, self._draws = rows, shapes, draws
+        self._longest = [shapes[id(row.plan)].widest if row.job.packing else 0 for row in rows]
         parts = []
         for number, row in enumerate(rows):
             chosen, some = part_of(shapes[id(row.plan)])
@@ -58,7 +60,7 @@ class Decks:
             row = self._rows[number]
             sample = sample_of(self._shapes[id(row.plan)], micro, stratum)
             key = sample.rows * sample.width + sample.width / 2.0**20
-            drawn.append(Drawn(row.plan, micro, row.kind, key, sample))
+            drawn.append(Drawn(row.plan, micro, row.kind, key, sample, self._longest[number]))
         return drawn
 
 

@@ -30,7 +30,7 @@ from trainer.evaluate import tokens_at_once
 from trainer.job import Job
 from trainer.planning import checkpoint_steps, evaluation_steps, needs_loss, with_checkpoint_interval
 from trainer.record import CostModel
-from trainer.tokens import IntArray, TokenizedDataset
+from trainer.tokens import FloatArray, IntArray, TokenizedDataset
 
 CONFIDENCE = 0.90
 FRAGMENTATION = 0.05  # of the peak: margin below which "fits" comes with a warning
@@ -54,7 +54,6 @@ CHECKPOINTED_HEAP_GROWTH = 1.034
 PACKED_HEAP_GROWTH = 1.048
 EAGER_HEAP_GROWTH = 1.054
 ONE_OFF_TOLD = 0.02  # of the loop: what the first steps of a process take longer is then worth a note
-TOLD_APART = 2.0  # evaluation batches so many times as large as others show what the size matters
 WINDOW_TOLERANCE = 0.10  # a window that differs more from the sum of its parts is worth a note
 
 
@@ -392,15 +391,34 @@ def _forward_seconds(works: Works, row: PlannedRow, examples: IntArray, samples:
     """Seconds of one forward pass over some examples, from the timed evaluation batches."""
     job = row.job
     at_once = tokens_at_once(job, works.extremes(row.plan).largest_padded)
-    batches, padded = works.evaluation(examples, job.device, job.num_devices, at_once)
+    wanted = works.evaluation(examples, job.device, job.num_devices, at_once)
     sizes = np.array([one.rows * one.width for one in samples.evaluation], dtype=np.float64)
     seconds = np.array([one.seconds or 0.0 for one in samples.evaluation])
-    if job.device == "cpu" or sizes.max() < TOLD_APART * sizes.min():
-        return float(seconds.sum() / max(1.0, sizes.sum())) * padded
-    # A GPU's batch takes the longer of launching, which is the same for all, and of what it computes: a line through
-    # batches of different sizes, neither end of it below nothing.
-    slope = float(np.clip(np.cov(sizes, seconds, bias=True)[0, 1] / sizes.var(), 0.0, seconds.mean() / sizes.mean()))
-    return (float(seconds.mean()) - slope * float(sizes.mean())) * batches + slope * padded
+    if job.device == "cpu":
+        return float(seconds.sum() / max(1.0, sizes.sum()) * wanted.sum())
+    launch, per_token = batch_cost(sizes, seconds)
+    return float(np.maximum(launch, per_token * wanted).sum())
+
+
+def batch_cost(sizes: FloatArray, seconds: FloatArray) -> tuple[float, float]:
+    """What launching a GPU's evaluation batch takes, however small it is, and seconds a token of the larger ones.
+
+    A batch takes the longer of the two. Of all ways to say up to which size the host sets the pace, the one that the
+    timings fit best, by the squares of relative errors.
+
+    Args:
+        sizes: padded tokens of each batch.
+    """
+    order = np.argsort(sizes, kind="stable")
+    sizes, seconds = sizes[order], seconds[order]
+    best, best_error = (0.0, 0.0), math.inf
+    for small in range(len(sizes) + 1):
+        launch = float(seconds[:small].mean()) if small else 0.0
+        per_token = float(seconds[small:].sum() / sizes[small:].sum()) if small < len(sizes) else 0.0
+        error = float(((np.maximum(launch, per_token * sizes) / np.maximum(seconds, 1e-9) - 1) ** 2).sum())
+        if error < best_error:
+            best, best_error = (launch, per_token), error
+    return best
 
 
 def evaluations_and_checkpoints(row: PlannedRow) -> tuple[int, int]:

@@ -21,7 +21,6 @@ import numpy as np
 
 from planner.estimator import Z_90
 from trainer.tokens import FloatArray
-from trainer.widths import shared_width
 
 Shape = tuple[int, int]  # rows, width
 LEAST = 8  # micro-batches of a new shape, before their excess is believed
@@ -65,17 +64,15 @@ class NewShapes:
 class FirstTimes:
     """First and second times of the micro-batches that one process ran twice."""
 
-    row_length: int = 0  # of packed rows; see trainer.widths
     met: set[Shape] = field(default_factory=set)
     _rounds: list[list[First]] = field(default_factory=list)
     _probed: list[First] = field(default_factory=list)  # the first of all, each waited for
     _known: tuple[int, NewShapes] = (0, NewShapes())  # after so many rounds
 
     def meet(self, shapes: list[Shape]) -> list[bool]:
-        """Of each shape in turn whether it is new; it no longer is. Widths that a GPU's micro-batches share are one."""
+        """Of each shape in turn, as a GPU is given it (see trainer.widths), whether it is new; it no longer is."""
         found = []
-        for rows, width in shapes:
-            shape = (rows, shared_width(width, self.row_length))
+        for shape in shapes:
             found.append(shape not in self.met)
             self.met.add(shape)
         return found

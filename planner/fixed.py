@@ -47,7 +47,8 @@ def measure_fixed(group: Group, prober: Prober, data: TokenizedDataset, memory: 
         taken = prober.evaluate([batch.tolist() for batch in (*chosen, *again)])
         first, second = taken[: len(chosen)], taken[len(chosen) :]
         seconds = [*second, *first[len(second) :]]
-        once = 0.0 if group.signature.device == "cpu" else max(0.0, sum(first) - sum(second))
+        longer = sum(first) - sum(second)  # of a run, whose batches have one size
+        once = 0.0 if group.signature.device == "cpu" else max(0.0, longer / len(batches))
         samples = tuple(
             MicroSample(
                 stratum=-1,
@@ -73,4 +74,4 @@ def measure_fixed(group: Group, prober: Prober, data: TokenizedDataset, memory: 
         )
     ended = prober.peak()
     if group.signature.device == "cuda" and ended.reserved_bytes > timed.reserved_bytes:
-        memory.raise_peaks(group, to=ended.reserved_bytes, headroom=ended.headroom_bytes)
+        memory.raise_peaks(group, by=ended.reserved_bytes - timed.reserved_bytes, headroom=ended.headroom_bytes)

@@ -37,6 +37,7 @@ from planner.strata import Strata, keys
 from presets.errors import MeasurementError, PlanError
 from trainer.batching import MicroShapes
 from trainer.tokens import FloatArray, TokenizedDataset
+from trainer.widths import shared_width
 
 # Who looks briefly sees neither a machine that changes nor rare slow micro-steps, and finds the interval narrow. So
 # half of the budget is always used, and three quarters unless the interval is much narrower than asked.
@@ -223,7 +224,7 @@ class _Measuring:
             self.tell(f"start: {group.rows[0].name}", 0.0)
             group.prober = self.factory(group.rows[0].job)
             group.first_seconds = 0.0  # a new process loads its kernels again, and a run has one
-            group.first_times = FirstTimes(group.rows[0].job.row_length)
+            group.first_times = FirstTimes()
             reply = group.prober.load()
             group.load = group.load or reply
 
@@ -372,7 +373,7 @@ class _Measuring:
         asked = sequence(
             [drawn[number] for number in order], self.data.lengths, in_windows=on_gpu, most=group.largest_key
         )
-        run = prober.run(asked.micro_batches, asked.begins)
+        run = prober.run(asked.micro_batches, asked.begins, asked.longest_rows)
         taken = [run[place] for place in asked.places]
         seconds = dict(zip(order, taken, strict=True))  # the last time counts
         if on_gpu:
@@ -411,9 +412,10 @@ class _Measuring:
         if Estimator(self._kept(group), self.strata, row.kind).window_seconds(samples) > WINDOW_SHARE * left:
             return
         started = self.clock()
-        seconds = prober.window([rows_of(plan, micro) for micro in micros])
+        longest = shapes.widest if row.job.packing else 0
+        seconds = prober.window([rows_of(plan, micro) for micro in micros], longest)
         self._spend(group, started)
-        is_new = group.first_times.meet([(one.rows, one.width) for one in samples])
+        is_new = group.first_times.meet([(one.rows, shared_width(one.width, longest)) for one in samples])
         on_gpu = group.signature.device != "cpu"
         new = tuple(one.stratum for one, is_one in zip(samples, is_new, strict=True) if is_one and on_gpu)
         group.windows.append((len(group.rounds), WindowSample(samples=samples, seconds=seconds, new_shapes=new)))

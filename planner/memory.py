@@ -17,6 +17,7 @@ from presets.errors import MeasurementError, PlanError
 from trainer.batching import BatchPlan, MicroShapes
 from trainer.evaluate import evaluation_batches, tokens_at_once
 from trainer.tokens import TokenizedDataset
+from trainer.widths import shared_width
 
 SAME_SHAPE = 0.95  # a worst micro-batch this near to a larger one is judged by the larger one's peak
 # On a CPU the heap keeps growing over the first few of the longest micro-batches, since freed blocks seldom fit the
@@ -196,7 +197,7 @@ class MemoryProbe:
             return group.prober.memory(windows, more, seconds)
 
     def _shape(self, rows: MicroRows) -> Shape:
-        return len(rows), max(int(self._data.lengths[row].sum()) for row in rows)
+        return len(rows), shared_width(max(int(self._data.lengths[row].sum()) for row in rows))
 
     def _headroom(self, group: Group) -> int | None:
         """Bytes that stay free at the peak, on a CPU."""

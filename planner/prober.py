@@ -77,9 +77,9 @@ class Prober(Protocol):
     """One model on one device, to be timed. Every method but `stop` may raise DoesNotFit or MeasurementError."""
 
     def load(self) -> LoadReply: ...
-    def run(self, micro_batches: list[MicroRows], begins: list[int]) -> list[float]: ...
+    def run(self, micro_batches: list[MicroRows], begins: list[int], longest_rows: list[int]) -> list[float]: ...
     def optimizer(self, repeat: int) -> list[float]: ...
-    def window(self, micro_batches: list[MicroRows]) -> float: ...
+    def window(self, micro_batches: list[MicroRows], longest_row: int) -> float: ...
     def memory(self, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float) -> MemoryReply: ...
     def peak(self) -> PeakReply: ...
     def packing_refused(self, packed_length: int) -> str | None: ...
@@ -133,14 +133,15 @@ class ProcessProber:
     def load(self) -> LoadReply:
         return jsonio.from_plain(LoadReply, self._ask(command="load"), what="worker", error=MeasurementError)
 
-    def run(self, micro_batches: list[MicroRows], begins: list[int]) -> list[float]:
-        return list(self._ask(command="run", micro_batches=micro_batches, begins=begins)["seconds"])
+    def run(self, micro_batches: list[MicroRows], begins: list[int], longest_rows: list[int]) -> list[float]:
+        asked = {"micro_batches": micro_batches, "begins": begins, "longest_rows": longest_rows}
+        return list(self._ask(command="run", **asked)["seconds"])
 
     def optimizer(self, repeat: int) -> list[float]:
         return list(self._ask(command="optimizer", repeat=repeat)["seconds"])
 
-    def window(self, micro_batches: list[MicroRows]) -> float:
-        return float(self._ask(command="window", micro_batches=micro_batches)["seconds"])
+    def window(self, micro_batches: list[MicroRows], longest_row: int) -> float:
+        return float(self._ask(command="window", micro_batches=micro_batches, longest_row=longest_row)["seconds"])
 
     def memory(self, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float) -> MemoryReply:
         answer = self._ask(command="memory", windows=windows, more=more, seconds=seconds)

@@ -51,14 +51,14 @@ TIMED_SOURCES = (
     ("trainer", "checkpoint.py"), ("trainer", "feed.py"), ("trainer", "compiled.py"), ("trainer", "process.py"),
     ("planner", "worker.py"), ("planner", "workload.py"), ("planner", "prober.py"), ("planner", "measurement.py"),
     ("planner", "strata.py"), ("planner", "stopwatch.py"), ("planner", "memory.py"), ("planner", "first_times.py"),
-    ("planner", "measured.py"),
+    ("planner", "measured.py"), ("planner", "sequence.py"),
 )  # fmt: skip
 # A change in one of these makes another prediction of the same timings.
 ESTIMATED_SOURCES = (
     ("planner", "estimate.py"), ("planner", "measure.py"), ("planner", "steadiness.py"), ("planner", "intervals.py"),
     ("planner", "outliers.py"), ("planner", "slope.py"), ("planner", "estimator.py"), ("planner", "decks.py"),
     ("planner", "fixed.py"), ("planner", "works.py"), ("planner", "first_times.py"),
-    ("planner", "rounds.py"), ("planner", "sequence.py"),
+    ("planner", "rounds.py"),
 )  # fmt: skip
 NOT_SHAPE = ("_name_or_path", "transformers_version")  # of a config.json
 LIKE = 2.0  # a class of micro-batches may lie on average this factor from those timed for it; the fit bridges that much

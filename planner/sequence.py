@@ -2,9 +2,9 @@
 
 A run waits for the GPU where a window ends. The first micro-step of the next one then finds nothing behind which the
 host could launch: what it launches slowly, a new shape above all, shows in the forward pass. Behind a micro-step that
-the GPU is busy with nothing of it shows. On an H200 runs whose windows are one packed row, or one and a short rest,
-took 6 to 10 % longer than was summed from micro-steps that had followed each other without a wait (1 to 3 B,
-2026-11-27).
+the GPU is busy with nothing of it shows. On an H200 packed rows of a new width took 10 to 18 ms of 115 to 190 longer
+than known ones in the run, where each was a window, and not in micro-steps that followed each other without a wait (1
+to 3 B, 2026-11-27).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from planner.first_times import Shape
 from planner.group import rows_of
 from planner.prober import MicroRows
 from trainer.batching import BatchPlan
+from trainer.widths import shared_width
 
 
 @dataclass(slots=True, eq=False)
@@ -26,7 +27,8 @@ class Sequence:
     """What a worker is asked to run, and where in it what was drawn is."""
 
     micro_batches: list[MicroRows] = field(default_factory=list)
-    shapes: list[Shape] = field(default_factory=list)  # of each
+    shapes: list[Shape] = field(default_factory=list)  # of each, as a GPU is given it
+    longest_rows: list[int] = field(default_factory=list)  # of the plan of each
     begins: list[int] = field(default_factory=list)  # places where a window begins
     places: list[int] = field(default_factory=list)  # of what was drawn, in the order in which it was asked for
 
@@ -41,9 +43,11 @@ def sequence(drawn: Iterable[Drawn], lengths: np.ndarray, *, in_windows: bool, m
     """
     found = Sequence()
 
-    def add(plan: BatchPlan, micro: int) -> None:
-        found.micro_batches.append(rows_of(plan, micro))
-        found.shapes.append(_shape(plan, micro, lengths))
+    def add(one: Drawn, micro: int) -> None:
+        rows, width = _shape(one.plan, micro, lengths)
+        found.micro_batches.append(rows_of(one.plan, micro))
+        found.shapes.append((rows, shared_width(width, one.longest_row)))
+        found.longest_rows.append(one.longest_row)
 
     for one in drawn:
         number, size = place_in_window(one.plan, one.micro)
@@ -53,9 +57,9 @@ def sequence(drawn: Iterable[Drawn], lengths: np.ndarray, *, in_windows: bool, m
             rows, width = _shape(one.plan, one.micro - one.plan.num_devices, lengths)
             if rows * width + width / 2.0**20 <= most:
                 found.begins.append(len(found.micro_batches))
-                add(one.plan, one.micro - one.plan.num_devices)
+                add(one, one.micro - one.plan.num_devices)
         found.places.append(len(found.micro_batches))
-        add(one.plan, one.micro)
+        add(one, one.micro)
     return found
 
 

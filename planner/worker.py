@@ -3,9 +3,9 @@
 First line in: {"job": ..., "data_dir": ..., "scratch": ... or null}. Then one command a line, one reply a line:
 
     {"command": "load"}                                    -> LoadReply
-    {"command": "run", "micro_batches": [...], "begins": [...]}   -> {"seconds": [...]}   one per micro-step
+    {"command": "run", "micro_batches": [...], "begins": [...], "longest_rows": [...]}   -> {"seconds": [...]}   of each
     {"command": "optimizer", "repeat": n}                  -> {"seconds": [...]}
-    {"command": "window", "micro_batches": [...]}          -> {"seconds": x}       micro-steps and optimizer step as one
+    {"command": "window", "micro_batches": [...], "longest_row": n}   -> {"seconds": x}   with the optimizer step
     {"command": "memory", "windows": [[...], ...], "more": [[...], ...], "seconds": x}   -> MemoryReply
     {"command": "peak"}                                    -> PeakReply
     {"command": "packing", "packed_length": n}             -> {"refused": null or why packing is not for this model}
@@ -46,11 +46,11 @@ def answer_command(worker: Worker, request: dict[str, Any]) -> Any:
     if command == "load":
         return jsonio.to_plain(worker.load())
     if command == "run":
-        return {"seconds": worker.run(request["micro_batches"], request["begins"])}
+        return {"seconds": worker.run(request["micro_batches"], request["begins"], request["longest_rows"])}
     if command == "optimizer":
         return {"seconds": worker.optimizer(int(request["repeat"]))}
     if command == "window":
-        return {"seconds": worker.window(request["micro_batches"])}
+        return {"seconds": worker.window(request["micro_batches"], int(request["longest_row"]))}
     if command == "memory":
         return jsonio.to_plain(worker.memory(request["windows"], request["more"], float(request["seconds"])))
     if command == "peak":

@@ -6,7 +6,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,12 +113,13 @@ class Worker:
             compile_refused=compile_refused,
         )
 
-    def run(self, micro_batches: list[MicroRows], begins: list[int]) -> list[float]:
+    def run(self, micro_batches: list[MicroRows], begins: list[int], longest_rows: list[int]) -> list[float]:
         """Seconds of each micro-step. Gradients pile up, as in a window, and are dropped at its end.
 
         Args:
             begins: places where a window begins: the device has done all that came before, and nothing is hidden
                 behind it.
+            longest_rows: of the batch plan of each, see `trainer.feed`.
         """
         from trainer.step import clear_gradients
 
@@ -126,7 +127,7 @@ class Worker:
         scales = [1.0 / self._supervised([rows]) for rows in micro_batches]
         meter = EventMeter() if self.job.device == "cuda" else ClockMeter(self._synchronize)
         try:
-            batches = self._feed(micro_batches)
+            batches = self._feed(micro_batches, longest_rows)
             for place, scale in enumerate(scales):
                 if place == 0 or place in begins:
                     clear_gradients(self.stepper.parameters)
@@ -154,7 +155,7 @@ class Worker:
                 seconds.append(time.perf_counter() - begin)
         return seconds
 
-    def window(self, micro_batches: list[MicroRows]) -> float:
+    def window(self, micro_batches: list[MicroRows], longest_row: int) -> float:
         """Seconds of one window as the loop runs it: micro-steps, their losses read once, optimizer step."""
         import torch
 
@@ -162,7 +163,7 @@ class Worker:
 
         self._settle(micro_batches)
         scale = 1.0 / self._supervised(micro_batches)
-        batches = self._feed(micro_batches)
+        batches = self._feed(micro_batches, itertools.repeat(longest_row))
         self._synchronize()
         begin = time.perf_counter()
         torch.stack([self._micro_step(batch, scale) for batch in batches]).double().cpu()
@@ -366,7 +367,7 @@ class Worker:
 
     # ---------------------------------------------------------------------------------------------------------------
 
-    def _feed(self, micro_batches: list[MicroRows]) -> Iterator[MicroBatch]:
+    def _feed(self, micro_batches: list[MicroRows], longest_rows: Iterable[int] | None = None) -> Iterator[MicroBatch]:
         """The micro-batches one after another, made ready as in a run."""
         from trainer.feed import feed
 
@@ -374,7 +375,7 @@ class Worker:
             return [np.array(row, dtype=np.int64) for row in rows]
 
         rows = (indices(rows) for rows in micro_batches)
-        batches = feed(rows, self.data, self.stepper.device, self.job.row_length)
+        batches = feed(rows, self.data, self.stepper.device, longest_rows)
         if not self.job.device.startswith("cuda"):
             return batches
         return itertools.chain(list(itertools.islice(batches, 1)), batches)  # a run, too, has made the first one before

@@ -37,7 +37,7 @@ class Works:
         self._last: tuple[BatchPlan, MicroShapes] | None = None
         self._extremes: dict[int, Extremes] = {}
         self._works: dict[tuple[int, Kind, Strata], PlanWork] = {}
-        self._evaluations: dict[tuple[bytes, str, int, int], tuple[int, int]] = {}
+        self._evaluations: dict[tuple[bytes, str, int, int], IntArray] = {}
         self._learnt: dict[int, float] = {}
         self._new_shapes: dict[tuple[int, Kind, Strata], dict[int, int]] = {}
 
@@ -68,21 +68,21 @@ class Works:
         key = (id(row.plan), row.kind, strata)
         if key not in self._new_shapes:
             shapes, devices = self._shapes(row.plan), row.plan.num_devices
-            length = row.job.row_length
-            widest = shared_width(int(shapes.width.max(initial=0)), length)
+            longest = shapes.widest if row.job.packing else 0
+            widest = shared_width(shapes.widest, longest)
             met = np.zeros((strata.count, int(shapes.rows.max(initial=0)) + 1, widest + 1), dtype=bool)
             micros = np.zeros(strata.count, dtype=np.int64)
             for some in shapes.blocks():
                 of = strata.of(row.kind, some)
                 counted = (of >= 0) & (some.rows > 0)
-                met[of[counted], some.rows[counted], shared_width(some.width[counted], length)] = True
+                met[of[counted], some.rows[counted], shared_width(some.width[counted], longest)] = True
                 micros += np.bincount(of[counted], minlength=strata.count)
             most = np.minimum(met.sum(axis=(1, 2)), -(-micros // devices))
             self._new_shapes[key] = {int(one): int(most[one]) for one in np.flatnonzero(most)}
         return self._new_shapes[key]
 
-    def evaluation(self, examples: IntArray, device: str, num_devices: int, at_once: int) -> tuple[int, int]:
-        """Batches and padded tokens of one forward pass over some examples, on the device with the most.
+    def evaluation(self, examples: IntArray, device: str, num_devices: int, at_once: int) -> IntArray:
+        """Padded tokens of each batch of one forward pass over some examples, on the device with the most.
 
         Several devices take the batches in turns, and wait for the one with the most work.
 
@@ -95,8 +95,7 @@ class Works:
             batches = evaluation_batches(self._data, examples, device, at_once)
             each = [len(batch) * int(lengths[batch].max()) for batch in batches]
             shares = [each[first::num_devices] for first in range(num_devices)]
-            most = max(shares, key=sum)
-            self._evaluations[key] = len(most), sum(most)
+            self._evaluations[key] = np.array(max(shares, key=sum), dtype=np.int64)
         return self._evaluations[key]
 
     def supervised_share(self, plan: BatchPlan) -> float:

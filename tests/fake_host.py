@@ -36,13 +36,13 @@ class HostedDevice(FakeDevice):
     def factory(self, job: Job) -> HostedProber:
         return HostedProber(self, job)
 
-    def run_seconds(self, plan: BatchPlan, seed: int, row_length: int = 0) -> float:
+    def run_seconds(self, plan: BatchPlan, seed: int, *, packed: bool = False) -> float:
         """What one run of a plan takes, with noise of its own."""
         random = np.random.default_rng([seed, 0xFC])
-        shapes, timeline = plan.micro_shapes(self.lengths), Timeline(self, random, row_length)
+        shapes, timeline = plan.micro_shapes(self.lengths), Timeline(self, random)
         for first, last in zip(plan.window_offsets[:-1].tolist(), plan.window_offsets[1:].tolist(), strict=True):
             for micro in range(first, last):
-                timeline.micro_step(int(shapes.rows[micro]), int(shapes.width[micro]))
+                timeline.micro_step(int(shapes.rows[micro]), int(shapes.width[micro]), shapes.widest * packed)
             timeline.optimizer_step()
         return timeline.synchronize()
 
@@ -50,14 +50,14 @@ class HostedDevice(FakeDevice):
 class Timeline:
     """When the host has launched and when the GPU is done, of one process."""
 
-    def __init__(self, device: HostedDevice, random: np.random.Generator, row_length: int, now: float = 0.0) -> None:
-        self.device, self.random, self.row_length = device, random, row_length
+    def __init__(self, device: HostedDevice, random: np.random.Generator, now: float = 0.0) -> None:
+        self.device, self.random = device, random
         self.host = self.gpu = now
         self.met: set[tuple[int, int]] = set()
 
-    def micro_step(self, rows: int, width: int) -> float:
+    def micro_step(self, rows: int, width: int, longest_row: int = 0) -> float:
         """The moment in which the GPU is done with it."""
-        device, shape = self.device, (rows, shared_width(width, self.row_length))
+        device, shape = self.device, (rows, shared_width(width, longest_row))
         launched = (device.launch + device.launch_new * (shape not in self.met)) * self._noise()
         self.met.add(shape)
         computed = device.base + (device.per_token + device.per_token_width * width) * rows * width
@@ -88,24 +88,26 @@ class HostedProber(FakeProber):
 
     def __init__(self, device: HostedDevice, job: Job) -> None:
         super().__init__(device, job)
-        self.timeline = Timeline(device, device.random, job.row_length, device.now)
+        self.timeline = Timeline(device, device.random, device.now)
 
-    def _seconds_of(self, micro_batches: list[MicroRows], waits: Collection[int]) -> list[float]:
+    def _seconds_of(
+        self, micro_batches: list[MicroRows], waits: Collection[int], longest_rows: list[int]
+    ) -> list[float]:
         """Of micro-steps, waiting for the GPU before some of them and at the end."""
         before, seconds = self.timeline.synchronize(self.device.now), []
-        for place, rows in enumerate(micro_batches):
+        for place, (rows, longest) in enumerate(zip(micro_batches, longest_rows, strict=True)):
             if place in waits:
                 before = self.timeline.synchronize()
-            after = self.timeline.micro_step(len(rows), self.device.shape(rows)[1])
+            after = self.timeline.micro_step(len(rows), self.device.shape(rows)[1], longest)
             seconds.append(after - before)
             before = after
         self.device.now = self.timeline.synchronize()
         return seconds
 
-    def run(self, micro_batches: list[MicroRows], begins: list[int]) -> list[float]:
+    def run(self, micro_batches: list[MicroRows], begins: list[int], longest_rows: list[int]) -> list[float]:
         self._note("run")
         self.device.drawn += [(self.job.precision, rows) for rows in micro_batches]
-        return self._seconds_of(micro_batches, begins)
+        return self._seconds_of(micro_batches, begins, longest_rows)
 
     def optimizer(self, repeat: int) -> list[float]:
         self._note("optimizer")
@@ -114,13 +116,13 @@ class HostedProber(FakeProber):
         self.device.now = marks[-1]
         return np.diff(marks).tolist()
 
-    def window(self, micro_batches: list[MicroRows]) -> float:
+    def window(self, micro_batches: list[MicroRows], longest_row: int) -> float:
         self._note("window")
         begun = self.timeline.synchronize(self.device.now)
         for rows in micro_batches:
-            self.timeline.micro_step(len(rows), self.device.shape(rows)[1])
+            self.timeline.micro_step(len(rows), self.device.shape(rows)[1], longest_row)
         self.device.now = self.timeline.optimizer_step()
         return self.device.now - begun
 
     def _one_by_one(self, every: list[MicroRows]) -> list[float]:
-        return self._seconds_of(every, range(len(every)))
+        return self._seconds_of(every, range(len(every)), [0] * len(every))

@@ -127,7 +127,7 @@ class FakeDevice:
         mean = 1 + self.spikes * (self.spike_factor - 1)
         return mean * (float(self.true_micro_seconds(plan).sum()) + plan.num_steps * self.optimizer)
 
-    def run_seconds(self, plan: BatchPlan, seed: int, row_length: int = 0) -> float:
+    def run_seconds(self, plan: BatchPlan, seed: int, *, packed: bool = False) -> float:
         """What one run of a plan takes: as `true_seconds`, each micro-step and optimizer step with noise of its own."""
         random = np.random.default_rng([seed, 0xFB])
         spread = np.sqrt(np.log1p(self.noise**2))
@@ -139,7 +139,9 @@ class FakeDevice:
         new = 0
         if self.new_shape_seconds:
             shapes = plan.micro_shapes(self.lengths)
-            new = len(set(zip(shapes.rows.tolist(), shared_width(shapes.width, row_length).tolist(), strict=True)))
+            new = len(
+                set(zip(shapes.rows.tolist(), shared_width(shapes.width, shapes.widest * packed).tolist(), strict=True))
+            )
         return float(charged.sum()) + loaded * self.variant_seconds + new * self.new_shape_seconds
 
     def variant(self, padded: np.ndarray) -> np.ndarray:
@@ -176,13 +178,13 @@ class FakeProber:
         device.alive += 1
         device.most_alive = max(device.most_alive, device.alive)
 
-    def _seconds(self, rows: MicroRows) -> float:
+    def _seconds(self, rows: MicroRows, longest_row: int = 0) -> float:
         padded, width = self.device.shape(rows)
         if self.device.fits_padded_tokens is not None and padded > self.device.fits_padded_tokens:
             raise DoesNotFit(f"tried to allocate {padded} tokens")
         slow = 3.0 if self.slow_left > 0 else 1.0
         self.slow_left -= 1
-        shape = (len(rows), shared_width(width, self.job.row_length))
+        shape = (len(rows), shared_width(width, longest_row))
         new = shape not in self.met
         self.met.add(shape)
         return slow * self.device.cost(rows) / self.speed + self._loading(padded) + new * self.device.new_shape_seconds
@@ -212,21 +214,24 @@ class FakeProber:
             weights="random",
         )
 
-    def run(self, micro_batches: list[MicroRows], begins: list[int]) -> list[float]:
+    def run(self, micro_batches: list[MicroRows], begins: list[int], longest_rows: list[int]) -> list[float]:
         self._note("run")
         most = self.device.fits_in_turns
         if most is not None and any(self.device.shape(rows)[0] > most for rows in micro_batches):
             raise DoesNotFit("no block is large enough any more")
         self.device.drawn += [(self.job.precision, rows) for rows in micro_batches]
-        return [self.device.pass_time(self._seconds(rows)) for rows in micro_batches]
+        return [
+            self.device.pass_time(self._seconds(rows, longest))
+            for rows, longest in zip(micro_batches, longest_rows, strict=True)
+        ]
 
     def optimizer(self, repeat: int) -> list[float]:
         self._note("optimizer")
         return [self.device.pass_time(self.device.optimizer) for _ in range(repeat)]
 
-    def window(self, micro_batches: list[MicroRows]) -> float:
+    def window(self, micro_batches: list[MicroRows], longest_row: int) -> float:
         self._note("window")
-        parts = sum(self.device.pass_time(self._seconds(rows)) for rows in micro_batches)
+        parts = sum(self.device.pass_time(self._seconds(rows, longest_row)) for rows in micro_batches)
         return self.device.window_factor * (parts + self.device.pass_time(self.device.optimizer))
 
     def memory(self, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float) -> MemoryReply:

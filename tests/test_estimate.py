@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from fakes import FakeDevice, chat_lengths, make_data, make_job, make_row
 from planned import FACTS
 
+import trainer.evaluate
 from planner.estimate import (
     CHECKPOINTED_HEAP_GROWTH,
     EAGER_HEAP_GROWTH,
@@ -17,6 +20,7 @@ from planner.estimate import (
     PACKED_HEAP_GROWTH,
     Estimate,
     accumulation_saving,
+    batch_cost,
     estimate,
     evaluations_and_checkpoints,
     mean_micro_seconds,
@@ -304,9 +308,52 @@ def test_a_gpu_evaluates_each_row_in_batches_of_its_own_size(sizes: tuple[int, i
         batches = evaluation_batches(DATA, row.plan.evaluation, "cuda", at_once)
         once = sum(device.cost([[int(one)] for one in batch]) for batch in batches) / 3
         evaluations, _ = evaluations_and_checkpoints(row)
-        assert found.fixed.evaluation == pytest.approx(evaluations * once, rel=0.03)
+        assert found.fixed.evaluation == pytest.approx(evaluations * once, rel=0.1)
         numbers.append(len(batches))
     assert (numbers[0] > 2 * numbers[1]) == (sizes[0] < sizes[1])
+
+
+def test_a_gpu_s_evaluation_batch_takes_the_longer_of_launching_and_computing() -> None:
+    sizes = np.array([2000, 1900, 16000, 8000, 300], dtype=np.float64)
+    seconds = np.maximum(0.025, 4e-6 * sizes)
+    launch, per_token = batch_cost(sizes, seconds)
+    assert launch == pytest.approx(0.025)
+    assert per_token == pytest.approx(4e-6)
+    launch, per_token = batch_cost(sizes, 4e-6 * sizes)
+    assert per_token == pytest.approx(4e-6)
+    assert launch <= 1.001 * 4e-6 * sizes.min()
+    noise = np.exp(np.random.default_rng(1).normal(0, 0.05, len(sizes)))
+    noisy = batch_cost(sizes, noise * seconds)
+    assert max(noisy[0], 6000 * noisy[1]) == pytest.approx(0.025, rel=0.1)
+
+
+def test_memory_that_runs_out_in_an_evaluation_halves_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that has fitted for hours must not end there."""
+    tried: list[int] = []
+
+    def in_memory(_model: object, _data: object, batches: list[Any], each: Any, **_options: object) -> None:
+        padded = [len(batch) * int(LENGTHS[batch].max()) for batch in batches]
+        tried.append(max(padded))
+        for batch, tokens in zip(batches, padded, strict=True):
+            if tokens > most and len(batch) > 1:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            each(torch.tensor(2.0), len(batch))
+
+    monkeypatch.setattr(trainer.evaluate, "evaluate_batches", in_memory)
+    examples = np.flatnonzero(LENGTHS < 1000)[:400]
+
+    def loss(**options: Any) -> Any:
+        return trainer.evaluate.evaluate(None, DATA, examples, device="cuda", precision="bf16", at_once=9000, **options)
+
+    most = 3000
+    found = loss()
+    assert found.num_tokens == len(examples)  # what was added before it ran out is not counted twice
+    assert [size > most for size in tried] == [True, True, False]
+    with pytest.raises(torch.cuda.OutOfMemoryError):  # the others would wait for this one for ever
+        loss(reduce=lambda total: total)
+    most = 1000
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        loss()
 
 
 def test_evaluation_batches_are_as_large_as_micro_batches_on_a_gpu_only() -> None:

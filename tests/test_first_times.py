@@ -36,7 +36,7 @@ def gpu_that_loads_kernels(*, budget: float, seed: int = 0) -> tuple[float, Meas
     found = measure([row], DATA, device.factory, budget_seconds=budget, clock=device.clock, seed=seed)
     seconds = estimate(row, DATA, found).train_seconds
     assert seconds is not None
-    return seconds, found, device.run_seconds(row.plan, seed, row.job.row_length)
+    return seconds, found, device.run_seconds(row.plan, seed, packed=row.job.packing)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -57,11 +57,28 @@ def test_two_rounds_cannot_tell_what_shapes_take_from_what_is_still_loaded(budge
     assert abs(seconds / truth - 1) < 0.03
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_shapes_take_is_in_the_range_where_too_few_rounds_could_tell_it(seed: int) -> None:
+    lengths = chat_lengths(160, longest=512)
+    cost = {"base": 0.5, "per_token": 2e-6, "per_token_width": 0.0, "noise": 0.03, "half_speed_up": 1.0}
+    device = FakeDevice(lengths, seed=seed, new_shape_seconds=0.12, **cost)
+    row = make_row(make_job(device="cuda", precision="bf16", micro_batch_size=4), make_data(lengths))
+    found = measure([row], make_data(lengths), device.factory, budget_seconds=12, clock=device.clock, seed=seed)
+    (one,) = found.measurements
+    assert len(one.rounds) + len(one.warmup) <= 2
+    assert one.new_shape_seconds == 0
+    told = estimate(row, make_data(lengths), found)
+    truth = device.run_seconds(row.plan, seed)
+    assert told.train_seconds < truth < told.train_seconds_high
+
+
 def test_new_micro_batches_timed_once_would_be_taken_for_the_pace_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     run = FakeProber.run
 
-    def first_times(self: FakeProber, micro_batches: list[MicroRows], begins: list[int]) -> list[float]:
-        seconds = run(self, micro_batches, begins)
+    def first_times(
+        self: FakeProber, micro_batches: list[MicroRows], begins: list[int], longest_rows: list[int]
+    ) -> list[float]:
+        seconds = run(self, micro_batches, begins, longest_rows)
         where = {str(rows): number for number, rows in reversed(list(enumerate(micro_batches)))}
         return [seconds[where[str(rows)]] for rows in micro_batches]
 
@@ -78,10 +95,10 @@ def test_what_a_worker_that_was_started_again_loads_counts_once() -> None:
     run = FakeProber.run
 
     class Failing(FakeProber):
-        def run(self, micro_batches: list[MicroRows], begins: list[int]) -> list[float]:
+        def run(self, micro_batches: list[MicroRows], begins: list[int], longest_rows: list[int]) -> list[float]:
             if len(starts) == 1 and len(device.drawn) > 120:
                 raise DoesNotFit("no block is large enough any more")
-            return run(self, micro_batches, begins)
+            return run(self, micro_batches, begins, longest_rows)
 
     def factory(job: Job) -> FakeProber:
         starts.append(job)
@@ -126,12 +143,16 @@ def test_what_each_new_shape_takes_counts_as_often_as_the_run_meets_one(count: i
     found = measure([row], data, device.factory, budget_seconds=15, clock=device.clock, seed=seed)
     with_them = estimate(row, data, found)
     assert found.measurements[0].new_shape_seconds == pytest.approx(0.012, rel=0.3)
-    assert with_them.train_seconds == pytest.approx(device.run_seconds(row.plan, seed, row.job.row_length), rel=0.03)
+    assert with_them.train_seconds == pytest.approx(
+        device.run_seconds(row.plan, seed, packed=row.job.packing), rel=0.03
+    )
     assert any("new shapes of micro-batches take" in note for note in with_them.notes)
     without = replace(found, measurements=(replace(found.measurements[0], new_shape_seconds=0.0),))
     off = estimate(row, data, without)
     assert off.train_seconds is not None
-    assert off.train_seconds < (0.9 if count == 160 else 0.97) * device.run_seconds(row.plan, seed, row.job.row_length)
+    assert off.train_seconds < (0.9 if count == 160 else 0.97) * device.run_seconds(
+        row.plan, seed, packed=row.job.packing
+    )
 
 
 @pytest.mark.parametrize("packed_length", [None, 1024])

@@ -36,7 +36,7 @@ def measured(
     device = HostedDevice(lengths, noise=0.05, seed=seed, **cost)
     row = make_row(make_job(device="cuda", precision="bf16", **changes), data)
     found = measure([row], data, device.factory, budget_seconds=budget, clock=device.clock, seed=seed)
-    run = HostedDevice(lengths, noise=0.05, **cost).run_seconds(row.plan, seed + 100, row.job.row_length)
+    run = HostedDevice(lengths, noise=0.05, **cost).run_seconds(row.plan, seed + 100, packed=row.job.packing)
     return row, data, found, run
 
 
@@ -104,11 +104,11 @@ def test_after_few_rounds_neighbouring_classes_tell_together_what_new_shapes_tak
 def test_a_rest_of_a_window_has_a_shape_that_comes_again() -> None:
     """Else it is new in nearly every window, and a run is longer than it need be."""
     row, data, _, run = measured(LARGE, PACKED, examples=1500, budget=25.0)
-    apart = HostedDevice(LENGTHS[:1500], noise=0.05, **LARGE).run_seconds(row.plan, 100, row_length=0)
+    apart = HostedDevice(LENGTHS[:1500], noise=0.05, **LARGE).run_seconds(row.plan, 100)
     assert apart > 1.04 * run
     shapes = row.plan.micro_shapes(data.lengths)
     rests = shapes.width[shapes.width <= 2048]
-    assert len(np.unique(shared_width(rests, row.job.row_length))) <= 8 < len(np.unique(shared_width(rests)))
+    assert len(np.unique(shared_width(rests, shapes.widest))) <= 8 < len(np.unique(shared_width(rests)))
 
 
 def test_what_new_shapes_take_is_told_apart_by_class_since_long_ones_hide_it() -> None:

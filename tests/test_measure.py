@@ -177,10 +177,10 @@ def test_a_window_that_runs_out_of_memory_takes_no_smaller_row_with_it() -> None
             return _WindowsOf(self, job)
 
     class _WindowsOf(FakeProber):
-        def window(self, micro_batches: list[MicroRows]) -> float:
+        def window(self, micro_batches: list[MicroRows], longest_row: int) -> float:
             if any(len(rows) > 1 for rows in micro_batches):
                 raise DoesNotFit("no room beside the gradients")
-            return super().window(micro_batches)
+            return super().window(micro_batches, longest_row)
 
     rows = [make_row(make_job(micro_batch_size=size), DATA, f"micro {size}") for size in (1, 4)]
     device = Crowded(LENGTHS)

@@ -43,10 +43,10 @@ def test_a_forked_worker_times_what_one_from_nothing_times(folder: Path, nearby:
     assert loaded.num_threads == 1
     assert loaded.import_seconds < 2  # from nothing it is 7 s and more; only the fork's own search for modules is left
     assert prober.memory([[[[0]], [[1]]]], [], 0.0).reserved_bytes > 50 << 20
-    assert len(prober.run([[[0]], [[1, 2]]], [])) == 2
+    assert len(prober.run([[[0]], [[1, 2]]], [], [0, 0])) == 2
     with pytest.raises(MeasurementError, match="out of bounds"):
-        prober.run([[[10_000_000]]], [])
-    assert len(prober.run([[[0]]], [])) == 1
+        prober.run([[[10_000_000]]], [], [0])
+    assert len(prober.run([[[0]]], [], [0])) == 1
     second = make(job)  # beside the first
     assert second.load().num_parameters == loaded.num_parameters
     for one in (prober, second):

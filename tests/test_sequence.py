@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from fakes import FakeDevice, make_data, make_job, make_row
 
-from planner.decks import Drawn, sample_of
+from planner.decks import Decks, Drawn, sample_of
 from planner.group import rows_of
 from planner.measure import measure
 from planner.measurement import PlannedRow
 from planner.sequence import place_in_window, sequence
+from planner.strata import make_strata
+from trainer.widths import shared_width
 
 LENGTHS = np.random.default_rng(5).integers(200, 900, 640)
 DATA = make_data(LENGTHS)
@@ -40,7 +43,9 @@ def test_the_second_of_a_window_of_two_follows_its_first_as_in_the_run() -> None
     assert found.begins == [0, 2]
     assert found.places == [1, 2]
     shapes = row.plan.micro_shapes(LENGTHS)
-    assert found.shapes == [(int(shapes.rows[micro]), int(shapes.width[micro])) for micro in (6, 7, 2)]
+    widths = shared_width(shapes.width)
+    assert found.shapes == [(int(shapes.rows[micro]), int(widths[micro])) for micro in (6, 7, 2)]
+    assert found.longest_rows == [0, 0, 0]
 
 
 def test_one_that_does_not_fit_is_not_run_for_the_sake_of_another() -> None:
@@ -57,6 +62,23 @@ def test_in_longer_windows_only_the_first_begins_one() -> None:
     assert found.micro_batches == [rows_of(row.plan, micro) for micro in (5, 4, 6, 7, 0)]
     assert found.begins == [1, 4]
     assert found.places == [0, 1, 2, 3, 4]
+
+
+def test_each_micro_batch_is_made_as_wide_as_its_own_plan_has_it() -> None:
+    """A worker serves plans that are packed and plans that are not, and of several lengths."""
+    rows = [row_of(packing=True, packed_length=length) for length in (4096, 1 << 15)] + [row_of(micro_batch_size=8)]
+    shapes = {id(row.plan): row.plan.micro_shapes(LENGTHS) for row in rows}
+    deck = Decks(rows, shapes, make_strata([(row.kind, shapes[id(row.plan)]) for row in rows], 4), 4)
+    found = {id(one.plan): one.longest_row for one in deck.draw(np.random.default_rng(0))}
+    widest = [shapes[id(row.plan)].widest for row in rows]
+    assert [found[id(row.plan)] for row in rows] == [widest[0], widest[1], 0]
+    assert widest[1] < 1 << 15  # a window's rows, not what a row could hold: else each would be called a rest
+    (rest,) = (micro for micro in [int(np.argmin(shapes[id(rows[0].plan)].width))])
+    one = replace(drawn(rows[0], rest)[0], longest_row=widest[0])
+    asked = sequence([one], LENGTHS, in_windows=False, most=EVERY)
+    assert asked.longest_rows == [widest[0]]
+    assert asked.shapes == [(1, shared_width(int(shapes[id(rows[0].plan)].width[rest]), widest[0]))]
+    assert asked.shapes[0][1] % (widest[0] // 32) == 0
 
 
 def test_each_device_has_its_own_place_in_a_window() -> None:
@@ -76,9 +98,9 @@ def test_windows_matter_where_a_host_launches_ahead_of_a_gpu(device: str) -> Non
         prober = factory(job)
         run = prober.run
 
-        def noted(micro_batches: Any, begins: list[int]) -> list[float]:
+        def noted(micro_batches: Any, begins: list[int], longest_rows: list[int]) -> list[float]:
             begun.append(begins)
-            return run(micro_batches, begins)
+            return run(micro_batches, begins, longest_rows)
 
         prober.run = noted  # type: ignore[method-assign]
         return prober

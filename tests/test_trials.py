@@ -25,10 +25,10 @@ def test_what_failed_is_told_with_all_of_its_changes() -> None:
     """Its split may be why, and not the last change."""
 
     class Dies(Prober):
-        def run(self, micro_batches: Any, begins: list[int]) -> list[float]:
+        def run(self, micro_batches: Any, begins: list[int], longest_rows: list[int]) -> list[float]:
             if self.job.loss == "lean":
                 raise MeasurementError("the worker process ended by itself (exit code 1).")
-            return super().run(micro_batches, begins)
+            return super().run(micro_batches, begins, longest_rows)
 
     class Fragile(Device):
         def factory(self, job: Job) -> FakeProber:

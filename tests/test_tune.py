@@ -150,10 +150,10 @@ class Tight(Device):
 
 
 class TightProber(Prober):
-    def _seconds(self, rows: MicroRows) -> float:
+    def _seconds(self, rows: MicroRows, longest_row: int = 0) -> float:
         saves = self.job.preset.gradient_checkpointing
         self.device.fits_padded_tokens = 4096 if saves else 4
-        return super()._seconds(rows) * (4 / 3 if saves else 1)
+        return super()._seconds(rows, longest_row) * (4 / 3 if saves else 1)
 
 
 def test_where_only_checkpointing_fits_it_is_turned_on_and_the_fastest_split_found() -> None:
@@ -203,12 +203,12 @@ def test_a_candidate_whose_worker_fails_is_none() -> None:
     class Dies(Prober):
         runs = 0
 
-        def run(self, micro_batches: Any, begins: list[int]) -> list[float]:
+        def run(self, micro_batches: Any, begins: list[int], longest_rows: list[int]) -> list[float]:
             if self.job.loss == "lean":
                 self.runs += 1
                 if self.runs > 6:
                     raise MeasurementError("the worker process ended by itself (exit code 1).")
-            return super().run(micro_batches, begins)
+            return super().run(micro_batches, begins, longest_rows)
 
     class Fragile(Device):
         def factory(self, job: Job) -> FakeProber:
@@ -229,8 +229,8 @@ def test_a_split_that_is_left_out_as_slower_has_not_failed() -> None:
 @pytest.mark.parametrize(("compiling", "is_kept"), [(1.0, True), (1e6, False)])
 def test_compiling_is_a_link_and_its_seconds_count(compiling: float, is_kept: bool) -> None:
     class Compiles(Prober):
-        def _seconds(self, rows: MicroRows) -> float:
-            return super()._seconds(rows) * (0.5 if self.job.compile else 1.0)
+        def _seconds(self, rows: MicroRows, longest_row: int = 0) -> float:
+            return super()._seconds(rows, longest_row) * (0.5 if self.job.compile else 1.0)
 
         def load(self) -> LoadReply:
             return replace(super().load(), compile_seconds=compiling if self.job.compile else 0.0)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import make_job
 from hypothesis import given
 from hypothesis import strategies as st
 from small_models import grouped, random_data, small_model, with_lora
@@ -37,28 +36,26 @@ def test_between_a_number_and_its_double_there_are_few_widths() -> None:
     assert shared_width(0) == 0
 
 
-@given(st.integers(1, 8192), st.sampled_from([2, 100, 2048, 4096, 6000, 8192]))
-def test_a_packed_row_s_rest_has_few_widths_and_is_padded_with_little_beside_a_full_row(
-    width: int, length: int
-) -> None:
-    found = shared_width(width, length)
-    assert width <= found <= width + max(length // 32, width // 64)
-    if width > length // 4:
+@given(st.integers(1, 8192), st.integers(2, 8192))
+def test_a_packed_row_s_rest_has_few_widths_and_little_padding_beside_the_longest(width: int, longest: int) -> None:
+    found = shared_width(width, longest)
+    assert width <= found <= width + max(longest // 32, width // 64)
+    if width > longest // 4:
         assert found == shared_width(width)
-    assert len(np.unique(shared_width(np.arange(1, length // 4 + 1), length))) <= 9
+    rests = shared_width(np.arange(1, longest + 1), longest)
+    assert (np.diff(rests) >= 0).all()
+    if longest >= 32:
+        assert len(np.unique(rests[: 8 * (longest // 32)])) == 8
 
 
-def test_packed_rows_are_made_as_wide_as_the_job_s_rows_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_micro_batch_is_as_wide_as_the_rows_of_its_plan_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its own plan: one worker is given those of several."""
     monkeypatch.setattr(MicroBatch, "to", lambda batch, device: batch)
-    job = make_job(device="cuda", packing=True, packed_length=4096)
-    assert job.row_length == 4096
-    assert make_job(device="cuda").row_length == 0
-    rest = [np.array([0, 3])]  # 103 tokens
     monkeypatch.setattr("torch.cuda.set_device", lambda index: None)
-    for length, width in ((job.row_length, 128), (0, 103)):
-        (batch,) = feed([rest], DATA, "cuda", length)
-        assert batch.input_ids.shape == (1, width)
-        assert batch.num_tokens == 103
+    rest = [np.array([0, 3])]  # 103 tokens
+    batches = list(feed([rest, rest, rest], DATA, "cuda", [4096, 0, 410]))
+    assert [batch.input_ids.shape for batch in batches] == [(1, 128), (1, 103), (1, 103)]
+    assert {batch.num_tokens for batch in batches} == {103}
 
 
 @pytest.mark.parametrize(("device", "width"), [("cpu", 131), ("cuda", 132), ("cuda:1", 132), ("mps", 132)])

@@ -71,15 +71,15 @@ def test_a_packed_job_s_check_is_a_part_of_loading_as_in_a_run(folder: Path, mon
     plain.load()
     assert asked == []
     with pytest.raises(MeasurementError, match="packing: documents leak"):
-        plain.run([[[0, 1]]], [])
+        plain.run([[[0, 1]]], [], [0])
     assert asked == [int(LENGTHS[:2].sum())]
     packed = Worker(make_job(model=model, packing=True, packed_length=128), DATA, None)
     packed.load()
     assert asked[1:] == [128]
-    packed.run([[[0], [1]]], [])  # rows of one document are no matter of packing
+    packed.run([[[0], [1]]], [], [0])  # rows of one document are no matter of packing
     for _ in range(2):  # refused once is refused for good
         with pytest.raises(MeasurementError, match="packing: documents leak"):
-            packed.run([[[0, 1]]], [])
+            packed.run([[[0, 1]]], [], [0])
     assert asked[1:] == [128]
 
 
@@ -95,14 +95,14 @@ def test_gradients_pile_up_within_a_window_only(folder: Path, monkeypatch: pytes
         return step(*given)
 
     monkeypatch.setattr(worker, "_micro_step", noted)
-    assert len(worker.run([[[0]], [[1]], [[2]], [[3]]], [2])) == 4
+    assert len(worker.run([[[0]], [[1]], [[2]], [[3]]], [2], [0, 0, 0, 0])) == 4
     assert found == [False, True, False, True]
 
 
 @pytest.mark.slow
 def test_a_worker_loads_times_and_reports_memory(prober: ProcessProber) -> None:
     with pytest.raises(MeasurementError, match="before 'load'"):
-        prober.run([[[0]]], [])
+        prober.run([[[0]]], [], [0])
     loaded = prober.load()
     assert loaded.weights == "random"
     assert 0 < loaded.num_trainable_parameters < loaded.num_parameters
@@ -110,11 +110,11 @@ def test_a_worker_loads_times_and_reports_memory(prober: ProcessProber) -> None:
     assert loaded.num_threads == 1
     memory = prober.memory([[[[int(LENGTHS.argmax())]], [[0]]]], [], 0.0)
     assert memory.reserved_bytes == memory.allocated_bytes > 50 << 20
-    seconds = prober.run([[[0]], [[1, 2]], [[3], [4]]], [])  # one row, a packed one, two rows
+    seconds = prober.run([[[0]], [[1, 2]], [[3], [4]]], [], [0, 0, 0])  # one row, a packed one, two rows
     assert len(seconds) == 3
     assert all(0 < value < 5 for value in seconds)
     assert len(prober.optimizer(2)) == 2
-    window = prober.window([[[5]], [[6]]])
+    window = prober.window([[[5]], [[6]]], 0)
     assert 0 < window < 5
     assert prober.free() > 0
     assert len(prober.evaluate([[0, 1], [2]])) == 2
@@ -127,8 +127,8 @@ def test_a_worker_loads_times_and_reports_memory(prober: ProcessProber) -> None:
 @pytest.mark.slow
 def test_a_failed_command_is_a_reply_and_the_worker_lives_on(prober: ProcessProber) -> None:
     with pytest.raises(MeasurementError, match="out of bounds"):
-        prober.run([[[10_000_000]]], [])
-    assert len(prober.run([[[0]]], [])) == 1
+        prober.run([[[10_000_000]]], [], [0])
+    assert len(prober.run([[[0]]], [], [0])) == 1
 
 
 @pytest.mark.slow

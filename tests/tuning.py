@@ -30,8 +30,8 @@ class Device(FakeDevice):
 class Prober(FakeProber):
     device: Device
 
-    def _seconds(self, rows: MicroRows) -> float:
-        seconds = super()._seconds(rows)
+    def _seconds(self, rows: MicroRows, longest_row: int = 0) -> float:
+        seconds = super()._seconds(rows, longest_row)
         if self.job.loss == "lean":
             seconds *= self.device.lean_factor
         if self.job.preset.attention == "eager":
@@ -74,11 +74,11 @@ class Saving(Device):
 class SavingProber(Prober):
     device: Saving
 
-    def _seconds(self, rows: MicroRows) -> float:
+    def _seconds(self, rows: MicroRows, longest_row: int = 0) -> float:
         longest = int(LENGTHS.max())
         saves = self.job.preset.gradient_checkpointing
         self.device.fits_padded_tokens = 8 * longest if saves else 2 * longest
-        return super()._seconds(rows) * (self.device.slower if saves else 1)
+        return super()._seconds(rows, longest_row) * (self.device.slower if saves else 1)
 
 
 def saving(**changes: Any) -> Saving:

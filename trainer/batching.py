@@ -55,6 +55,11 @@ class MicroShapes:
         return self.rows * self.width
 
     @property
+    def widest(self) -> int:
+        """Tokens in the longest row; 0 where there is none."""
+        return int(self.width.max(initial=0))
+
+    @property
     def largest(self) -> int:
         """Padded tokens of the largest; 0 where there is none."""
         return max((int(some.padded_tokens.max()) for some in self.blocks()), default=0)

@@ -56,17 +56,17 @@ class MicroBatch:
         )
 
 
-def batch_on(device: str, rows: list[IntArray], data: TokenizedDataset, row_length: int = 0) -> MicroBatch:
+def batch_on(device: str, rows: list[IntArray], data: TokenizedDataset, longest_row: int = 0) -> MicroBatch:
     """The micro-batch of these rows as it is run on a device: on all but a CPU as wide as others of about its width.
 
     Args:
-        row_length: see `trainer.widths.shared_width`.
+        longest_row: see `trainer.widths.shared_width`.
     """
-    return collate(rows, data, shared=device != "cpu", row_length=row_length).to(device)
+    return collate(rows, data, shared=device != "cpu", longest_row=longest_row).to(device)
 
 
 def collate(
-    rows: list[IntArray], data: TokenizedDataset, *, pad_token_id: int = 0, shared: bool = False, row_length: int = 0
+    rows: list[IntArray], data: TokenizedDataset, *, pad_token_id: int = 0, shared: bool = False, longest_row: int = 0
 ) -> MicroBatch:
     """The micro-batch whose rows hold these examples.
 
@@ -75,7 +75,7 @@ def collate(
             padding token and no target, so that every process still takes part in the exchange of gradients.
         shared: round the width up, see `trainer.widths`; of rows of one document never beyond the longest there is,
             for which alone the model is known to have positions.
-        row_length: of packed rows, for that.
+        longest_row: of the packed rows of a batch plan, for that.
     """
     import torch
 
@@ -84,7 +84,7 @@ def collate(
     packed = any(len(row) > 1 for row in spans)
     width = max((sum(end - start for start, end in row) for row in spans), default=0) or 1
     if shared:
-        most = shared_width(width, row_length)
+        most = shared_width(width, longest_row)
         width = most if packed else max(width, min(most, data.longest))
     ids = np.full((len(spans), width), pad_token_id, dtype=np.int64)
     counts = np.zeros((len(spans), width), dtype=bool)

@@ -79,7 +79,7 @@ def tokens_at_once(job: Job, largest: int) -> int:
     """What a run's `evaluation_batches` are made with.
 
     Args:
-        largest: padded tokens of its largest micro-batch, as it is executed.
+        largest: padded tokens of its plan's largest micro-batch, or of the parts in which that is executed.
     """
     # What is scored before there is a plan comes in small batches: one size of batch, one rate for both.
     return 0 if job.device == "cpu" or needs_loss(job.preset) else largest
@@ -100,23 +100,37 @@ def evaluate(
     """Mean token loss of `examples`; None where there are none. Weights, gradients and random state are left alone.
 
     Args:
-        at_once: see `evaluation_batches`.
+        at_once: see `evaluation_batches`. Where memory runs out, batches are halved, down to the smallest.
         share: which of the batches this process takes.
         reduce: sums a tensor over the processes.
         head: where the model is cut for the lean loss; None: the plain loss.
     """
     import torch
 
+    from trainer.model import is_out_of_memory
+
     if len(examples) == 0:
         return None
     total = torch.zeros(2, dtype=torch.float64)
-    batches = evaluation_batches(data, examples, device, at_once)[share]
 
     def add(loss: torch.Tensor, count: int) -> None:
         total[0] += loss
         total[1] += count
 
-    evaluate_batches(model, data, batches, add, device=device, precision=precision, head=head)
+    while True:
+        batches = evaluation_batches(data, examples, device, at_once)[share]
+        try:
+            evaluate_batches(model, data, batches, add, device=device, precision=precision, head=head)
+            break
+        except (RuntimeError, MemoryError) as reason:
+            # Few of a micro-batch's tokens may be learnt from and nearly all of a batch of short ones, whose logits are
+            # then the larger. Several processes would have to agree on what they take.
+            if reduce is not None or at_once <= LEAST_TOKENS or not is_out_of_memory(reason):
+                raise
+        at_once = min(at_once, MOST_TOKENS) // 2
+        total.zero_()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     if reduce is not None:
         total = reduce(total)
     count = int(total[1].item())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -14,7 +15,7 @@ Made = TypeVar("Made")
 
 
 def feed(
-    parts: Iterable[list[IntArray]], data: TokenizedDataset, device: str, row_length: int = 0
+    parts: Iterable[list[IntArray]], data: TokenizedDataset, device: str, longest_rows: Iterable[int] | None = None
 ) -> Generator[MicroBatch]:
     """The micro-batches of these rows on a device; close it where it is left before its end.
 
@@ -26,14 +27,16 @@ def feed(
     Nothing random is used here, so that what is made ahead and never trained on leaves a resumed run as it was.
 
     Args:
-        row_length: see `trainer.widths.shared_width`.
+        longest_rows: of the batch plan of each micro-batch, see `trainer.widths.shared_width`; none are packed.
     """
+    longest = itertools.repeat(0) if longest_rows is None else longest_rows
 
-    def make(rows: list[IntArray]) -> MicroBatch:
-        return batch_on(device, rows, data, row_length)
+    def make(part: tuple[list[IntArray], int]) -> MicroBatch:
+        rows, longest_row = part
+        return batch_on(device, rows, data, longest_row)
 
     if not device.startswith("cuda"):
-        return (make(rows) for rows in parts)
+        return (make(part) for part in zip(parts, longest, strict=False))
 
     def choose_device() -> None:
         import torch
@@ -41,7 +44,7 @@ def feed(
         # Of each thread its own: pinning would otherwise open a context on the first GPU, in every process.
         torch.cuda.set_device(torch.device(device).index or 0)
 
-    return one_ahead(make, parts, begin=choose_device)
+    return one_ahead(make, zip(parts, longest, strict=False), begin=choose_device)
 
 
 def one_ahead(

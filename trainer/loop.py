@@ -197,6 +197,7 @@ def _prepare(folder: Path, resume: bool) -> Run:
             notes += (f"the layers are not compiled: {compile_refused}",)
     if stepper.lean_refused is not None:
         notes += (f"the plain loss is used instead of the lean one: {stepper.lean_refused}",)
+    shapes = None if job.device == "cpu" else plan.micro_shapes(data.lengths)
     run = Run(
         job=job,
         folder=folder,
@@ -212,7 +213,8 @@ def _prepare(folder: Path, resume: bool) -> Run:
         slept_before=slept,
         predicted=read_predicted(folder),
         notes=[*data.report.notes, *notes],
-        largest=0 if job.device == "cpu" else plan.micro_shapes(data.lengths).largest,
+        largest=0 if shapes is None else shapes.largest,
+        longest_row=shapes.widest if shapes is not None and job.packing else 0,
     )
     if resume:
         _restore(run)

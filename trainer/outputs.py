@@ -19,7 +19,6 @@ from trainer.evaluate import (
     EvaluationResult,
     answerable,
     evaluate,
-    evaluation_batches,
     sample_answers,
     tokens_at_once,
 )
@@ -41,7 +40,6 @@ def held_out_loss(run: Run) -> EvaluationResult | None:
     begun = time.perf_counter()
     with run.clock.part("evaluation"):
         at_once = tokens_at_once(run.job, run.largest // run.progress.split)
-        batches = len(evaluation_batches(run.data, run.plan.evaluation, run.job.device, at_once))
         result = evaluate(
             run.stepper.model,
             run.data,
@@ -49,7 +47,7 @@ def held_out_loss(run: Run) -> EvaluationResult | None:
             device=run.stepper.device,
             precision=run.job.precision,
             at_once=at_once,
-            share=slice(run.accelerator.process_index, batches, run.job.num_devices),
+            share=slice(run.accelerator.process_index, None, run.job.num_devices),
             reduce=total if many else None,
             head=run.stepper.head,
         )

@@ -62,7 +62,8 @@ class Run:
     progress: Progress
     predicted: Predicted
     notes: list[str]
-    largest: int = 0  # padded tokens of the plan's largest micro-batch; on a CPU nobody asks
+    largest: int = 0  # padded tokens of the plan's largest micro-batch; on a CPU nobody asks, nor for the next
+    longest_row: int = 0  # tokens in its longest packed row; 0: rows are not packed
     monitor: Monitor | None = None
     num_resumes: int = 0
     wall_before: float = 0.0

@@ -20,25 +20,25 @@ import numpy as np
 from trainer.tokens import IntArray
 
 PARTS = 64  # widths between a power of two and the next
-REST, REST_PARTS = 4, 32  # a packed row of at most a fourth of the length is a rest, in steps of a thirty-second of it
+REST_WIDTHS, REST_PARTS = 8, 32  # a packed row of at most 8 / 32 of the longest is a rest, in steps of 1 / 32 of that
 
 
 @overload
-def shared_width(width: int, row_length: int = ...) -> int: ...
+def shared_width(width: int, longest_row: int = ...) -> int: ...
 @overload
-def shared_width(width: IntArray, row_length: int = ...) -> IntArray: ...
-def shared_width(width: int | IntArray, row_length: int = 0) -> int | IntArray:
+def shared_width(width: IntArray, longest_row: int = ...) -> IntArray: ...
+def shared_width(width: int | IntArray, longest_row: int = 0) -> int | IntArray:
     """The width that micro-batches of about this one share: at least it, at most a sixty-fourth more; 0 stays 0.
 
     Args:
-        row_length: of packed rows, tokens that one may hold; 0: none are packed. Short ones become longer by a
-            thirty-second of it at most.
+        longest_row: tokens in the longest packed row of the batch plan; 0: rows are not packed. Rests become longer by
+            a thirty-second of it at most.
     """
     found = np.asarray(width, dtype=np.int64)
     # The exponent of the largest power of two that is no larger; frexp is exact where log2 rounds.
     exponent = np.frexp(np.maximum(found, 1).astype(np.float64))[1] - 1
     step = np.left_shift(np.int64(1), np.maximum(exponent - (PARTS.bit_length() - 1), 0).astype(np.int64))
-    if row_length:
-        step = np.where(found <= row_length // REST, np.maximum(step, row_length // REST_PARTS), step)
+    rest = longest_row // REST_PARTS
+    step = np.where(found <= REST_WIDTHS * rest, np.maximum(step, rest), step)
     rounded = -(-found // step) * step
     return int(rounded) if np.ndim(width) == 0 else rounded

@@ -142,7 +142,7 @@ def _batches_from_here(run: Run) -> Generator[MicroBatch]:
     first, split = run.progress.windows_done, run.progress.split
     windows = (_parts_of_window(run, window, split) for window in range(first, run.plan.num_steps))
     rows = (rows for window in windows for parts in window for rows in parts)
-    return feed(rows, run.data, run.stepper.device, run.job.row_length)
+    return feed(rows, run.data, run.stepper.device, itertools.repeat(run.longest_row))
 
 
 def _parts_of_window(run: Run, window: int, split: int) -> Iterator[list[list[IntArray]]]:
