@@ -31,7 +31,9 @@ def test_with_compile_every_table_counts_from_the_baseline_as_it_is_not_compiled
 ) -> None:
     bench.device = {"base": 0.2, "per_token": 1e-5, "memory": 64 << 30}  # each preset has a twin
     plain = FakeProber._seconds
-    monkeypatch.setattr(FakeProber, "_seconds", lambda self, rows: plain(self, rows) * (0.5 if self.job.compile else 1))
+    monkeypatch.setattr(
+        FakeProber, "_seconds", lambda self, *given: plain(self, *given) * (0.5 if self.job.compile else 1)
+    )
 
     def speedups(*names: str, tuned: bool = False) -> dict[str, float | None]:
         return {row.name: row.speedup for row in bench.plan(names=names, compile=True, tuned=tuned).report.rows}
