@@ -7,7 +7,8 @@
 #
 # Importing the libraries takes a bare machine 10 to 20 s a process: the benches fork theirs from one that has them.
 # Stage 1 has twelve pairs of some 65 s (16 s of it the profile, BUDGET, and loops of 22 to 36 s, SCALE), of which seven fit. A
-# second call on the same day with the same OUT goes on where the first stopped.
+# second call on the same day with the same OUT goes on where the first stopped. ONLY names cases by their numbers, KEEP a folder
+# for what each pair measured.
 # Seen on an H200 (2026-11-27): launching kernels sets the pace below some 6,000 tokens a micro-step (3 to 5 ms a layer, and the
 # host's speed moves), and the first seconds of a process are slower while kernels are loaded. Teaching the model takes 20 s, a
 # search for both presets 90 s, a seed without the leaking packer another two minutes. The fork server's children are not the
@@ -50,9 +51,19 @@ server=""
 case "$stage" in
   1)
     preload
+    # A case of each model, so that all are made at once while the tests run.
+    makers=()
+    for one in ${FIRST:-$([ "$device" = cuda ] && echo 0 1 2 4 || echo 0 4 7)}; do
+      bench/preloaded.py bench/accuracy.py --device "$device" --prepare --only "$one" --models "$work/models" "${data[@]}" >/dev/null &
+      makers+=("$!")
+    done
+    bench/preloaded.py -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py 2>&1 | tee "$out/gpu-tests-$day.txt" | tail -3
+    tested="${PIPESTATUS[0]}"
+    for maker in "${makers[@]}"; do wait "$maker"; done
     bench/preloaded.py bench/accuracy.py --device "$device" --budget "${BUDGET:-16}" --scale "${SCALE:-1.9}" \
-      --samples 0 --minutes "${MINUTES:-8.3}" --models "$work/models" \
-      --out "$out/accuracy-$device-$day.json" "${data[@]}"
+      --samples 0 --seed "${SEED:-1}" --minutes "${MINUTES:-7.3}" --models "$work/models" ${ONLY:+--only "$ONLY"} \
+      ${KEEP:+--keep "$KEEP"} --out "$out/accuracy-$device-$day.json" "${data[@]}"
+    exit "$tested"
     ;;
   2)
     preload
