@@ -39,9 +39,9 @@ FIXED_RELATIVE_HALF_WIDTH = 0.2
 # By how much one run differs from the next on the same machine, half of the 90 % interval: assumed till past runs tell.
 # CPUs share memory bandwidth, heat and often their host with others: of twelve pairs of profile and run on two cores of
 # a shared machine eleven lay within 6 %, one, with other work beside it, at 13 %
-# (bench/results/accuracy-2026-11-24.json). A GPU that sets the pace is steadier: six loops of padded micro-batches on an
-# H200 lay within 1.5 %, and two more within 5.6 % before what the memory probe loads was counted (2026-11-27). What
-# waits for a host that others share is less steady, and is warned of where it shows. Of Apple's GPUs nothing is known.
+# (bench/results/accuracy-2026-11-24.json). A GPU that sets the pace is steadier: six loops of padded micro-batches on
+# an H200 lay within 1.5 %, and two more within 5.6 % before what the memory probe loads was counted (2026-11-27). What
+# waits for a host that others share is less steady, and is warned of where it shows. Of Apple's nothing is known.
 BETWEEN_RUNS = {"cpu": 0.06, "mps": 0.03, "cuda": 0.02}
 TIMER_SECONDS = 1e-6  # what reading the clock adds to each timed call
 # A run's resident memory on a CPU over that of its longest micro-batches in a worker, since the heap grows on over

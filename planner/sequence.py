@@ -21,6 +21,8 @@ from planner.prober import MicroRows
 from trainer.batching import BatchPlan
 from trainer.widths import shared_width
 
+SHORT = 2  # micro-batches of a window that is run as it is
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -30,18 +32,25 @@ class Sequence:
     shapes: list[Shape] = field(default_factory=list)  # of each, as a GPU is given it
     longest_rows: list[int] = field(default_factory=list)  # of the plan of each
     begins: list[int] = field(default_factory=list)  # places where a window begins
-    places: list[int] = field(default_factory=list)  # of what was drawn, in the order in which it was asked for
+    places: list[int] = field(default_factory=list)  # of what was drawn
 
 
-def sequence(drawn: Iterable[Drawn], lengths: np.ndarray, *, in_windows: bool, most: float) -> Sequence:
-    """These micro-batches one after another.
+def sequence(
+    drawn: list[Drawn], order: Iterable[int], lengths: np.ndarray, *, in_windows: bool, most: float
+) -> Sequence:
+    """These micro-batches, each in the company that it has in its window.
+
+    One whose window is itself and another follows that other. Those of longer windows are put together into windows of
+    their own, as many as they would fill, each from its longest to its shortest: behind a long one a GPU hides what the
+    host launches for a short one, and a run has so many short ones to a long one.
 
     Args:
+        order: in which they are asked for, as far as windows leave a choice; numbers of `drawn`.
         lengths: of the examples, in tokens.
-        in_windows: wait before each that is the first of its window; the second of a window of two follows the first.
+        in_windows: wait where a window begins; else they follow each other in the order as it is.
         most: key (see `planner.strata.keys`) of the largest that may be run.
     """
-    found = Sequence()
+    found = Sequence(places=[0] * len(drawn))
 
     def add(one: Drawn, micro: int) -> None:
         rows, width = _shape(one.plan, micro, lengths)
@@ -49,18 +58,31 @@ def sequence(drawn: Iterable[Drawn], lengths: np.ndarray, *, in_windows: bool, m
         found.shapes.append((rows, shared_width(width, one.longest_row)))
         found.longest_rows.append(one.longest_row)
 
-    for one in drawn:
-        number, size = place_in_window(one.plan, one.micro)
-        if in_windows and number == 0:
+    for window in _windows(drawn, list(order)) if in_windows else [[number] for number in order]:
+        if in_windows:
             found.begins.append(len(found.micro_batches))
-        elif in_windows and size == 2:
-            rows, width = _shape(one.plan, one.micro - one.plan.num_devices, lengths)
-            if rows * width + width / 2.0**20 <= most:
-                found.begins.append(len(found.micro_batches))
-                add(one, one.micro - one.plan.num_devices)
-        found.places.append(len(found.micro_batches))
-        add(one, one.micro)
+            first = drawn[window[0]]
+            before = first.micro - first.plan.num_devices
+            if len(window) == 1 and place_in_window(first.plan, first.micro) == (1, 2):
+                rows, width = _shape(first.plan, before, lengths)
+                if rows * width + width / 2.0**20 <= most:
+                    add(first, before)
+        for number in window:
+            found.places[number] = len(found.micro_batches)
+            add(drawn[number], drawn[number].micro)
     return found
+
+
+def _windows(drawn: list[Drawn], order: list[int]) -> list[list[int]]:
+    """Numbers of what was drawn, window by window."""
+    sizes = {number: place_in_window(drawn[number].plan, drawn[number].micro)[1] for number in order}
+    found = [[number] for number in order if sizes[number] <= SHORT]
+    others = sorted((number for number in order if sizes[number] > SHORT), key=lambda one: -drawn[one].key)
+    if others:
+        count = max(1, round(len(others) / float(np.median([sizes[number] for number in others]))))
+        found += [others[first::count] for first in range(count)]
+    when = {number: place for place, number in enumerate(order)}
+    return sorted(found, key=lambda window: min(when[number] for number in window))
 
 
 def place_in_window(plan: BatchPlan, micro: int) -> tuple[int, int]:

@@ -76,8 +76,8 @@ def test_what_a_window_s_first_micro_step_waits_for_is_timed_as_it_is_in_the_run
     as_in_the_run = errors()
     of = planner.measure.sequence
 
-    def without_windows(drawn: Any, lengths: Any, *, in_windows: bool, most: float) -> Sequence:
-        return of(drawn, lengths, in_windows=False, most=most)
+    def without_windows(drawn: Any, order: Any, lengths: Any, *, in_windows: bool, most: float) -> Sequence:
+        return of(drawn, order, lengths, in_windows=False, most=most)
 
     monkeypatch.setattr(planner.measure, "sequence", without_windows)
     assert np.median(errors()) < -0.015

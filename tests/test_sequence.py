@@ -13,13 +13,12 @@ from planner.decks import Decks, Drawn, sample_of
 from planner.group import rows_of
 from planner.measure import measure
 from planner.measurement import PlannedRow
-from planner.sequence import place_in_window, sequence
+from planner.sequence import Sequence, place_in_window, sequence
 from planner.strata import make_strata
 from trainer.widths import shared_width
 
 LENGTHS = np.random.default_rng(5).integers(200, 900, 640)
 DATA = make_data(LENGTHS)
-EVERY = 1e9
 
 
 def drawn(row: PlannedRow, *micros: int) -> list[Drawn]:
@@ -30,6 +29,10 @@ def drawn(row: PlannedRow, *micros: int) -> list[Drawn]:
     ]
 
 
+def run_of(drawn: list[Drawn], *, in_windows: bool = True, most: float = 1e9) -> Sequence:
+    return sequence(drawn, range(len(drawn)), LENGTHS, in_windows=in_windows, most=most)
+
+
 def row_of(**changes: Any) -> PlannedRow:
     return make_row(make_job(device="cuda", **changes), DATA)
 
@@ -38,7 +41,7 @@ def test_the_second_of_a_window_of_two_follows_its_first_as_in_the_run() -> None
     row = row_of(micro_batch_size=8)
     assert place_in_window(row.plan, 6) == (0, 2)
     assert place_in_window(row.plan, 7) == (1, 2)
-    found = sequence(drawn(row, 7, 2), LENGTHS, in_windows=True, most=EVERY)
+    found = run_of(drawn(row, 7, 2), in_windows=True)
     assert found.micro_batches == [rows_of(row.plan, micro) for micro in (6, 7, 2)]
     assert found.begins == [0, 2]
     assert found.places == [1, 2]
@@ -51,17 +54,34 @@ def test_the_second_of_a_window_of_two_follows_its_first_as_in_the_run() -> None
 def test_one_that_does_not_fit_is_not_run_for_the_sake_of_another() -> None:
     row = row_of(micro_batch_size=8)
     first = row.plan.micro_shapes(LENGTHS).padded_tokens[6]
-    found = sequence(drawn(row, 7), LENGTHS, in_windows=True, most=float(first) - 1)
+    found = run_of(drawn(row, 7), in_windows=True, most=float(first) - 1)
     assert found.micro_batches == [rows_of(row.plan, 7)]
     assert found.begins == []
 
 
-def test_in_longer_windows_only_the_first_begins_one() -> None:
+def test_those_of_longer_windows_make_windows_of_their_own_from_the_longest_to_the_shortest() -> None:
+    """As many as they would fill: behind a long one what the host does for a short one is hidden, and there are few."""
     row = row_of(micro_batch_size=4)
-    found = sequence(drawn(row, 5, 4, 6, 7, 0), LENGTHS, in_windows=True, most=EVERY)
-    assert found.micro_batches == [rows_of(row.plan, micro) for micro in (5, 4, 6, 7, 0)]
-    assert found.begins == [1, 4]
-    assert found.places == [0, 1, 2, 3, 4]
+    micros = (5, 4, 6, 7, 0, 9, 30, 21)
+    found = run_of(drawn(row, *micros))
+    assert found.begins == [0, 4]
+    keys = row.plan.micro_shapes(LENGTHS).padded_tokens
+    at = {place: micro for place, micro in zip(found.places, micros, strict=True)}
+    for first in found.begins:
+        window = [int(keys[at[place]]) for place in range(first, first + 4)]
+        assert window == sorted(window, reverse=True)
+    heads = sorted(int(keys[at[place]]) for place in found.begins)
+    assert heads == sorted(int(keys[micro]) for micro in micros)[-2:]
+    assert [found.micro_batches[place] for place in found.places] == [rows_of(row.plan, micro) for micro in micros]
+
+
+def test_the_order_that_is_asked_for_holds_where_there_are_no_windows() -> None:
+    row = row_of(micro_batch_size=4)
+    asked = drawn(row, 5, 4, 6)
+    found = sequence(asked, [2, 0, 1], LENGTHS, in_windows=False, most=1e9)
+    assert found.micro_batches == [rows_of(row.plan, micro) for micro in (6, 5, 4)]
+    assert found.places == [1, 2, 0]
+    assert found.begins == []
 
 
 def test_each_micro_batch_is_made_as_wide_as_its_own_plan_has_it() -> None:
@@ -75,7 +95,7 @@ def test_each_micro_batch_is_made_as_wide_as_its_own_plan_has_it() -> None:
     assert widest[1] < 1 << 15  # a window's rows, not what a row could hold: else each would be called a rest
     (rest,) = (micro for micro in [int(np.argmin(shapes[id(rows[0].plan)].width))])
     one = replace(drawn(rows[0], rest)[0], longest_row=widest[0])
-    asked = sequence([one], LENGTHS, in_windows=False, most=EVERY)
+    asked = run_of([one], in_windows=False)
     assert asked.longest_rows == [widest[0]]
     assert asked.shapes == [(1, shared_width(int(shapes[id(rows[0].plan)].width[rest]), widest[0]))]
     assert asked.shapes[0][1] % (widest[0] // 32) == 0
@@ -84,7 +104,7 @@ def test_each_micro_batch_is_made_as_wide_as_its_own_plan_has_it() -> None:
 def test_each_device_has_its_own_place_in_a_window() -> None:
     row = row_of(micro_batch_size=4, num_devices=2)
     assert [place_in_window(row.plan, micro) for micro in range(4, 8)] == [(0, 2), (0, 2), (1, 2), (1, 2)]
-    found = sequence(drawn(row, 7), LENGTHS, in_windows=True, most=EVERY)
+    found = run_of(drawn(row, 7), in_windows=True)
     assert found.micro_batches == [rows_of(row.plan, micro) for micro in (5, 7)]
 
 
