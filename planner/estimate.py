@@ -56,6 +56,7 @@ CHECKPOINTED_HEAP_GROWTH = 1.034
 PACKED_HEAP_GROWTH = 1.048
 EAGER_HEAP_GROWTH = 1.054
 ONE_OFF_TOLD = 0.02  # of the loop: what the first steps of a process take longer is then worth a note
+TOLD_APART = 2.0  # evaluation batches so many times as large as others show what the size matters
 WINDOW_TOLERANCE = 0.10  # a window that differs more from the sum of its parts is worth a note
 
 
@@ -413,10 +414,14 @@ def batch_cost(sizes: FloatArray, seconds: FloatArray) -> tuple[float, float]:
     """
     order = np.argsort(sizes, kind="stable")
     sizes, seconds = sizes[order], seconds[order]
+    if sizes[-1] < TOLD_APART * sizes[0]:  # what the size does to it cannot be seen
+        return 0.0, float(seconds.sum() / max(1.0, sizes.sum()))
     best, best_error = (0.0, 0.0), math.inf
     for small in range(len(sizes) + 1):
         launch = float(seconds[:small].mean()) if small else 0.0
-        per_token = float(seconds[small:].sum() / sizes[small:].sum()) if small < len(sizes) else 0.0
+        # Where launching is all that shows, larger ones than these take no more a token than the largest of them.
+        rest = slice(min(small, len(sizes) - 1), None)
+        per_token = float(seconds[rest].sum() / sizes[rest].sum())
         error = float(((np.maximum(launch, per_token * sizes) / np.maximum(seconds, 1e-9) - 1) ** 2).sum())
         if error < best_error:
             best, best_error = (launch, per_token), error

@@ -15,7 +15,7 @@ from planner.prober import DoesNotFit, MemoryReply, MicroRows
 from planner.strata import keys
 from presets.errors import MeasurementError, PlanError
 from trainer.batching import BatchPlan, MicroShapes
-from trainer.evaluate import evaluation_batches, tokens_at_once
+from trainer.evaluate import LEAST_TOKENS, evaluation_batches, tokens_at_once
 from trainer.tokens import TokenizedDataset
 from trainer.widths import shared_width
 
@@ -161,8 +161,9 @@ class MemoryProbe:
             reply = group.prober.peak()
         except DoesNotFit as reason:
             names = ", ".join(row.name for row in group.fitting)
+            then = "take smaller ones" if self.evaluated_at_once(group)[0] > LEAST_TOKENS else "stop there"
             self._warnings.append(
-                f"{names}: a batch of held-out examples does not fit ({reason}); the run would stop there"
+                f"{names}: a batch of held-out examples does not fit ({reason}); the run would {then}"
             )
             group.close()
             return
@@ -172,6 +173,7 @@ class MemoryProbe:
             return
         if reply.reserved_bytes > group.reserved:
             self.raise_peaks(group, to=reply.reserved_bytes, headroom=reply.headroom_bytes)
+            group.reserved = reply.reserved_bytes  # what comes on top of it is told from there
 
     def evaluated_at_once(self, group: Group) -> list[int]:
         """Padded tokens of the evaluation batches of a group's rows, ascending."""
@@ -237,17 +239,16 @@ class MemoryProbe:
         return found
 
     def _long_windows(self, members: list[PlannedRow]) -> list[list[MicroRows]]:
-        """The longest micro-batches of the plans with their neighbours, each plan's in its order.
+        """The longest micro-batches of the plans with their neighbours, each plan's in its order, in turns.
 
         As many in all as for one plan: what a run's heap grows beyond them (see planner.estimate) is known for so many.
-        Eighty for the eight plans of a table made the peak 7 % larger than that of a run of one of them.
         """
         windows = []
-        plans = {id(row.plan): row.plan for row in members}.values()
-        for plan in plans:
+        plans = list({id(row.plan): row.plan for row in members}.values())
+        for number, plan in enumerate(plans):
             key = keys(self._shapes[id(plan)])
-            most = max(1, LONG_ONES // len(plans))
-            for micro in np.sort(np.argsort(key, kind="stable")[-most:]).tolist():
+            many = len(range(number, LONG_ONES, len(plans)))
+            for micro in np.sort(np.argsort(-key, kind="stable")[:many]).tolist():
                 windows.append(_neighbourhood(plan, micro))
         return windows
 

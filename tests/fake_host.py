@@ -90,6 +90,15 @@ class HostedProber(FakeProber):
         super().__init__(device, job)
         self.timeline = Timeline(device, device.random, device.now)
 
+    def evaluate(self, batches: list[list[int]]) -> list[float]:
+        """A forward pass: the longer of the host's share and of the GPU's."""
+        self._note("evaluate")
+        device, taken = self.device, []
+        for batch in batches:
+            computed = FORWARD_WORK * device.per_token * device.shape([[example] for example in batch])[0]
+            taken.append(max(FORWARD_LAUNCHES * device.launch, computed))
+        return taken
+
     def _seconds_of(
         self, micro_batches: list[MicroRows], waits: Collection[int], longest_rows: list[int]
     ) -> list[float]:

@@ -76,6 +76,7 @@ class FakeDevice:
     variant_seconds: float = 0.0  # that loading one takes
     new_shape_seconds: float = 0.0  # that a shape takes more the first time that a process meets it
     loading_evaluation: float = 0.0  # more seconds of a batch of held-out examples, its first time in a process
+    evaluation_bytes: int = 0  # of a padded token of held-out examples; 0: less than a step in any case
     drift: float = 0.0  # slower by this share every minute
     spikes: float = 0.0  # share of the timings that take `spike_factor` times as long
     spike_factor: float = 3.0
@@ -270,6 +271,7 @@ class FakeProber:
         taken = []
         for batch in batches:
             rows = [[example] for example in batch]
+            self.held = max(self.held, self.device.evaluation_bytes * self.device.shape(rows)[0])
             loading = self.device.loading_evaluation if tuple(batch) not in self.evaluated else 0.0
             self.evaluated.add(tuple(batch))
             taken.append(self.device.cost(rows) / 3 + loading)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_host import HostedDevice
 from fakes import FakeDevice, chat_lengths, make_data, make_job, make_row
 from planned import FACTS
 
@@ -295,8 +296,8 @@ def test_several_devices_share_the_held_out_examples_and_what_is_scored() -> Non
 
 @pytest.mark.parametrize("sizes", [(1, 8), (8, 8)])
 def test_a_gpu_evaluates_each_row_in_batches_of_its_own_size(sizes: tuple[int, int]) -> None:
-    """Rows of one signature share what was measured; each batch costs a launch and its tokens."""
-    device = FakeDevice(LENGTHS, base=0.03, per_token=1e-5, per_token_width=0.0)
+    """Rows of one signature share what was measured; a batch takes a launch, or its tokens."""
+    device = HostedDevice(LENGTHS, launch=0.07, per_token=25e-6)
     evaluation = EvaluationSpec(minimum=0, maximum=300)
     rows = [
         make_row(make_job(device="cuda", micro_batch_size=size, evaluation=evaluation), DATA, f"{name}{size}")
@@ -306,11 +307,29 @@ def test_a_gpu_evaluates_each_row_in_batches_of_its_own_size(sizes: tuple[int, i
     for row, found in zip(rows, estimates(device, rows), strict=True):
         at_once = tokens_at_once(row.job, row.plan.micro_shapes(LENGTHS).largest)
         batches = evaluation_batches(DATA, row.plan.evaluation, "cuda", at_once)
-        once = sum(device.cost([[int(one)] for one in batch]) for batch in batches) / 3
+        once = sum(device.factory(row.job).evaluate([batch.tolist() for batch in batches]))
         evaluations, _ = evaluations_and_checkpoints(row)
-        assert found.fixed.evaluation == pytest.approx(evaluations * once, rel=0.1)
+        assert found.fixed.evaluation == pytest.approx(evaluations * once, rel=0.03)
         numbers.append(len(batches))
     assert (numbers[0] > 2 * numbers[1]) == (sizes[0] < sizes[1])
+
+
+def test_an_evaluation_that_holds_more_than_a_step_is_counted_once_and_of_its_own_row() -> None:
+    """Micro-batches of one short row, of which few tokens are learnt from, and a large vocabulary."""
+    each = 5 << 20
+    rows = [make_row(make_job(device="cuda", micro_batch_size=size), DATA, f"{size}") for size in (1, 8)]
+    (alone,) = estimates(FakeDevice(LENGTHS, memory=1 << 38, evaluation_bytes=each), rows[:1])
+
+    def most(row: PlannedRow) -> int:
+        at_once = tokens_at_once(row.job, row.plan.micro_shapes(LENGTHS).largest)
+        batches = evaluation_batches(DATA, row.plan.evaluation, "cuda", at_once)
+        return max(len(batch) * int(LENGTHS[batch].max()) for batch in batches)
+
+    assert alone.peak_memory_bytes == each * most(rows[0])
+    both = estimates(FakeDevice(LENGTHS, memory=1 << 38, evaluation_bytes=each), rows)
+    assert both[1].peak_memory_bytes == each * most(rows[1])
+    assert both[0].peak_memory_bytes is not None
+    assert both[0].peak_memory_bytes < both[1].peak_memory_bytes
 
 
 def test_a_gpu_s_evaluation_batch_takes_the_longer_of_launching_and_computing() -> None:
@@ -322,6 +341,11 @@ def test_a_gpu_s_evaluation_batch_takes_the_longer_of_launching_and_computing() 
     launch, per_token = batch_cost(sizes, 4e-6 * sizes)
     assert per_token == pytest.approx(4e-6)
     assert launch <= 1.001 * 4e-6 * sizes.min()
+    alike = np.array([15000, 16000, 14000], dtype=np.float64)
+    assert batch_cost(alike, 4e-6 * alike) == pytest.approx((0.0, 4e-6))  # no more is known of small ones
+    launch, per_token = batch_cost(np.array([300.0, 2000.0]), np.array([0.025, 0.025]))
+    assert launch == 0.025
+    assert per_token == pytest.approx(0.025 / 2000)  # nor of larger ones
     noise = np.exp(np.random.default_rng(1).normal(0, 0.05, len(sizes)))
     noisy = batch_cost(sizes, noise * seconds)
     assert max(noisy[0], 6000 * noisy[1]) == pytest.approx(0.025, rel=0.1)
@@ -347,6 +371,7 @@ def test_memory_that_runs_out_in_an_evaluation_halves_its_batches(monkeypatch: p
 
     most = 3000
     found = loss()
+    assert found.at_once == 2250
     assert found.num_tokens == len(examples)  # what was added before it ran out is not counted twice
     assert [size > most for size in tried] == [True, True, False]
     with pytest.raises(torch.cuda.OutOfMemoryError):  # the others would wait for this one for ever
@@ -362,6 +387,7 @@ def test_evaluation_batches_are_as_large_as_micro_batches_on_a_gpu_only() -> Non
 
     assert at_once(9000) == 0
     assert at_once(9000, device="cuda") == 9000
+    assert at_once(9000, device="cuda", num_devices=2) == 0  # one could run out of memory alone
     by_loss = {"sampling_strategy": "prioritized", "sample_score": "loss", "sample_ratio": 0.5}
     assert at_once(9000, device="cuda", **by_loss) == 0  # what is scored before there is a plan comes in small ones
     assert make_row(make_job(), DATA).plan.micro_shapes(LENGTHS).largest == LENGTHS.max()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import Any
 
 import numpy as np
 import pytest
+from fakes import make_data, make_job, make_row
 from small_models import random_data
 
 from trainer.collate import MicroBatch, collate
 from trainer.feed import feed, one_ahead
+from trainer.run import sizes_on_gpu
 
 DATA = random_data([5, 9, 3, 12, 7, 7, 2, 30])
 PARTS = [[np.array([0, 3])], [np.array([1]), np.array([2])], [], [np.array([7])], [np.array([4, 5, 6])]]
@@ -93,6 +96,16 @@ def test_a_run_fed_by_the_thread_ends_with_the_same_adapter(
     assert (plain / name).read_bytes() == (ahead / name).read_bytes()
 
 
+def test_a_run_on_a_gpu_knows_its_plan_s_largest_micro_batch_and_longest_packed_row() -> None:
+    lengths = np.random.default_rng(2).integers(50, 400, 200)
+    for packing, device, of in ((True, "cuda", True), (False, "cuda", True), (True, "cpu", False)):
+        job = make_job(device=device, packing=packing, packed_length=1024, micro_batch_size=1 if packing else 4)
+        plan = make_row(job, make_data(lengths)).plan
+        shapes = plan.micro_shapes(lengths)
+        expected = (int(shapes.padded_tokens.max()), int(shapes.width.max()) * packing) if of else (0, 0)
+        assert sizes_on_gpu(job, plan, lengths) == expected
+
+
 def test_windows_share_one_feed_that_makes_the_next_window_s_first_micro_batch_ahead(
     make_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,8 +113,10 @@ def test_windows_share_one_feed_that_makes_the_next_window_s_first_micro_batch_a
 
     made: list[int] = []
     begun: list[int] = []  # micro-batches made when a window began
+    longest: list[int] = []
 
-    def fed(parts: Any, data: Any, device: str, row_length: int) -> Any:
+    def fed(parts: Any, data: Any, device: str, longest_rows: Any) -> Any:
+        longest.extend(itertools.islice(longest_rows, 3))
         return one_ahead(lambda rows: made.append(1) or collate(rows, data), parts)
 
     real = window._micro_steps
@@ -112,8 +127,10 @@ def test_windows_share_one_feed_that_makes_the_next_window_s_first_micro_batch_a
 
     monkeypatch.setattr(window, "feed", fed)
     monkeypatch.setattr(window, "_micro_steps", watched)
+    monkeypatch.setattr(loop, "sizes_on_gpu", lambda *_given: (0, 77))
     record = loop.train(make_run(micro=4))
     assert record is not None
     per_window = sum(made) // len(begun)
+    assert longest == [77, 77, 77]  # the plan's: what a rest is rounded up by
     assert begun[0] == 0
     assert begun[1:] == [number * per_window + 1 for number in range(1, len(begun))]

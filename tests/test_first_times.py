@@ -74,13 +74,13 @@ def test_what_shapes_take_is_in_the_range_where_too_few_rounds_could_tell_it(see
 
 def test_new_micro_batches_timed_once_would_be_taken_for_the_pace_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     run = FakeProber.run
+    first: dict[str, float] = {}
 
     def first_times(
         self: FakeProber, micro_batches: list[MicroRows], begins: list[int], longest_rows: list[int]
     ) -> list[float]:
-        seconds = run(self, micro_batches, begins, longest_rows)
-        where = {str(rows): number for number, rows in reversed(list(enumerate(micro_batches)))}
-        return [seconds[where[str(rows)]] for rows in micro_batches]
+        taken = run(self, micro_batches, begins, longest_rows)
+        return [first.setdefault(str(rows), seconds) for rows, seconds in zip(micro_batches, taken, strict=True)]
 
     monkeypatch.setattr(FakeProber, "run", first_times)
     seconds, _, truth = gpu_that_loads_kernels(budget=20)

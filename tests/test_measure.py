@@ -345,3 +345,19 @@ def test_memory_is_probed_where_most_tokens_are_learnt_from_too(loss: str, is_ru
     assert learnt in rows[0].plan.order
     measure(rows, data, lambda job: Recording(device, job), 5, clock=device.clock)
     assert (learnt in probed) is is_run
+
+
+@pytest.mark.parametrize(("plans", "windows"), [(1, 10), (3, 10), (12, 10)])
+def test_as_many_long_micro_batches_are_tried_for_a_table_as_for_one_row(plans: int, windows: int) -> None:
+    """What a CPU's heap grows beyond them is known for so many."""
+    device = FakeDevice(LENGTHS)
+    tried: list[int] = []
+
+    class Watched(FakeProber):
+        def memory(self, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float) -> MemoryReply:
+            tried.append(len(more))
+            return super().memory(windows, more, seconds)
+
+    rows = [make_row(make_job(gradient_accumulation_steps=16 + number), DATA, f"{number}") for number in range(plans)]
+    measure(rows, DATA, lambda job: Watched(device, job), budget_seconds=5, clock=device.clock)
+    assert tried == [windows]

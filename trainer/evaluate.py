@@ -36,6 +36,7 @@ class EvaluationResult:
     loss: float
     num_examples: int
     num_tokens: int  # supervised ones
+    at_once: int = 0  # padded tokens of a batch for which the memory sufficed; see `evaluation_batches`
 
     @property
     def perplexity(self) -> float:
@@ -81,8 +82,9 @@ def tokens_at_once(job: Job, largest: int) -> int:
     Args:
         largest: padded tokens of its plan's largest micro-batch, or of the parts in which that is executed.
     """
-    # What is scored before there is a plan comes in small batches: one size of batch, one rate for both.
-    return 0 if job.device == "cpu" or needs_loss(job.preset) else largest
+    # What is scored before there is a plan comes in small batches: one size of batch, one rate for both. Of several
+    # processes one alone could run out of memory, and the others would wait for it.
+    return 0 if job.device == "cpu" or job.num_devices > 1 or needs_loss(job.preset) else largest
 
 
 def evaluate(
@@ -135,7 +137,7 @@ def evaluate(
         total = reduce(total)
     count = int(total[1].item())
     loss = float(total[0].item()) / count if count else math.nan
-    return EvaluationResult(loss=loss, num_examples=len(examples), num_tokens=count)
+    return EvaluationResult(loss=loss, num_examples=len(examples), num_tokens=count, at_once=at_once)
 
 
 def evaluate_batches(

@@ -44,7 +44,7 @@ from trainer.planning import (
 )
 from trainer.process import seconds_since_process_start, settle_garbage, stop_signals, suspended_seconds
 from trainer.record import RunRecord, read_predicted
-from trainer.run import Clock, Run
+from trainer.run import Clock, Run, sizes_on_gpu
 from trainer.scoring import example_losses
 from trainer.tokens import FloatArray, TokenizedDataset
 from trainer.trackers import check_tracker, start_trackers
@@ -197,7 +197,7 @@ def _prepare(folder: Path, resume: bool) -> Run:
             notes += (f"the layers are not compiled: {compile_refused}",)
     if stepper.lean_refused is not None:
         notes += (f"the plain loss is used instead of the lean one: {stepper.lean_refused}",)
-    shapes = None if job.device == "cpu" else plan.micro_shapes(data.lengths)
+    largest, longest_row = sizes_on_gpu(job, plan, data.lengths)
     run = Run(
         job=job,
         folder=folder,
@@ -213,8 +213,8 @@ def _prepare(folder: Path, resume: bool) -> Run:
         slept_before=slept,
         predicted=read_predicted(folder),
         notes=[*data.report.notes, *notes],
-        largest=0 if shapes is None else shapes.largest,
-        longest_row=shapes.widest if shapes is not None and job.packing else 0,
+        largest=largest,
+        longest_row=longest_row,
     )
     if resume:
         _restore(run)

@@ -52,6 +52,8 @@ def held_out_loss(run: Run) -> EvaluationResult | None:
             head=run.stepper.head,
         )
     if result is not None:
+        if result.at_once < at_once:  # memory ran out: the next one does not try again
+            run.largest = result.at_once * run.progress.split
         step = run.progress.windows_done
         if run.monitor is not None:
             run.monitor.evaluation(step, result.loss, result.perplexity, time.perf_counter() - begun)

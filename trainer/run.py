@@ -98,3 +98,14 @@ class Run:
         """Say it and keep it in the record."""
         self.notes.append(note)
         self.say(note)
+
+
+def sizes_on_gpu(job: Job, plan: BatchPlan, lengths: IntArray) -> tuple[int, int]:
+    """Padded tokens of a plan's largest micro-batch, and tokens in its longest packed row (0: rows are not packed).
+
+    Both 0 on a CPU, where nobody asks for them.
+    """
+    if job.device == "cpu":
+        return 0, 0
+    shapes = plan.micro_shapes(lengths)
+    return shapes.largest, shapes.widest if job.packing else 0
