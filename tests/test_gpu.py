@@ -216,3 +216,35 @@ def test_no_micro_step_waits_for_the_gpu(
     monkeypatch.setattr(packed, "known", lambda *, packed: contextlib.nullcontext())
     with pytest.raises(RuntimeError, match="synchroniz"):
         watched()
+
+
+def test_large_evaluation_batches_give_the_loss_of_small_ones(tiny_model: Path, data: Any, make_job: Any) -> None:
+    from trainer import evaluate
+
+    _, model = stepper_of(tiny_model, "fp32", make_job)
+    every = np.arange(len(data))
+    sizes = [len(evaluate.evaluation_batches(data, every, "cuda", at_once)) for at_once in (0, 1 << 14)]
+    assert sizes[0] > sizes[1]
+    small, large = (
+        evaluate.evaluate(model, data, every, device="cuda", precision="fp32", at_once=at_once)
+        for at_once in (0, 1 << 14)
+    )
+    assert small is not None
+    assert large is not None
+    assert large.loss == pytest.approx(small.loss, rel=1e-5)
+    assert large.num_tokens == small.num_tokens
+
+
+def test_micro_steps_are_timed_in_windows_by_the_gpu_s_clock(tiny_model: Path, data: Any, make_job: Any) -> None:
+    from planner.workload import Worker
+
+    job = make_job(model=str(tiny_model), device="cuda", precision="fp32", base_precision="fp32")
+    worker = Worker(job, data, None)
+    worker.load()
+    micro_batches = [[[0]], [[1], [2]], [[3]], [[4]]]
+    for begins in ([], [2], [1, 2, 3]):
+        seconds = worker.run(micro_batches, begins, [0, 0, 0, 0])
+        assert len(seconds) == 4
+        assert all(0 < one < 5 for one in seconds)
+    assert worker.window([[[0, 1, 2], [3]]], 60) > 0
+    assert all(parameter.grad is None for parameter in worker.stepper.parameters)
