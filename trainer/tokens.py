@@ -65,6 +65,15 @@ class TokenizedDataset:
         return self._longest
 
     @property
+    def num_bytes(self) -> int:
+        """Of the tokens, their mask and offsets: what a process holds of the data, memory-mapped or not.
+
+        Nothing of assumed data that are too large to hold, one and the same number for every token.
+        """
+        arrays = (self.token_ids, self.supervised, self.offsets)
+        return sum(int(array.nbytes) for array in arrays if array.strides != (0,))
+
+    @property
     def num_supervised(self) -> IntArray:
         """Target tokens per example, (num_examples,); read-only."""
         if self._num_supervised is None:
