@@ -9,6 +9,7 @@ UNKNOWN = "unknown"
 NOT_APPLICABLE = "–"
 DOUBT = "? after a range: not a 90 % range, but what was seen or feared"  # what "?" says
 GIB = 1024**3
+MOST_BYTES = 1e300
 WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
@@ -68,7 +69,7 @@ def hours_text(seconds: float | None) -> str:
 
 def gib(num_bytes: float | None) -> str:
     """Bytes as GiB (1024^3): "0.15 GiB", "11.0 GiB"."""
-    if num_bytes is None or not math.isfinite(num_bytes):
+    if num_bytes is None or not abs(num_bytes) < MOST_BYTES:  # nor a whole number that no float can hold
         return UNKNOWN
     amount = num_bytes / GIB
     return f"{amount:.2f} GiB" if amount < 0.995 else f"{amount:,.1f} GiB"

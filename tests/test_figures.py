@@ -34,7 +34,15 @@ def test_a_range_leaves_out_the_last_unit() -> None:
 
 @pytest.mark.parametrize(
     ("num_bytes", "text"),
-    [(None, "unknown"), (0, "0.00 GiB"), (GIB // 2, "0.50 GiB"), (GIB, "1.0 GiB"), (11 * GIB, "11.0 GiB")],
+    [
+        (10**400, "unknown"),
+        (-(10**400), "unknown"),
+        (None, "unknown"),
+        (0, "0.00 GiB"),
+        (GIB // 2, "0.50 GiB"),
+        (GIB, "1.0 GiB"),
+        (11 * GIB, "11.0 GiB"),
+    ],
 )
 def test_memory_is_in_gib(num_bytes: int | None, text: str) -> None:
     assert gib(num_bytes) == text
