@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.measurement import MicroSample, PlannedRow
-from planner.strata import Kind, Strata, keys
+from planner.strata import Kind, Strata, key_of, keys
 from trainer.batching import BatchPlan, MicroShapes
 from trainer.tokens import IntArray
 
@@ -40,7 +40,7 @@ class Decks:
             draws: micro-batches of each stratum in a round.
         """
         self._rows, self._shapes, self._draws = rows, shapes, draws
-        self._longest = [shapes[id(row.plan)].widest if row.job.packing else 0 for row in rows]
+        self._longest = [shapes[id(row.plan)].longest_row(row.job.packing) for row in rows]
         parts = []
         for number, row in enumerate(rows):
             chosen, some = part_of(shapes[id(row.plan)])
@@ -59,7 +59,7 @@ class Decks:
             self._left[stratum] = left
             row = self._rows[number]
             sample = sample_of(self._shapes[id(row.plan)], micro, stratum)
-            key = sample.rows * sample.width + sample.width / 2.0**20
+            key = key_of(sample.rows, sample.width)
             drawn.append(Drawn(row.plan, micro, row.kind, key, sample, self._longest[number]))
         return drawn
 

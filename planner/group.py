@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from planner.first_times import FirstTimes
+from planner.first_times import FirstTimes, Shape
 from planner.measurement import FixedSamples, PlannedRow, Round, RowVerdict, StepSignature, WindowSample
 from planner.prober import LoadReply, MicroRows, Prober
 from trainer.batching import BatchPlan
+from trainer.tokens import IntArray
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +64,11 @@ class Group:
         if self.prober is not None:
             self.prober.stop()
             self.prober = None
+
+
+def shape_of(rows: MicroRows, lengths: IntArray) -> Shape:
+    """Rows and width of a micro-batch, as its batch plan has it; a GPU's is rounded up, see `trainer.widths`."""
+    return len(rows), max((int(lengths[row].sum()) for row in rows), default=0)
 
 
 def rows_of(plan: BatchPlan, micro: int) -> MicroRows:

@@ -28,7 +28,7 @@ from planner.measurement import (
     WindowSample,
 )
 from planner.memory import SAME_SHAPE, MemoryProbe
-from planner.prober import DoesNotFit, ProberFactory
+from planner.prober import DoesNotFit, Prober, ProberFactory
 from planner.rounds import LEAST_ROUNDS, REFERENCE_EVERY, choose_classes, turn_of
 from planner.sequence import sequence
 from planner.standing import Standing
@@ -368,21 +368,12 @@ class _Measuring:
         started = self.clock()
         on_gpu = group.signature.device != "cpu"
         # On a GPU twice, the second time in another order, and that time counts.
-        orders = [list(range(len(drawn))), *([self.random.permutation(len(drawn)).tolist()] if on_gpu else [])]
-        times = []
-        for order in orders:
-            asked = sequence(drawn, order, self.data.lengths, in_windows=on_gpu, most=group.largest_key)
-            run = prober.run(asked.micro_batches, asked.begins, asked.longest_rows)
-            times.append([run[place] for place in asked.places])
-            is_new = group.first_times.meet(asked.shapes)
-            if len(times) == 1:
-                new = [is_new[place] for place in asked.places]
-        seconds = times[-1]
+        seconds, is_new = self._run(group, prober, drawn, list(range(len(drawn))))
         if on_gpu:
-            each = zip(times[0], seconds, new, drawn, strict=True)
-            group.first_times.add(
-                [First(first, again, one_new, one.sample.stratum) for first, again, one_new, one in each]
-            )
+            first = seconds
+            seconds, _ = self._run(group, prober, drawn, self.random.permutation(len(drawn)).tolist())
+            each = zip(first, seconds, is_new, drawn, strict=True)
+            group.first_times.add([First(before, again, new, one.sample.stratum) for before, again, new, one in each])
         optimizer = prober.optimizer(1)
         group.round_seconds = self._spend(group, started)
         samples = tuple(replace(one.sample, seconds=seconds[number]) for number, one in enumerate(drawn))
@@ -394,6 +385,21 @@ class _Measuring:
                 conditions=self.meter() if self.meter else None,
             )
         )
+
+    def _run(
+        self, group: Group, prober: Prober, drawn: list[Drawn], order: list[int]
+    ) -> tuple[list[float], list[bool]]:
+        """Seconds of each of what was drawn, run in an order, and whether its shape was new to the process."""
+        asked = sequence(
+            drawn,
+            order,
+            self.data.lengths,
+            in_windows=group.signature.device != "cpu",
+            most=group.largest_key,
+        )
+        taken = prober.run(asked.micro_batches, asked.begins, asked.longest_rows)
+        is_new = group.first_times.meet(asked.shapes)
+        return [taken[place] for place in asked.places], [is_new[place] for place in asked.places]
 
     def _window(self, group: Group, left: float) -> None:
         """Time one window as a whole, where it takes no more than its share of what is left of the budget."""
@@ -411,7 +417,7 @@ class _Measuring:
         if Estimator(self._kept(group), self.strata, row.kind).window_seconds(samples) > WINDOW_SHARE * left:
             return
         started = self.clock()
-        longest = shapes.widest if row.job.packing else 0
+        longest = shapes.longest_row(row.job.packing)
         seconds = prober.window([rows_of(plan, micro) for micro in micros], longest)
         self._spend(group, started)
         is_new = group.first_times.meet([(one.rows, shared_width(one.width, longest)) for one in samples])

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from planner.first_times import Shape
-from planner.group import Group, rows_of
+from planner.group import Group, rows_of, shape_of
 from planner.measurement import LEFT_OUT, PlannedRow, RowVerdict
 from planner.prober import DoesNotFit, MemoryReply, MicroRows
 from planner.strata import keys
@@ -101,7 +100,8 @@ class MemoryProbe:
                     more = self._long_windows(members) if is_growing else []
                     reply = self._try_alone(group, windows, more, seconds)
                     # Its process has met these shapes: in a round they are no new ones.
-                    is_new = group.first_times.meet([self._shape(rows) for window in windows for rows in window])
+                    met = [shape_of(rows, self._data.lengths) for window in windows for rows in window]
+                    is_new = group.first_times.meet([(count, shared_width(wide)) for count, wide in met])
                     # The quickest: the others may have loaded.
                     again_seconds = len(reply.taken) * min(reply.taken, default=math.inf)
                     is_quick = again_seconds < AGAIN_SHARE * self._budget / len(self._groups)
@@ -197,9 +197,6 @@ class MemoryProbe:
             self._start(group)
             assert group.prober is not None
             return group.prober.memory(windows, more, seconds)
-
-    def _shape(self, rows: MicroRows) -> Shape:
-        return len(rows), shared_width(max(int(self._data.lengths[row].sum()) for row in rows))
 
     def _headroom(self, group: Group) -> int | None:
         """Bytes that stay free at the peak, on a CPU."""

@@ -16,9 +16,11 @@ import numpy as np
 
 from planner.decks import Drawn
 from planner.first_times import Shape
-from planner.group import rows_of
+from planner.group import rows_of, shape_of
 from planner.prober import MicroRows
+from planner.strata import key_of
 from trainer.batching import BatchPlan
+from trainer.tokens import IntArray
 from trainer.widths import shared_width
 
 SHORT = 2  # micro-batches of a window that is run as it is
@@ -35,9 +37,7 @@ class Sequence:
     places: list[int] = field(default_factory=list)  # of what was drawn
 
 
-def sequence(
-    drawn: list[Drawn], order: Iterable[int], lengths: np.ndarray, *, in_windows: bool, most: float
-) -> Sequence:
+def sequence(drawn: list[Drawn], order: Iterable[int], lengths: IntArray, *, in_windows: bool, most: float) -> Sequence:
     """These micro-batches, each in the company that it has in its window.
 
     One whose window is itself and another follows that other. Those of longer windows are put together into windows of
@@ -52,11 +52,11 @@ def sequence(
     """
     found = Sequence(places=[0] * len(drawn))
 
-    def add(one: Drawn, micro: int) -> None:
-        rows, width = _shape(one.plan, micro, lengths)
-        found.micro_batches.append(rows_of(one.plan, micro))
-        found.shapes.append((rows, shared_width(width, one.longest_row)))
-        found.longest_rows.append(one.longest_row)
+    def add(rows: MicroRows, longest_row: int) -> None:
+        found.micro_batches.append(rows)
+        count, width = shape_of(rows, lengths)
+        found.shapes.append((count, shared_width(width, longest_row)))
+        found.longest_rows.append(longest_row)
 
     for window in _windows(drawn, list(order)) if in_windows else [[number] for number in order]:
         if in_windows:
@@ -64,12 +64,12 @@ def sequence(
             first = drawn[window[0]]
             before = first.micro - first.plan.num_devices
             if len(window) == 1 and place_in_window(first.plan, first.micro) == (1, 2):
-                rows, width = _shape(first.plan, before, lengths)
-                if rows * width + width / 2.0**20 <= most:
-                    add(first, before)
+                rows = rows_of(first.plan, before)
+                if key_of(*shape_of(rows, lengths)) <= most:
+                    add(rows, first.longest_row)
         for number in window:
             found.places[number] = len(found.micro_batches)
-            add(drawn[number], drawn[number].micro)
+            add(rows_of(drawn[number].plan, drawn[number].micro), drawn[number].longest_row)
     return found
 
 
@@ -90,8 +90,3 @@ def place_in_window(plan: BatchPlan, micro: int) -> tuple[int, int]:
     window = int(np.searchsorted(plan.window_offsets, micro, side="right")) - 1
     first, last = int(plan.window_offsets[window]), int(plan.window_offsets[window + 1])
     return (micro - first) // plan.num_devices, -(-(last - first) // plan.num_devices)
-
-
-def _shape(plan: BatchPlan, micro: int, lengths: np.ndarray) -> Shape:
-    rows = rows_of(plan, micro)
-    return len(rows), max((int(lengths[row].sum()) for row in rows), default=0)

@@ -63,6 +63,11 @@ def keys(shapes: MicroShapes) -> FloatArray:
     return shapes.padded_tokens + shapes.width / 2.0**20
 
 
+def key_of(rows: int, width: int) -> float:
+    """The same of a single one."""
+    return rows * width + width / 2.0**20
+
+
 def make_strata(populations: list[tuple[Kind, MicroShapes]], count: int) -> Strata:
     """Strata over the union of some plans' micro-batches.
 

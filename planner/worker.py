@@ -84,6 +84,16 @@ def guarded(worker: Worker, request: dict[str, Any]) -> Any:
     return failed
 
 
+def loaded(worker: Worker, request: dict[str, Any]) -> Any:
+    """The reply to "load", what a run does once it has loaded counted in."""
+    answer = guarded(worker, request)
+    begun = time.perf_counter()
+    settle_garbage()
+    if "load_seconds" in answer:
+        answer["load_seconds"] += time.perf_counter() - begun
+    return answer
+
+
 def _private_streams() -> tuple[IO[str], IO[str]]:
     """The protocol's own streams. Afterwards fd 0 is empty and fd 1 is stderr: no library can read or write between."""
     incoming = os.fdopen(os.dup(0), "r", encoding="utf-8")
@@ -127,13 +137,7 @@ def main() -> None:
         request = json.loads(lines.get())
         if request.get("command") == "quit":
             return
-        answer = guarded(worker, request)
-        if request.get("command") == "load":
-            begun = time.perf_counter()
-            settle_garbage()
-            if "load_seconds" in answer:  # a run does so too, once it has loaded
-                answer["load_seconds"] += time.perf_counter() - begun
-        reply(answer)
+        reply(loaded(worker, request) if request.get("command") == "load" else guarded(worker, request))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class Works:
         key = (id(row.plan), row.kind, strata)
         if key not in self._new_shapes:
             shapes, devices = self._shapes(row.plan), row.plan.num_devices
-            longest = shapes.widest if row.job.packing else 0
+            longest = shapes.longest_row(row.job.packing)
             widest = shared_width(shapes.widest, longest)
             met = np.zeros((strata.count, int(shapes.rows.max(initial=0)) + 1, widest + 1), dtype=bool)
             micros = np.zeros(strata.count, dtype=np.int64)

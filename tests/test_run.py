@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,39 @@ def test_a_run_writes_its_folder_and_a_complete_record(make_run: Any) -> None:
     assert [line["step"] for line in lines] == list(range(1, 10))
     assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes", "seconds"} <= set(lines[0])
     assert not list(run.rglob("*.tmp"))
+
+
+def test_what_a_run_does_between_its_start_and_its_first_step_is_a_part_of_loading(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a second of each run on an H200 stood in no part of its breakdown, and in no estimate."""
+    import accelerate
+
+    from trainer import loop
+    from trainer.run import Clock
+
+    part, during = Clock.part, []
+    open_parts: list[str] = []
+
+    @contextlib.contextmanager
+    def watched(self: Clock, name: str) -> Any:
+        with part(self, name):
+            open_parts.append(name)
+            yield
+            open_parts.pop()
+
+    def noting(name: str, action: Any) -> Any:
+        def noted(*given: Any, **named: Any) -> Any:
+            during.append((name, *open_parts))
+            return action(*given, **named)
+
+        return noted
+
+    monkeypatch.setattr(Clock, "part", watched)
+    monkeypatch.setattr(accelerate, "Accelerator", noting("device", accelerate.Accelerator))
+    monkeypatch.setattr(loop, "settle_garbage", noting("garbage", lambda: None))
+    loop.train(make_run(), owns_process=True)
+    assert during == [("device", "load"), ("garbage", "load")]
 
 
 def test_the_adapter_loads_in_plain_peft_and_gives_the_same_logits(make_run: Any, tiny_model: Path) -> None:

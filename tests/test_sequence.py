@@ -14,7 +14,7 @@ from planner.group import rows_of
 from planner.measure import measure
 from planner.measurement import PlannedRow
 from planner.sequence import Sequence, place_in_window, sequence
-from planner.strata import make_strata
+from planner.strata import keys, make_strata
 from trainer.widths import shared_width
 
 LENGTHS = np.random.default_rng(5).integers(200, 900, 640)
@@ -57,6 +57,17 @@ def test_one_that_does_not_fit_is_not_run_for_the_sake_of_another() -> None:
     found = run_of(drawn(row, 7), in_windows=True, most=float(first) - 1)
     assert found.micro_batches == [rows_of(row.plan, 7)]
     assert found.begins == [0]
+
+
+def test_the_largest_of_all_that_fits_is_run_before_its_second() -> None:
+    """As wide as the plan has it, whatever a GPU's widths are rounded up to."""
+    row = row_of(micro_batch_size=8)
+    shapes = row.plan.micro_shapes(LENGTHS)
+    largest = int(keys(shapes).argmax())
+    assert place_in_window(row.plan, largest) == (0, 2)
+    assert shared_width(int(shapes.width[largest])) > shapes.width[largest]
+    found = run_of(drawn(row, largest + 1), most=float(keys(shapes).max()))
+    assert found.micro_batches == [rows_of(row.plan, largest), rows_of(row.plan, largest + 1)]
 
 
 def test_those_of_longer_windows_make_windows_of_their_own_from_the_longest_to_the_shortest() -> None:

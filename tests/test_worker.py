@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,20 @@ def test_a_packed_job_s_check_is_a_part_of_loading_as_in_a_run(folder: Path, mon
         with pytest.raises(MeasurementError, match="packing: documents leak"):
             packed.run([[[0, 1]]], [], [0])
     assert asked[1:] == [128]
+
+
+def test_loading_counts_the_garbage_that_a_run_collects_once_it_has_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from planner import worker as served
+
+    now = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(served, "time", clock)
+    monkeypatch.setattr(served, "settle_garbage", lambda: now.__setitem__(0, now[0] + 5000.0))
+    worker = Worker(make_job(model=str(folder / "model")), DATA, None)
+    assert served.loaded(worker, {"command": "load"})["load_seconds"] > 5000.0
+    assert "error" in served.loaded(worker, {"command": "unknown"})
 
 
 def test_gradients_pile_up_within_a_window_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,10 @@ class MicroShapes:
         """Tokens in the longest row; 0 where there is none."""
         return int(self.width.max(initial=0))
 
+    def longest_row(self, packing: bool) -> int:
+        """What `trainer.widths.shared_width` goes by: tokens in the longest row of a packed plan, else 0."""
+        return self.widest if packing else 0
+
     @property
     def largest(self) -> int:
         """Padded tokens of the largest; 0 where there is none."""

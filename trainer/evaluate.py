@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 # with 4,096 words, 2026-11-27), each in another hole of the heap, so that no probe of one batch foresaw it.
 CPU_TOKENS, CPU_ROWS = 512, 16
 # A GPU would wait for its calls: on an H200 a batch of 2,048 tokens took 22 to 28 ms in a model of 1 B, whatever its
-# shape, and 87 to 90 ms in one of 3 B (2026-11-27), where its arithmetic takes a quarter of that. So there are as many
-# tokens as in the run's largest micro-batch: with gradients that fits, without it needs less.
+# shape, and 87 to 90 ms in one of 3 B (2026-11-27): by what a token takes in training, a third and a quarter of that
+# would do. So there are as many tokens as in the run's largest micro-batch: with gradients that fits, without it needs
+# less.
 LEAST_TOKENS, MOST_TOKENS, MOST_ROWS = 2048, 16384, 128
 
 

@@ -108,4 +108,4 @@ def sizes_on_gpu(job: Job, plan: BatchPlan, lengths: IntArray) -> tuple[int, int
     if job.device == "cpu":
         return 0, 0
     shapes = plan.micro_shapes(lengths)
-    return shapes.largest, shapes.widest if job.packing else 0
+    return shapes.largest, shapes.longest_row(job.packing)
