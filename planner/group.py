@@ -10,7 +10,7 @@ from planner.first_times import FirstTimes, Shape
 from planner.measurement import FixedSamples, PlannedRow, Round, RowVerdict, StepSignature, WindowSample
 from planner.prober import LoadReply, MicroRows, Prober
 from trainer.batching import BatchPlan
-from trainer.tokens import IntArray
+from trainer.tokens import TokenizedDataset
 
 
 @dataclass(slots=True, eq=False)
@@ -66,9 +66,9 @@ class Group:
             self.prober = None
 
 
-def shape_of(rows: MicroRows, lengths: IntArray) -> Shape:
+def shape_of(plan: BatchPlan, rows: MicroRows, data: TokenizedDataset) -> Shape:
     """Rows and width of a micro-batch, as its batch plan has it; a GPU's is rounded up, see `trainer.widths`."""
-    return len(rows), max((int(lengths[row].sum()) for row in rows), default=0)
+    return len(rows), max((data.row_tokens(row, shared=plan.shares_beginning) for row in rows), default=0)
 
 
 def rows_of(plan: BatchPlan, micro: int) -> MicroRows:

@@ -393,7 +393,7 @@ class _Measuring:
         asked = sequence(
             drawn,
             order,
-            self.data.lengths,
+            self.data,
             in_windows=group.signature.device != "cpu",
             most=group.largest_key,
         )

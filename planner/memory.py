@@ -100,7 +100,7 @@ class MemoryProbe:
                     more = self._long_windows(members) if is_growing else []
                     reply = self._try_alone(group, windows, more, seconds)
                     # Its process has met these shapes: in a round they are no new ones.
-                    met = [shape_of(rows, self._data.lengths) for window in windows for rows in window]
+                    met = [shape_of(plan, rows, self._data) for window in windows for rows in window]
                     is_new = group.first_times.meet([(count, shared_width(wide)) for count, wide in met])
                     # The quickest: the others may have loaded.
                     again_seconds = len(reply.taken) * min(reply.taken, default=math.inf)

@@ -126,22 +126,28 @@ class Keys:
         parts = self._parts(job)
         return None if parts is None else _digest({**parts, "estimate": _source_digest(ESTIMATED_SOURCES)})
 
-    def of_measurement(self, job: Job, disk: str | None = None) -> str | None:
+    def of_measurement(self, job: Job, data: TokenizedDataset, disk: str | None = None) -> str | None:
         """A measurement stands for jobs with the same key, as far as their batches allow; None as for `of_runs`.
 
         Args:
+            data: of which only what its packed rows begin with in common counts here.
             disk: on which a checkpoint was or would be timed; None where none is.
         """
         parts = self._parts(job)
         if parts is None:
             return None
+        beginning = data.beginning if job.packing and job.attends_apart else None
+        if beginning is not None:
+            parts["beginning"] = beginning.num_tokens
         return _digest({**parts, "max_length": job.preset.max_length, "packed_length": job.packed_length, "disk": disk})
 
     def of_data(self, data: TokenizedDataset) -> str:
-        """Data with the same key takes the same time: its examples' lengths, and how much of each is learnt from."""
+        """Data with the same key takes the same time: lengths, how much of each is learnt from, what examples share."""
         if data not in self._data:
             sha = hashlib.sha256(np.ascontiguousarray(data.lengths).data)
             sha.update(np.ascontiguousarray(data.num_supervised).data)
+            if data.beginning is not None:
+                sha.update(f"{data.beginning.num_tokens}".encode() + np.packbits(data.beginning.has_it).tobytes())
             self._data[data] = sha.hexdigest()[:16]
         return self._data[data]
 
@@ -255,7 +261,7 @@ def keep(
             for row, verdict in zip(members, verdicts, strict=True)
             if verdict is not None and verdict.fits is not None
         ]
-        key = made.of_measurement(members[0].job, disk) if members else None
+        key = made.of_measurement(members[0].job, data, disk) if members else None
         timed = measurement.rounds or not any(row.verdict.fits for row in judged)
         if key is None or measurement.error is not None or not judged or not timed:
             continue
@@ -313,7 +319,7 @@ def reuse(
         wanted.setdefault(StepSignature.of(row.job), []).append(row)
     keyed: dict[StepSignature, str] = {}
     for signature, members in wanted.items():
-        key = made.of_measurement(members[0].job, disk)
+        key = made.of_measurement(members[0].job, data, disk)
         if key is None:
             return None
         keyed[signature] = key

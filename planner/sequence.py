@@ -20,7 +20,7 @@ from planner.group import rows_of, shape_of
 from planner.prober import MicroRows
 from planner.strata import key_of
 from trainer.batching import BatchPlan
-from trainer.tokens import IntArray
+from trainer.tokens import TokenizedDataset
 from trainer.widths import shared_width
 
 SHORT = 2  # micro-batches of a window that is run as it is
@@ -37,7 +37,9 @@ class Sequence:
     places: list[int] = field(default_factory=list)  # of what was drawn
 
 
-def sequence(drawn: list[Drawn], order: Iterable[int], lengths: IntArray, *, in_windows: bool, most: float) -> Sequence:
+def sequence(
+    drawn: list[Drawn], order: Iterable[int], data: TokenizedDataset, *, in_windows: bool, most: float
+) -> Sequence:
     """These micro-batches, each in the company that it has in its window.
 
     One whose window is itself and another follows that other. Those of longer windows are put together into windows of
@@ -46,15 +48,14 @@ def sequence(drawn: list[Drawn], order: Iterable[int], lengths: IntArray, *, in_
 
     Args:
         order: in which they are asked for, as far as windows leave a choice; numbers of `drawn`.
-        lengths: of the examples, in tokens.
         in_windows: wait where a window begins; else they follow each other in the order as it is.
         most: key (see `planner.strata.keys`) of the largest that may be run.
     """
     found = Sequence(places=[0] * len(drawn))
 
-    def add(rows: MicroRows, longest_row: int) -> None:
+    def add(plan: BatchPlan, rows: MicroRows, longest_row: int) -> None:
         found.micro_batches.append(rows)
-        count, width = shape_of(rows, lengths)
+        count, width = shape_of(plan, rows, data)
         found.shapes.append((count, shared_width(width, longest_row)))
         found.longest_rows.append(longest_row)
 
@@ -65,11 +66,12 @@ def sequence(drawn: list[Drawn], order: Iterable[int], lengths: IntArray, *, in_
             before = first.micro - first.plan.num_devices
             if len(window) == 1 and place_in_window(first.plan, first.micro) == (1, 2):
                 rows = rows_of(first.plan, before)
-                if key_of(*shape_of(rows, lengths)) <= most:
-                    add(rows, first.longest_row)
+                if key_of(*shape_of(first.plan, rows, data)) <= most:
+                    add(first.plan, rows, first.longest_row)
         for number in window:
             found.places[number] = len(found.micro_batches)
-            add(rows_of(drawn[number].plan, drawn[number].micro), drawn[number].longest_row)
+            one = drawn[number]
+            add(one.plan, rows_of(one.plan, one.micro), one.longest_row)
     return found
 
 

@@ -196,7 +196,11 @@ class _Tuning:
         most -= most % WINDOW_MULTIPLE
         for wanted in self.wanted:
             plan = self.trials.row(wanted.name, wanted.job).plan
-            longest = int(plan.per_window(self.data.lengths).max())
+            beginning = self.data.beginning if wanted.job.attends_apart else None
+            if beginning is None:
+                longest = int(plan.per_window(self.data.lengths).max())
+            else:
+                longest = int(plan.per_window(beginning.own(self.data.lengths)).max()) + beginning.num_tokens
             part = longest / -(-longest // most)
             found.add(math.ceil(part / WINDOW_MULTIPLE) * WINDOW_MULTIPLE)
         return found

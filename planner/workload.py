@@ -42,7 +42,7 @@ class Worker:
 
     def __init__(self, job: Job, data: TokenizedDataset, scratch: Path | None) -> None:
         self.job = job
-        self.data = data
+        self.data = data.as_planned(shares_beginning=job.attends_apart)
         self.scratch = scratch
         self._loaded: LoadedModel | None = None
         self._stepper: Stepper | None = None
@@ -266,7 +266,7 @@ class Worker:
         if not any(len(row) > 1 for rows in micro_batches for row in rows):
             return
         if not self._is_settled:
-            longest = max(int(self.data.lengths[row].sum()) for rows in micro_batches for row in rows)
+            longest = max(self.data.row_tokens(row) for rows in micro_batches for row in rows)
             self._settle_packing(replace(self.job, packed_length=longest))
         if self._packing_refused is not None:
             raise MeasurementError(f"packing: {self._packing_refused}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,17 +82,42 @@ def with_lora(model: Any, targets: Any = "all-linear") -> Any:
     return wrapped.double()
 
 
-def random_data(lengths: list[int], *, seed: int = 0, supervised: float = 0.6) -> TokenizedDataset:
-    """Random tokens of these lengths, a random part of them targets."""
+def random_data(
+    lengths: list[int], *, seed: int = 0, supervised: float = 0.6, beginning: int = 0, without: Sequence[int] = ()
+) -> TokenizedDataset:
+    """Random tokens of these lengths, a random part of them targets.
+
+    Args:
+        beginning: the first so many are the same in each example, and they and the next one are no targets.
+        without: examples that begin otherwise.
+    """
     random = np.random.default_rng(seed)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     counted = random.random(offsets[-1]) < supervised
     counted[offsets[:-1]] = False
+    ids = random.integers(0, VOCABULARY, offsets[-1]).astype(np.int32)
+    for start in offsets[:-1] if beginning else ():
+        counted[start : start + beginning + 1] = False
+        ids[start : start + beginning] = np.arange(beginning) * 5 % VOCABULARY
+    ids[offsets[:-1][list(without)]] += 1
     return TokenizedDataset(
-        token_ids=random.integers(0, VOCABULARY, offsets[-1]).astype(np.int32),
+        token_ids=ids,
         supervised=counted,
         offsets=offsets,
         report=DataReport(source="random", num_records=len(lengths)),
+    )
+
+
+def with_beginning(data: TokenizedDataset, size: int) -> TokenizedDataset:
+    """The same examples, each behind the same tokens, none of them a target."""
+    starts = data.offsets[:-1]
+    common = np.tile(np.arange(size, dtype=np.int32) + 5, len(data))
+    return replace(
+        data,
+        token_ids=np.insert(data.token_ids, np.repeat(starts, size), common),
+        supervised=np.insert(data.supervised, np.repeat(starts, size), False),
+        offsets=data.offsets + size * np.arange(len(data) + 1),
+        begins_alike=None,
     )
 
 

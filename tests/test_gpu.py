@@ -79,21 +79,28 @@ def test_half_precision_gradients_are_near_those_of_fp32(
     assert difference < (0.02 if precision == "fp16" else 0.1)
 
 
+@pytest.mark.parametrize("beginning", [0, 30])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_documents_in_groups_have_the_gradient_of_rows_of_their_own(
-    precision: str, tiny_model: Path, data: Any, make_job: Any
+    precision: str, beginning: int, tiny_model: Path, data: Any, make_job: Any
 ) -> None:
+    from small_models import with_beginning
+
     from trainer import documents
     from trainer.step import clear_gradients, micro_step
 
     if precision == "bf16" and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("needs compute capability 8.0")
+    if beginning:
+        data = with_beginning(data, beginning)
     stepper, model = stepper_of(tiny_model, precision, make_job)
     documents.use(model, apart=True)
     found = []
     for rows in ([[0, 1, 2, 3], [4, 5], [6]], [[number] for number in range(7)]):
         batch = batches(tiny_model, data, rows)
         assert (batch.arrangement is not None) == any(len(row) > 1 for row in rows)
+        if batch.arrangement is not None:
+            assert [len(others) for _, others in batch.arrangement.repeated] == ([3, 1] if beginning else [])
         micro_step(stepper, batch, scale=0.01)
         found.append(torch.cat([one.grad.flatten() for one in stepper.parameters if one.grad is not None]))
         clear_gradients(stepper.parameters)

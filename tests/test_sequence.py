@@ -30,7 +30,7 @@ def drawn(row: PlannedRow, *micros: int) -> list[Drawn]:
 
 
 def run_of(drawn: list[Drawn], *, in_windows: bool = True, most: float = 1e9) -> Sequence:
-    return sequence(drawn, range(len(drawn)), LENGTHS, in_windows=in_windows, most=most)
+    return sequence(drawn, range(len(drawn)), DATA, in_windows=in_windows, most=most)
 
 
 def row_of(**changes: Any) -> PlannedRow:
@@ -89,7 +89,7 @@ def test_those_of_longer_windows_make_windows_of_their_own_from_the_longest_to_t
 def test_the_order_that_is_asked_for_holds_where_there_are_no_windows() -> None:
     row = row_of(micro_batch_size=4)
     asked = drawn(row, 5, 4, 6)
-    found = sequence(asked, [2, 0, 1], LENGTHS, in_windows=False, most=1e9)
+    found = sequence(asked, [2, 0, 1], DATA, in_windows=False, most=1e9)
     assert found.micro_batches == [rows_of(row.plan, micro) for micro in (6, 5, 4)]
     assert found.places == [1, 2, 0]
     assert found.begins == []

@@ -44,8 +44,7 @@ def settle_packing(model: Any, data: TokenizedDataset, job: Job, *, tell_leaks: 
         "packed_length": job.packed_length or job.preset.max_length,
         "tell_leaks": tell_leaks,
     }
-    # Compiled layers would be compiled anew for each arrangement of documents.
-    if job.preset.attention == "sdpa" and not job.compile:
+    if job.attends_apart:
         try:
             documents.use(model, apart=True)
         except (ValueError, AttributeError) as reason:  # a model that takes no attention but its own
@@ -71,7 +70,8 @@ def packing_agrees(
     """None where packed and separate logits agree on this very model, else the reason why packing is not for it.
 
     Compared are a few examples in one row against each of them alone, in evaluation mode, as a run would feed them:
-    `position_ids` that start at 0 with each document, no attention mask, no cache. The same row without `position_ids`
+    `position_ids` that start at 0 with each document, no attention mask, no cache; what they begin with in common only
+    once where the data's packed rows hold it so (`trainer.beginning`). The same row without `position_ids`
     mixes its documents on purpose and shows how much that changes. Logits are made and compared a chunk of positions at
     a time where the model can be cut before its output layer: those of four documents of 1,024 tokens are 2.5 GB, held
     several times over, with 150,000 words.
@@ -152,7 +152,8 @@ def _compared(
         return found - found.mean(dim=-1, keepdim=True)  # what softmax does not see does not count
 
     alone = torch.cat([outputs(chosen[index : index + 1]) for index in range(len(chosen))])
-    together, across = outputs(chosen), outputs(chosen, apart=False)
+    places = torch.from_numpy(_places(data, chosen)).to(alone.device)
+    together, across = outputs(chosen)[places], outputs(chosen, apart=False)[places]
     vocabulary = alone.shape[-1] if head is None else head.vocabulary
     rows = max(1, CHUNK_BYTES.get(alone.device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary))
     squares, packed, mixed = (torch.zeros((), device=alone.device) for _ in range(3))
@@ -167,14 +168,30 @@ def _compared(
     return float(packed / typical), float(mixed / typical)
 
 
+def _places(data: TokenizedDataset, chosen: IntArray) -> IntArray:
+    """Where in the row of these documents each position of each document is, one document after the other."""
+    common = 0 if data.beginning is None else data.beginning.shared_by(chosen)
+    found = []
+    at = 0  # where the document would begin if it stood there as a whole
+    for length in data.lengths[chosen].tolist():
+        own = np.arange(length)
+        found.append(np.where(own < common, own, at + own))
+        at += length - common
+    return np.concatenate(found)
+
+
 def _documents(data: TokenizedDataset, examples: IntArray, packed_length: int | None) -> IntArray:
     """A few examples that fit into one row, the longest that have company: sliding windows need long ones to act."""
     usable = examples[data.lengths[examples] > 1]
+    if data.beginning is not None and data.beginning.has_it[usable].sum() > 1:
+        usable = usable[data.beginning.has_it[usable]]  # rows of these are the harder case
     usable = usable[np.argsort(-data.lengths[usable], kind="stable")]
     lengths = data.lengths[usable]
     if len(usable) < 2:
         return usable
     room = int(packed_length if packed_length is not None else lengths[:MAX_DOCUMENTS].sum())
+    common = data.beginning.shared_by(usable[:2]) if data.beginning is not None else 0
+    lengths, room = lengths - common, room - common
     chosen: list[int] = []
     for example, length in zip(usable.tolist(), lengths.tolist(), strict=True):
         kept_free = 0 if chosen else int(lengths[-1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,9 @@ from trainer.tokens import IntArray
 if TYPE_CHECKING:
     import torch
 
-Document = tuple[int, int, int]  # row, first position, end
+# Row, first position, end, and how many of the row's first positions come before the first one for this document: what
+# it has in common with the row's first document, which holds it.
+Document = tuple[int, int, int, int]
 
 SHORTEST = 0.5  # of a group's longest document: shorter ones start a group of their own
 MULTIPLE = 16  # a group's width is rounded up to it: fewer shapes, and tiles that are full
@@ -24,40 +26,58 @@ class Arrangement:
     """Which position of the rows stands where in the groups, and the way back.
 
     A handful of calls do for any number of documents. A group is as wide as its longest document; padding stands on the
-    right, where causal attention never looks.
+    right, where causal attention never looks. What a row's documents have in common stands in front of each.
     """
 
     places: torch.Tensor  # (padded,) int64: for each place in the groups a position in the flattened (rows * width)
-    back: torch.Tensor  # (rows * width,) int64: for each position its place in the groups
+    back: torch.Tensor  # (rows * width,) int64: for each position its place in the groups, of several the first
     groups: tuple[tuple[int, int], ...]  # (documents, width) of each, one after the other in `places`
+    # Of each row whose documents begin alike, where its beginning starts in the flattened rows, and the other places
+    # of it: (documents but the first, tokens) int64.
+    repeated: tuple[tuple[int, torch.Tensor], ...] = ()
 
     @property
     def sizes(self) -> list[int]:
         """Places of each group."""
         return [count * width for count, width in self.groups]
 
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Arrangement:
+        """The same with its tensors elsewhere."""
+        repeated = tuple((start, move(places)) for start, places in self.repeated)
+        return Arrangement(move(self.places), move(self.back), self.groups, repeated)
+
 
 def arrange(documents: tuple[Document, ...], width: int) -> Arrangement:
     """The groups of some documents that fill their rows without gaps, each `width` wide."""
     import torch
 
-    starts = np.array([row * width + start for row, start, _ in documents], dtype=np.int64)
-    lengths = np.array([end - start for _, start, end in documents], dtype=np.int64)
+    rows, firsts, ends, before = np.array(documents, dtype=np.int64).T
+    starts, own = rows * width + firsts, ends - firsts
+    lengths = before + own
     places: list[IntArray] = []
     groups: list[tuple[int, int]] = []
-    back = np.empty(int(lengths.sum()), dtype=np.int64)
+    back = np.empty(int(own.sum()), dtype=np.int64)
+    of_documents = np.empty(len(documents), dtype=np.int64)  # place of each one's first token
     at = 0
     for members in _alike(lengths):
         wide = -(-int(lengths[members[0]]) // MULTIPLE) * MULTIPLE
         column = np.arange(wide)
-        own = lengths[members, None]
-        found = starts[members, None] + np.minimum(column, own - 1)  # padding repeats the document's last position
-        is_real = column < own
-        back[found[is_real]] = at + np.flatnonzero(is_real)
+        # Padding repeats the document's last position.
+        inside = np.minimum(column, lengths[members, None] - 1)
+        common = before[members, None]
+        found = np.where(inside < common, rows[members, None] * width, starts[members, None] - common) + inside
+        is_own = (column >= common) & (column < lengths[members, None])
+        back[found[is_own]] = at + np.flatnonzero(is_own)
+        of_documents[members] = at + wide * np.arange(len(members))
         places.append(found.ravel())
         groups.append((len(members), wide))
         at += found.size
-    return Arrangement(torch.from_numpy(np.concatenate(places)), torch.from_numpy(back), tuple(groups))
+    repeated = []
+    for row in np.unique(rows[before > 0]).tolist():
+        others = (rows == row) & (before > 0)
+        tokens = np.arange(int(before[others].max()))
+        repeated.append((row * width, torch.from_numpy(of_documents[others, None] + tokens)))
+    return Arrangement(torch.from_numpy(np.concatenate(places)), torch.from_numpy(back), tuple(groups), tuple(repeated))
 
 
 def _alike(lengths: IntArray) -> Iterator[IntArray]:

@@ -13,11 +13,13 @@ import os
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from dataclasses import field as dataclass_field
 from pathlib import Path
 
 import numpy as np
 
 from presets.errors import DataError, RunError
+from trainer.beginning import Beginning
 from trainer.tokens import IntArray
 
 MEGA_WINDOWS = 50  # windows whose examples are sorted together when grouping by length, as in transformers
@@ -93,6 +95,13 @@ class BatchPlan:
     window_epoch: IntArray  # (num_windows,) counted from 0 within its pass
     evaluation: IntArray  # held-out examples, ascending
     num_devices: int = 1
+    # (num_rows,) tokens that a row saves by holding only once what its documents begin with (trainer.beginning); (0,):
+    # rows hold their documents whole.
+    saved: IntArray = dataclass_field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    @property
+    def shares_beginning(self) -> bool:
+        return len(self.saved) > 0
 
     @property
     def num_steps(self) -> int:
@@ -127,6 +136,8 @@ class BatchPlan:
         row_tokens = lengths[self.order]
         if not _is_one_each(self.row_offsets, len(self.order)):
             row_tokens = _sums(row_tokens, self.row_offsets)
+        if self.shares_beginning:
+            row_tokens = row_tokens - self.saved
         if _is_one_each(self.micro_offsets, len(row_tokens)):
             return MicroShapes(rows=_ones(len(row_tokens)), width=row_tokens, tokens=row_tokens)
         return MicroShapes(
@@ -147,6 +158,8 @@ class BatchPlan:
         """What tells this plan from any other: SHA-256 over its arrays, in hexadecimal."""
         sha = hashlib.sha256()
         for field in fields(self):
+            if field.name == "saved" and not self.shares_beginning:
+                continue  # as it was before there were any
             values = np.ascontiguousarray(getattr(self, field.name), dtype=np.int64)
             sha.update(f"{field.name} {values.shape}\n".encode())
             sha.update(values.data)
@@ -168,7 +181,8 @@ class BatchPlan:
         try:
             # Opened here: of a damaged file numpy would leave the one that it opened open.
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-                arrays = {field.name: archive[field.name] for field in fields(cls)}
+                names = [field.name for field in fields(cls) if field.name != "saved" or "saved" in archive]
+                arrays = {name: archive[name] for name in names}
             arrays["num_devices"] = int(arrays["num_devices"])
             plan = cls(**arrays)
             problem = plan._problem()
@@ -184,7 +198,7 @@ class BatchPlan:
     def _problem(self) -> str | None:
         """What is wrong with the arrays of a file: offsets must rise from 0 to the end of what they point into."""
         levels = (self.order, self.row_offsets, self.micro_offsets, self.window_offsets)
-        every = (*levels, self.window_phase, self.window_epoch, self.evaluation)
+        every = (*levels, self.window_phase, self.window_epoch, self.evaluation, self.saved)
         if any(array.ndim != 1 or not np.issubdtype(array.dtype, np.integer) for array in every):
             return "an array is no list of whole numbers"
         lengths = (len(self.order), *(len(level) - 1 for level in levels[1:-1]))
@@ -193,7 +207,9 @@ class BatchPlan:
                 return "its offsets do not fit together"
         if {len(self.window_phase), len(self.window_epoch)} != {self.num_steps} or self.num_devices < 1:
             return "its windows do not fit together"
-        if any(len(array) and int(array.min()) < 0 for array in (self.order, self.evaluation)):
+        if len(self.saved) not in (0, len(self.row_offsets) - 1):
+            return "its rows do not fit together"
+        if any(len(array) and int(array.min()) < 0 for array in (self.order, self.evaluation, self.saved)):
             return "it names an example below 0"
         return None
 
@@ -209,6 +225,7 @@ def make_batch_plan(
     sort_window: bool = True,
     packed_length: int | None = None,
     group_by_length: bool = False,
+    beginning: Beginning | None = None,
 ) -> BatchPlan:
     """The batches of a run, the same for the same arguments.
 
@@ -223,6 +240,7 @@ def make_batch_plan(
         sort_window: put a window's longest examples first, so that neighbours in a micro-batch are alike.
         packed_length: tokens per packed row; None: one document a row.
         group_by_length: make windows of examples that are alike in length, see `_grouped`.
+        beginning: what packed rows hold once. Examples that have it and those that do not share no row.
 
     Raises:
         DataError: a pass is empty.
@@ -244,7 +262,7 @@ def make_batch_plan(
                     examples = _grouped(lengths, examples, stretch.global_batch_size, of_windows)
                 for windows in _windows(examples, stretch.global_batch_size):
                     if packed_length is not None:
-                        made = _packed(lengths, windows, micro_batch_size, num_devices, packed_length)
+                        made = _packed(lengths, windows, micro_batch_size, num_devices, packed_length, beginning)
                     else:
                         made = _plain(lengths, windows, micro_batch_size, num_devices, sort_window)
                     steps_done += len(windows)
@@ -261,6 +279,7 @@ def make_batch_plan(
         window_epoch=np.repeat([epoch for _, epoch in of_parts], num_windows),
         evaluation=held_out,
         num_devices=num_devices,
+        saved=np.concatenate([part.saved for part in parts]),
     )
 
 
@@ -314,6 +333,7 @@ class _Part:
     rows: IntArray  # (rows,) documents in each
     micros: IntArray  # (micro-batches,) rows in each
     windows: IntArray  # (windows,) micro-batches in each
+    saved: IntArray = dataclass_field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # as in BatchPlan
 
     @property
     def num_windows(self) -> int:
@@ -359,38 +379,49 @@ def _plain(
 
 
 def _packed(
-    lengths: IntArray, windows: IntArray, micro_batch_size: int, num_devices: int, packed_length: int
+    lengths: IntArray,
+    windows: IntArray,
+    micro_batch_size: int,
+    num_devices: int,
+    packed_length: int,
+    beginning: Beginning | None,
 ) -> list[_Part]:
     """Windows of the same number of documents, packed into rows."""
     parts = []
     for block in _blocks(windows):
         some = _longest_first(lengths, windows[block])
-        rows = pack(lengths[some], packed_length)
+        common = np.zeros(some.shape, dtype=np.int64)
+        if beginning is not None:
+            common[beginning.has_it[some]] = beginning.num_tokens
+        rows = pack(lengths[some] - common, packed_length, common)
         by_row = np.argsort(rows, axis=1, kind="stable")
-        some = np.take_along_axis(some, by_row, axis=1)
-        rows = np.take_along_axis(rows, by_row, axis=1)
+        some, common, rows = (np.take_along_axis(one, by_row, axis=1) for one in (some, common, rows))
         starts_row = np.ones(rows.shape, dtype=bool)
         starts_row[:, 1:] = rows[:, 1:] != rows[:, :-1]
         in_window, micros = _deal(starts_row.sum(axis=1), micro_batch_size, num_devices)
         sizes = np.diff(np.append(np.flatnonzero(starts_row.ravel()), some.size))
-        parts.append(_Part(order=some.ravel(), rows=sizes, micros=micros, windows=in_window))
+        saved = common[starts_row] * (sizes - 1) if beginning is not None else sizes[:0]
+        parts.append(_Part(order=some.ravel(), rows=sizes, micros=micros, windows=in_window, saved=saved))
     return parts
 
 
-def pack(lengths: IntArray, packed_length: int) -> IntArray:
+def pack(lengths: IntArray, packed_length: int, common: IntArray | None = None) -> IntArray:
     """Row number of each document: best-fit decreasing, in all windows at once.
 
     Best fit puts a document into the row it leaves least room in; it needs at most 11/9 of the fewest rows, plus one
     (Johnson, 1973). A document longer than a row gets a row of its own.
 
     Args:
-        lengths: (windows, documents), each window's longest first.
+        lengths: (windows, documents), each window's longest first; without what a row's documents have in common.
+        common: (windows, documents) tokens that a row with this document holds once. Documents that differ in it share
+            no row. None: nothing.
 
     Returns:
         Row of each document, (windows, documents), counted from 0 in each window without gaps.
     """
     num_windows, num_documents = lengths.shape
     room = np.full((num_windows, num_documents), packed_length, dtype=np.int64)
+    of_rows = None if common is None or not common.any() else np.zeros_like(room)  # what a row's documents share
     used = np.zeros(num_windows, dtype=np.int64)  # rows opened
     rows = np.empty((num_windows, num_documents), dtype=np.int64)
     here = np.arange(num_windows)
@@ -399,11 +430,16 @@ def pack(lengths: IntArray, packed_length: int) -> IntArray:
         most = int(used.max()) if column else 0
         left = room[:, :most] - length[:, None]
         closed = (left < 0) | (np.arange(most) >= used[:, None])
+        if of_rows is not None and common is not None:
+            closed |= of_rows[:, :most] != common[:, column, None]
         left = np.where(closed, np.iinfo(np.int64).max, left)
         best = left.argmin(axis=1) if most else np.zeros(num_windows, dtype=np.int64)
         fits = ~closed[here, best] if most else np.zeros(num_windows, dtype=bool)
         target = np.where(fits, best, used)
         rows[:, column] = target
+        if of_rows is not None and common is not None:
+            of_rows[here, target] = common[:, column]
+            room[here, target] -= np.where(fits, 0, common[:, column])
         room[here, target] -= length
         used += ~fits
     return rows

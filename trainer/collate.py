@@ -21,7 +21,9 @@ class MicroBatch:
 
     Rows are padded on the right and carry no attention mask: causal attention never looks right, so a real token does
     not see padding, and without a mask the fastest kernels apply. Packed rows carry `position_ids` that start at 0
-    with each document; the model keeps documents apart by them, or by `documents` (see `trainer.documents`).
+    with each document; the model keeps documents apart by them, or by `documents` (see `trainer.documents`). Where the
+    documents of a row begin alike (`trainer.beginning`), the first one holds the beginning and the others only what
+    follows it, whose positions go on from there.
     """
 
     input_ids: torch.Tensor  # (rows, width) int64
@@ -43,8 +45,7 @@ class MicroBatch:
 
         arrangement = None
         if self.documents is not None:
-            found = arrange(self.documents, self.input_ids.shape[1])
-            arrangement = Arrangement(move(found.places), move(found.back), found.groups)
+            arrangement = arrange(self.documents, self.input_ids.shape[1]).moved(move)
         return MicroBatch(
             input_ids=move(self.input_ids),
             position_ids=None if self.position_ids is None else move(self.position_ids),
@@ -79,10 +80,11 @@ def collate(
     """
     import torch
 
-    offsets = data.offsets
+    offsets, beginning = data.offsets, data.beginning
     spans = [[(int(offsets[i]), int(offsets[i + 1])) for i in row] for row in rows] or [[]]
     packed = any(len(row) > 1 for row in spans)
-    width = max((sum(end - start for start, end in row) for row in spans), default=0) or 1
+    common = [0 if beginning is None else beginning.shared_by(row) for row in rows] or [0]
+    width = max((data.row_tokens(row) for row in rows), default=0) or 1
     if shared:
         most = shared_width(width, longest_row)
         width = most if packed else max(width, min(most, data.longest))
@@ -93,16 +95,18 @@ def collate(
     documents: list[Document] = []
     num_tokens = 0
     for index, row in enumerate(spans):
-        at = 0
+        at = known = 0
         for start, end in row:
+            start += known  # what the row holds already
             size = end - start
             ids[index, at : at + size] = data.token_ids[start:end]
             counts[index, at : at + size] = data.supervised[start:end]
             counts[index, at] = False  # nothing before a document's first token predicts it
             if positions is not None:
-                positions[index, at : at + size] = np.arange(size)
-                documents.append((index, at, at + size))
+                positions[index, at : at + size] = np.arange(known, known + size)
+                documents.append((index, at, at + size, known))
             at += size
+            known = common[index]
         if positions is not None and at < width:
             # Padding is a document of its own, or several: a position that none of these documents has would choose
             # other frequencies for all of them where a model goes by the largest (LongRoPE).
@@ -110,9 +114,9 @@ def collate(
             last = documents[-1] if documents and documents[-1][0] == index else None
             if last is not None and width - at < at - last[1]:
                 # For attention a little of it is the end of the last one, which never looks right: a call less.
-                documents[-1] = (index, last[1], width)
+                documents[-1] = (index, last[1], width, last[3])
             else:
-                documents.append((index, at, width))
+                documents.append((index, at, width, 0))
         num_tokens += at
     target_positions = np.flatnonzero(counts.ravel())
     return MicroBatch(

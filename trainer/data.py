@@ -33,7 +33,7 @@ from trainer.records import Examples, read_examples
 from trainer.sources import RawRecord, is_hub_name, open_source
 from trainer.tokens import DataReport, TokenizedDataset
 
-FORMAT_VERSION = 2  # raise it when the same data would be tokenised or masked otherwise than before
+FORMAT_VERSION = 3  # raise it when the same data would be tokenised or masked otherwise than before
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json",
@@ -322,6 +322,7 @@ def _write(spec: DataSpec, examples: Examples, encoder: ChatEncoder, folder: Pat
         report = encode_examples(spec, examples, encoder, files)
         files.finish(with_scores={name: examples.has(name) for name in ("engagement", "created_at")})
     (folder / "report.json").write_text(jsonio.to_json(report), encoding="utf-8")
+    TokenizedDataset.load(folder).save_beginning(folder)
 
 
 def _unused_name(entry: Path) -> Path:

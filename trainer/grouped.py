@@ -1,7 +1,9 @@
 """Attention of packed documents laid side by side in padded groups: see `trainer.documents` and `trainer.arrangement`.
 
 Both ways there and back are plain selections, forward and backward: each position has one place among the groups, and
-padding takes no part, so that nothing has to be added up.
+padding takes no part, so that nothing has to be added up. Only what a row's documents have in common stands in several
+places: what comes out at all but the first is dropped, and its keys and values get the sum of their gradients. (Asked
+only once, as on a CPU, the others would need a mask, which FlashAttention's kernels do not take.)
 """
 
 from __future__ import annotations
@@ -13,19 +15,31 @@ import torch
 from trainer import documents
 from trainer.arrangement import Arrangement
 
+Repeated = tuple[tuple[int, torch.Tensor], ...]  # see Arrangement
+
 
 class _Spread(torch.autograd.Function):
     """Positions of the rows -> places of the groups. Padding has no gradient: nothing looks at it."""
 
     @staticmethod
-    def forward(ctx: Any, flat: torch.Tensor, places: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(back)
+    def forward(
+        ctx: Any, flat: torch.Tensor, places: torch.Tensor, back: torch.Tensor, repeated: Repeated
+    ) -> torch.Tensor:
+        ctx.save_for_backward(back, *(others for _, others in repeated))
+        ctx.starts = [start for start, _ in repeated]
         return flat.index_select(0, places)
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (back,) = ctx.saved_tensors
-        return upstream[0].index_select(0, back), None, None
+        back, *repeated = ctx.saved_tensors
+        (of_places,) = upstream
+        found = of_places.index_select(0, back)
+        for start, others in zip(ctx.starts, repeated, strict=True):
+            documents, tokens = others.shape
+            more = of_places.index_select(0, others.view(-1)).view(documents, tokens, *of_places.shape[1:])
+            # Not in half precision, where dozens of documents would be rounded one after the other.
+            found[start : start + tokens] += more.sum(0, dtype=torch.promote_types(more.dtype, torch.float32))
+        return found, None, None, None
 
 
 class _Collect(torch.autograd.Function):
@@ -58,9 +72,9 @@ def in_groups(
     rows, heads, width, _ = query.shape
     window = named.get("sliding_window")
     spread = []
-    for tensor in (query, key, value):
+    for tensor, repeated in ((query, ()), (key, found.repeated), (value, found.repeated)):
         flat = tensor.transpose(1, 2).reshape(rows * width, *tensor.shape[1::2])  # (positions, heads, head size)
-        spread.append(_Spread.apply(flat, found.places, found.back).split(found.sizes))
+        spread.append(_Spread.apply(flat, found.places, found.back, repeated).split(found.sizes))
     attended = []
     for (count, wide), *parts in zip(found.groups, *spread, strict=True):
         group = (part.view(count, wide, *part.shape[1:]).transpose(1, 2) for part in parts)

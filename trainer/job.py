@@ -137,6 +137,14 @@ class Job:
         return (self.packed_length or self.preset.max_length) if self.packing else 0
 
     @property
+    def attends_apart(self) -> bool:
+        """Whether packed documents are attended to one by one where the model allows it (`trainer.documents`).
+
+        Compiled layers would be compiled anew for each arrangement of documents.
+        """
+        return self.preset.attention == "sdpa" and not self.compile
+
+    @property
     def gradient_accumulation_steps(self) -> tuple[int, ...]:
         """Micro-batches per optimizer step and device, one per phase: what holds the global batch on these devices."""
         return tuple(self._accumulation(size) for size in self.global_batch_sizes)

@@ -112,6 +112,9 @@ def model_arguments(model: Any, batch: MicroBatch) -> dict[str, Any]:
         arguments["position_ids"] = batch.position_ids
         if documents.are_used(model):
             arguments["documents"] = batch.arrangement or batch.documents
+        elif batch.documents is not None and any(before for *_, before in batch.documents):
+            # No position tells that a document goes on from what its row begins with.
+            arguments["attention_mask"] = documents.mask(batch.documents, batch.input_ids)
     return arguments
 
 
