@@ -88,13 +88,13 @@ def compare(options: argparse.Namespace, model: Path, source: Path) -> dict[str,
     )
     plans = {
         name: make_batch_plan(
-            data.lengths, passes, micro_batch_size=1, packed_length=options.length, beginning=beginning
+            data.lengths, passes, micro_batch_size=1, packed_length=options.length, beginnings=beginnings
         )
-        for name, beginning in (("whole", None), ("shared", data.beginning))
+        for name, beginnings in (("whole", None), ("shared", data.beginnings))
     }
     worker = Worker(job, data, None)
     worker.load()
-    held = {name: data.as_planned(shares_beginning=plan.shares_beginning) for name, plan in plans.items()}
+    held = {name: data.as_planned(shares_beginnings=plan.shares_beginnings) for name, plan in plans.items()}
     longest = {name: plan.micro_shapes(data.lengths).longest_row(True) for name, plan in plans.items()}
 
     def window(name: str, number: int) -> float:
@@ -126,7 +126,7 @@ def compare(options: argparse.Namespace, model: Path, source: Path) -> dict[str,
                 seconds[name].append(taken)
     tokens = {name: int(plan.micro_shapes(data.lengths).tokens.sum()) for name, plan in plans.items()}
     return {
-        "common_tokens": 0 if data.beginning is None else data.beginning.num_tokens,
+        "common_tokens": 0 if data.beginnings is None else int(data.beginnings.sizes.max()),
         "mean_length": float(data.lengths.mean()),
         "tokens": tokens,
         "seconds": seconds,

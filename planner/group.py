@@ -68,7 +68,7 @@ class Group:
 
 def shape_of(plan: BatchPlan, rows: MicroRows, data: TokenizedDataset) -> Shape:
     """Rows and width of a micro-batch, as its batch plan has it; a GPU's is rounded up, see `trainer.widths`."""
-    return len(rows), max((data.row_tokens(row, shared=plan.shares_beginning) for row in rows), default=0)
+    return len(rows), max((data.row_tokens(row, shared=plan.shares_beginnings) for row in rows), default=0)
 
 
 def rows_of(plan: BatchPlan, micro: int) -> MicroRows:

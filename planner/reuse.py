@@ -48,6 +48,7 @@ TIMED_SOURCES = (
     ("trainer", "arrangement.py"), ("trainer", "grouped.py"), ("trainer", "halves.py"), ("trainer", "norms.py"),
     ("trainer", "rotary.py"), ("trainer", "kernels.py"), ("trainer", "entropy.py"), ("trainer", "alike.py"),
     ("trainer", "siblings.py"), ("trainer", "gated.py"), ("trainer", "packed.py"), ("trainer", "widths.py"),
+    ("trainer", "beginning.py"),
     ("trainer", "checkpoint.py"), ("trainer", "feed.py"), ("trainer", "compiled.py"), ("trainer", "process.py"),
     ("planner", "worker.py"), ("planner", "workload.py"), ("planner", "prober.py"), ("planner", "measurement.py"),
     ("planner", "strata.py"), ("planner", "stopwatch.py"), ("planner", "memory.py"), ("planner", "first_times.py"),
@@ -136,9 +137,9 @@ class Keys:
         parts = self._parts(job)
         if parts is None:
             return None
-        beginning = data.beginning if job.packing and job.attends_apart else None
-        if beginning is not None:
-            parts["beginning"] = beginning.num_tokens
+        beginnings = data.beginnings if job.packing and job.attends_apart else None
+        if beginnings is not None:
+            parts["beginnings"] = beginnings.sizes.tolist()
         return _digest({**parts, "max_length": job.preset.max_length, "packed_length": job.packed_length, "disk": disk})
 
     def of_data(self, data: TokenizedDataset) -> str:
@@ -146,8 +147,9 @@ class Keys:
         if data not in self._data:
             sha = hashlib.sha256(np.ascontiguousarray(data.lengths).data)
             sha.update(np.ascontiguousarray(data.num_supervised).data)
-            if data.beginning is not None:
-                sha.update(f"{data.beginning.num_tokens}".encode() + np.packbits(data.beginning.has_it).tobytes())
+            if data.beginnings is not None:
+                sha.update(f"{data.beginnings.sizes.tolist()}".encode())
+                sha.update(np.ascontiguousarray(data.beginnings.families).data)
             self._data[data] = sha.hexdigest()[:16]
         return self._data[data]
 

@@ -196,11 +196,11 @@ class _Tuning:
         most -= most % WINDOW_MULTIPLE
         for wanted in self.wanted:
             plan = self.trials.row(wanted.name, wanted.job).plan
-            beginning = self.data.beginning if wanted.job.attends_apart else None
-            if beginning is None:
-                longest = int(plan.per_window(self.data.lengths).max())
-            else:
-                longest = int(plan.per_window(beginning.own(self.data.lengths)).max()) + beginning.num_tokens
+            own, once = self.data.lengths, 0
+            beginnings = self.data.beginnings if wanted.job.attends_apart else None
+            if beginnings is not None:
+                own, once = own - beginnings.sizes[beginnings.families], int(beginnings.sizes.sum())
+            longest = int(plan.per_window(own).max()) + once
             part = longest / -(-longest // most)
             found.add(math.ceil(part / WINDOW_MULTIPLE) * WINDOW_MULTIPLE)
         return found

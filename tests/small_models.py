@@ -99,7 +99,7 @@ def random_data(
     for start in offsets[:-1] if beginning else ():
         counted[start : start + beginning + 1] = False
         ids[start : start + beginning] = np.arange(beginning) * 5 % VOCABULARY
-    ids[offsets[:-1][list(without)]] += 1
+    ids[offsets[:-1][list(without)]] = 1 + np.arange(len(without))
     return TokenizedDataset(
         token_ids=ids,
         supervised=counted,
@@ -117,7 +117,8 @@ def with_beginning(data: TokenizedDataset, size: int) -> TokenizedDataset:
         token_ids=np.insert(data.token_ids, np.repeat(starts, size), common),
         supervised=np.insert(data.supervised, np.repeat(starts, size), False),
         offsets=data.offsets + size * np.arange(len(data) + 1),
-        begins_alike=None,
+        families=None,
+        sizes=None,
     )
 
 

@@ -180,7 +180,7 @@ def test_every_position_has_one_place_and_groups_are_not_much_longer_than_their_
     for number, row in enumerate(rows):
         ends = np.cumsum([*row, width - sum(row)])
         spans += [
-            (number, int(end - size), int(end), 0) for end, size in zip(ends, (*row, width - sum(row)), strict=True)
+            (number, int(end - size), int(end), 0, 0) for end, size in zip(ends, (*row, width - sum(row)), strict=True)
         ]
     filled = tuple(span for span in spans if span[2] > span[1])
     found = arrange(filled, width)
@@ -188,7 +188,7 @@ def test_every_position_has_one_place_and_groups_are_not_much_longer_than_their_
     assert (places[back] == np.arange(width * len(rows))).all()
     assert len(places) == sum(found.sizes)
     at = 0
-    whole = {tuple(range(row * width + start, row * width + end)) for row, start, end, _ in filled}
+    whole = {tuple(range(row * width + start, row * width + end)) for row, start, end, *_ in filled}
     for count, wide in found.groups:
         for line in places[at : at + count * wide].reshape(count, wide).tolist():
             document = tuple(dict.fromkeys(line))  # padding repeats the last position
@@ -216,7 +216,7 @@ def test_documents_that_lie_one_token_off_would_be_seen() -> None:
         if found is not None:
             first, second, *rest = found
             end = first[2] + 1
-            named["documents"] = ((*first[:2], end, 0), (second[0], end, *second[2:]), *rest)
+            named["documents"] = ((*first[:2], end, 0, 0), (second[0], end, *second[2:]), *rest)
         return real(**named)
 
     model.forward = forward

@@ -20,7 +20,7 @@ from planner.workload import Worker
 from trainer import documents
 from trainer.agreement import packing_agrees
 from trainer.batching import BatchPlan, Pass, Stretch, make_batch_plan
-from trainer.beginning import LEAST_TOKENS, find_beginning
+from trainer.beginning import LEAST_TOKENS, find_beginnings
 from trainer.collate import MicroBatch, collate
 from trainer.data import prepare_data
 from trainer.job import DataSpec, Job
@@ -39,8 +39,8 @@ def plan_of(
     data: TokenizedDataset, *, packed: int | None, size: int = 8, micro: int = 1, shared: bool = True
 ) -> BatchPlan:
     passes = (Pass(examples=np.arange(len(data)), num_epochs=1, stretches=(Stretch(phase=0, global_batch_size=size),)),)
-    beginning = data.beginning if shared else None
-    return make_batch_plan(data.lengths, passes, micro_batch_size=micro, packed_length=packed, beginning=beginning)
+    beginnings = data.beginnings if shared else None
+    return make_batch_plan(data.lengths, passes, micro_batch_size=micro, packed_length=packed, beginnings=beginnings)
 
 
 def gradients(model: Any, data: TokenizedDataset, plan: BatchPlan, made: Callable[..., Any] = collate) -> list[Any]:
@@ -63,58 +63,72 @@ def gradients(model: Any, data: TokenizedDataset, plan: BatchPlan, made: Callabl
     others=st.integers(0, 3),
     seed=st.integers(0, 100),
 )
-def test_what_is_found_is_common_to_all_that_have_it_and_learnt_from_in_none(
+def test_what_is_found_is_common_to_a_family_and_learnt_from_in_none(
     own: list[int], size: int, others: int, seed: int
 ) -> None:
     without = tuple(range(min(others, len(own))))
     data = random_data([size + more for more in own], seed=seed, beginning=size, without=without)
-    found = find_beginning(data)
+    found = find_beginnings(data)
     if found is None:
-        assert size < LEAST_TOKENS or len(own) - len(without) < 3 or without
+        assert size < LEAST_TOKENS or len(own) - len(without) < 3
         return
-    having = np.flatnonzero(found.has_it).tolist()
-    firsts = [data.token_ids[start : start + found.num_tokens].tolist() for start in data.offsets[having]]
-    assert all(one == firsts[0] for one in firsts)
-    assert all(not data.supervised[start : start + found.num_tokens + 1].any() for start in data.offsets[having])
-    assert (data.lengths[having] > found.num_tokens).all()
-    left = [one for one in range(len(data)) if one not in having and data.lengths[one] > found.num_tokens]
-    for start in data.offsets[left]:  # each for a reason
-        begins = data.token_ids[start : start + found.num_tokens].tolist() == firsts[0]
-        assert not begins or data.supervised[start : start + found.num_tokens + 1].any()
+    assert found.sizes[0] == 0
+    taken = 0
+    for family, common in enumerate(found.sizes.tolist()[1:], 1):
+        having = np.flatnonzero(found.families == family).tolist()
+        firsts = [data.token_ids[start : start + common].tolist() for start in data.offsets[having]]
+        assert all(one == firsts[0] for one in firsts)
+        assert all(not data.supervised[start : start + common + 1].any() for start in data.offsets[having])
+        assert (data.lengths[having] > common).all()
+        taken += len(having)
+    assert taken >= len(own) - len(without)
 
 
-def test_of_two_system_prompts_the_more_common_one_is_shared() -> None:
-    long, short = random_data([60] * 6, beginning=50), random_data([60] * 4, seed=1, beginning=9)
-    short.token_ids[short.offsets[:-1]] += 1
-    data = replace(
-        long,
-        token_ids=np.concatenate([short.token_ids, long.token_ids]),
-        supervised=np.concatenate([short.supervised, long.supervised]),
-        offsets=np.concatenate([short.offsets, 240 + long.offsets[1:]]),
+def two_prompts() -> TokenizedDataset:
+    """Four examples with a prompt of 9 tokens, two with none, then six with one of 50."""
+    parts = [
+        random_data([60] * 4, seed=1, beginning=9),
+        random_data([60] * 2, seed=2),
+        random_data([60] * 6, beginning=50),
+    ]
+    parts[0].token_ids[parts[0].offsets[:-1]] += 1
+    return replace(
+        parts[0],
+        token_ids=np.concatenate([one.token_ids for one in parts]),
+        supervised=np.concatenate([one.supervised for one in parts]),
+        offsets=60 * np.arange(13),
     )
-    found = find_beginning(data)
+
+
+def test_each_of_two_system_prompts_is_found_the_one_that_saves_more_first() -> None:
+    found = find_beginnings(two_prompts())
     assert found is not None
-    assert found.num_tokens == 50
-    assert found.has_it.tolist() == [False] * 4 + [True] * 6
+    assert found.sizes.tolist() == [0, 50, 9]
+    assert found.families.tolist() == [2] * 4 + [0] * 2 + [1] * 6
 
 
 def test_a_beginning_that_is_learnt_from_or_hardly_saves_anything_is_left_alone() -> None:
     learnt = random_data(LENGTHS, beginning=COMMON)
     learnt.supervised[learnt.offsets[:-1] + 3] = True
-    assert find_beginning(learnt) is None
-    assert find_beginning(random_data(LENGTHS, beginning=LEAST_TOKENS - 1)) is None
-    assert find_beginning(random_data([400] * 4, beginning=20)) is None  # 60 of 1,600 tokens
+    assert find_beginnings(learnt) is None
+    assert find_beginnings(random_data(LENGTHS, beginning=LEAST_TOKENS - 1)) is None
+    assert find_beginnings(random_data([400] * 4, beginning=20)) is None  # 60 of 1,600 tokens
 
 
 def test_it_is_kept_beside_the_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = random_data(LENGTHS, beginning=COMMON, without=[2])
     data.save(tmp_path)
-    monkeypatch.setattr("trainer.beginning.find_beginning", lambda data: pytest.fail("looked for again"))
-    opened = TokenizedDataset.load(tmp_path).beginning
+    monkeypatch.setattr("trainer.beginning.find_beginnings", lambda data: pytest.fail("looked for again"))
+    opened = TokenizedDataset.load(tmp_path).beginnings
     assert opened is not None
-    assert data.beginning is not None
-    assert opened.num_tokens == COMMON
-    assert opened.has_it.tolist() == data.beginning.has_it.tolist() == [True, True, False] + [True] * 5
+    assert opened.sizes.tolist() == [0, COMMON]
+    assert opened.families.tolist() == [1, 1, 0] + [1] * 5
+
+
+def test_that_there_is_none_is_kept_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_data(LENGTHS).save(tmp_path)
+    monkeypatch.setattr("trainer.beginning.find_beginnings", lambda data: pytest.fail("looked for again"))
+    assert TokenizedDataset.load(tmp_path).beginnings is None
 
 
 # --- batch plans ------------------------------------------------------------------------------------------------------
@@ -134,7 +148,6 @@ def test_a_plan_counts_the_beginning_once_a_row_and_collating_does_too(
     others = [one for one in sorted(without) if one < len(own)]
     data = random_data([COMMON + more for more in own], beginning=COMMON, without=others)
     plan = plan_of(data, packed=packed, size=size, micro=micro)
-    beginning = data.beginning
     assert sorted(plan.order.tolist()) == list(range(len(own)))
     shapes = plan.micro_shapes(data.lengths)
     for number in range(plan.num_micro_batches):
@@ -145,10 +158,8 @@ def test_a_plan_counts_the_beginning_once_a_row_and_collating_does_too(
         assert len(batch.targets) == int(data.num_supervised[np.concatenate(rows)].sum())
         for row in rows:
             assert len(row) == 1 or data.row_tokens(row) <= packed
-            if beginning is not None and len(row) > 1:
-                assert len(set(beginning.has_it[row].tolist())) == 1
     whole = plan_of(data, packed=packed, size=size, micro=micro, shared=False)
-    assert not whole.shares_beginning
+    assert not whole.shares_beginnings
     assert int(whole.micro_shapes(data.lengths).tokens.sum()) == int(data.lengths.sum())
 
 
@@ -160,13 +171,13 @@ def test_a_plan_of_an_earlier_version_is_read_and_has_the_same_digest(tmp_path: 
         arrays = {name: archive[name] for name in archive if name != "saved"}
     np.savez_compressed(path, **arrays)
     opened = BatchPlan.load(path)
-    assert not opened.shares_beginning
+    assert not opened.shares_beginnings
     assert opened.digest() == plan.digest() != plan_of(DATA, packed=64).digest()
 
 
 def test_rows_of_an_earlier_plan_are_made_as_it_counts_them() -> None:
     plan = plan_of(DATA, packed=64, shared=False)
-    data = DATA.as_planned(shares_beginning=plan.shares_beginning)
+    data = DATA.as_planned(shares_beginnings=plan.shares_beginnings)
     shapes = plan.micro_shapes(data.lengths)
     widths = [collate(plan.rows_of_micro_batch(one), data).input_ids.shape[1] for one in range(plan.num_micro_batches)]
     assert widths == shapes.width.tolist()
@@ -175,11 +186,14 @@ def test_rows_of_an_earlier_plan_are_made_as_it_counts_them() -> None:
 # --- the same gradient ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["one by one", "in groups", "masked"])
+@pytest.mark.parametrize("way", ["one by one", "in groups", "masked", "masked, eager"])
 @pytest.mark.parametrize("family", APART)
 def test_the_gradient_is_that_of_one_document_a_row(family: str, way: str) -> None:
-    model = with_lora(small_model(family, sliding_window=300 if way == "masked" else 8))
-    documents.use(model, apart=way != "masked")
+    is_apart = not way.startswith("masked")
+    kind = "eager" if way.endswith("eager") else "sdpa"
+    model = with_lora(small_model(family, attention=kind, sliding_window=8 if is_apart else 300))
+    if kind == "sdpa":
+        documents.use(model, apart=is_apart)
     made = (lambda *given: grouped(collate(*given))) if way == "in groups" else collate
     single = plan_of(DATA, packed=None, micro=8, shared=False)
     reference = gradients(model, DATA, single)
@@ -192,15 +206,28 @@ def test_the_gradient_is_that_of_one_document_a_row(family: str, way: str) -> No
 
 
 @pytest.mark.parametrize("way", ["one by one", "in groups"])
+def test_examples_of_several_families_and_of_none_share_a_row(way: str) -> None:
+    data = two_prompts()
+    model = with_lora(small_model("mistral"))
+    documents.use(model, apart=True)
+    reference = gradients(model, data, plan_of(data, packed=None, size=12, shared=False))
+    plan = plan_of(data, packed=800, size=12)
+    assert plan.saved.tolist() == [5 * 50 + 3 * 9]
+    made = (lambda *given: grouped(collate(*given))) if way == "in groups" else collate
+    for one, other in zip(reference, gradients(model, data, plan, made), strict=True):
+        assert float((one - other).norm()) <= 1e-6 * float(one.norm())
+
+
+@pytest.mark.parametrize("way", ["one by one", "in groups"])
 def test_examples_without_it_keep_their_gradient(way: str) -> None:
     data = random_data(LENGTHS, beginning=COMMON, without=[1, 4, 6])
-    model = with_lora(small_model("llama"))
+    model = with_lora(small_model("mistral"))
     documents.use(model, apart=True)
     made = (lambda *given: grouped(collate(*given))) if way == "in groups" else collate
     reference = gradients(model, data, plan_of(data, packed=None, shared=False))
     plan = plan_of(data, packed=300, micro=2)
     assert plan.num_micro_batches == 1
-    assert (plan.saved > 0).tolist() == [True, False]
+    assert plan.saved.tolist() == [4 * COMMON]
     for one, other in zip(reference, gradients(model, data, plan, made), strict=True):
         assert float((one - other).norm()) <= 1e-6 * float(one.norm())
 
@@ -233,18 +260,17 @@ def test_rows_that_share_are_what_is_compared_before_packing(way: str, monkeypat
         assert any(one.repeated for one in seen if one is not None)
 
 
-def test_a_document_that_does_not_see_what_its_row_begins_with_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_document_that_does_not_see_what_its_row_begins_with_is_refused() -> None:
     model = small_model("llama").float()
     documents.use(model, apart=True)
-    real = collate
+    real = model.forward
 
-    def forgetting(*given: Any, **named: Any) -> MicroBatch:
-        batch = real(*given, **named)
-        if batch.documents is None:
-            return batch
-        return replace(batch, documents=tuple((row, start, end, 0) for row, start, end, _ in batch.documents))
+    def forward(**named: Any) -> Any:
+        if named.get("documents") is not None:
+            named["documents"] = tuple((*one[:3], 0, 0) for one in named["documents"])
+        return real(**named)
 
-    monkeypatch.setattr("trainer.collate.collate", forgetting)
+    model.forward = forward
     assert "packed logits differ" in str(packing_agrees(model, DATA, device="cpu", precision="fp32"))
 
 
@@ -285,7 +311,7 @@ def test_a_packed_run_computes_a_system_prompt_once_a_row_and_learns_the_same(
     earlier = make_run("earlier", data=prompted, packing=True, packed_length=256)
     job = Job.read(earlier / "job.json")
     data = prepare_data(job.data, model=job.model, max_length=job.preset.max_length, seed=job.seed)
-    whole = plan_job(job, data.as_planned(shares_beginning=False)).plan
+    whole = plan_job(job, data.as_planned(shares_beginnings=False)).plan
     whole.save(earlier / "batch_plan.npz")  # of a version that did not share
     for run in (alone, packed, earlier):
         train(run)
@@ -308,7 +334,7 @@ def test_workers_are_given_what_their_own_plan_counts() -> None:
     """Beside a plan whose rows share, one whose attention cannot: their rows differ in width."""
     shared = make_row(make_job(packing=True, packed_length=128), DATA)
     whole = make_row(make_job(packing=True, packed_length=128, attention="eager"), DATA)
-    assert (shared.plan.shares_beginning, whole.plan.shares_beginning) == (True, False)
+    assert (shared.plan.shares_beginnings, whole.plan.shares_beginnings) == (True, False)
     for row in (shared, whole):
         shapes = row.plan.micro_shapes(DATA.lengths)
         for micro in range(row.plan.num_micro_batches):

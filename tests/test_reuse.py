@@ -19,6 +19,7 @@ import fakes
 import numpy as np
 import pytest
 from planned import FACTS, NOW, Bench
+from small_models import random_data
 
 from planner import reuse
 from planner.candidates import MeasureSettings
@@ -151,7 +152,8 @@ def test_a_checkpoint_that_was_timed_on_another_disk_is_timed_again(bench: Bench
 
 def test_other_versions_other_code_and_another_model_are_measured(bench: Bench, monkeypatch: Any) -> None:
     def key() -> str | None:
-        return reuse.Keys(FACTS).of_measurement(fakes.make_job(model=str(bench.model)), place_for(None).disk)
+        job, data = fakes.make_job(model=str(bench.model)), fakes.make_data(np.array([9, 9]))
+        return reuse.Keys(FACTS).of_measurement(job, data, place_for(None).disk)
 
     bench.plan()
     assert key() in _keys(bench)
@@ -183,6 +185,19 @@ def test_other_versions_other_code_and_another_model_are_measured(bench: Bench, 
 def _keys(bench: Bench) -> set[str]:
     with sqlite3.connect(bench.history.path) as db:
         return {key.partition(".")[0] for (key,) in db.execute("SELECT key FROM measurements")}
+
+
+def test_packed_rows_that_share_another_beginning_are_measured(bench: Bench) -> None:
+    packed = fakes.make_job(model=str(bench.model), packing=True)
+    plain = fakes.make_job(model=str(bench.model))
+
+    def key(job: Any, size: int) -> str | None:
+        data = random_data([size + 20] * 8, beginning=size)
+        return reuse.Keys(FACTS).of_measurement(job, data)
+
+    assert key(plain, 0) == key(plain, 30)  # rows of one example hold it in any case
+    assert len({key(packed, size) for size in (0, 30, 31)}) == 3
+    assert key(replace(packed, compile=True), 0) == key(replace(packed, compile=True), 30)  # whose rows share nothing
 
 
 def test_every_module_that_a_step_is_made_of_counts_as_timed_code() -> None:

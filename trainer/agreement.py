@@ -15,6 +15,7 @@ from trainer.tokens import IntArray, TokenizedDataset
 if TYPE_CHECKING:
     import torch
 
+    from trainer.collate import MicroBatch
     from trainer.lean import LeanHead
 
 # Largest difference at any position, relative to the typical size of a position's logits around their mean. A packed
@@ -152,7 +153,7 @@ def _compared(
         return found - found.mean(dim=-1, keepdim=True)  # what softmax does not see does not count
 
     alone = torch.cat([outputs(chosen[index : index + 1]) for index in range(len(chosen))])
-    places = torch.from_numpy(_places(data, chosen)).to(alone.device)
+    places = torch.from_numpy(_places(collate([chosen], data))).to(alone.device)
     together, across = outputs(chosen)[places], outputs(chosen, apart=False)[places]
     vocabulary = alone.shape[-1] if head is None else head.vocabulary
     rows = max(1, CHUNK_BYTES.get(alone.device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary))
@@ -168,34 +169,46 @@ def _compared(
     return float(packed / typical), float(mixed / typical)
 
 
-def _places(data: TokenizedDataset, chosen: IntArray) -> IntArray:
-    """Where in the row of these documents each position of each document is, one document after the other."""
-    common = 0 if data.beginning is None else data.beginning.shared_by(chosen)
-    found = []
-    at = 0  # where the document would begin if it stood there as a whole
-    for length in data.lengths[chosen].tolist():
-        own = np.arange(length)
-        found.append(np.where(own < common, own, at + own))
-        at += length - common
-    return np.concatenate(found)
+def _places(row: MicroBatch) -> IntArray:
+    """Where in a row each position of each document is, one document after the other, each as a whole."""
+    assert row.documents is not None
+    return np.concatenate(
+        [
+            np.concatenate([np.arange(begin, begin + before), np.arange(start, end)])
+            for _, start, end, begin, before in row.documents
+        ]
+    )
 
 
 def _documents(data: TokenizedDataset, examples: IntArray, packed_length: int | None) -> IntArray:
     """A few examples that fit into one row, the longest that have company: sliding windows need long ones to act."""
     usable = examples[data.lengths[examples] > 1]
-    if data.beginning is not None and data.beginning.has_it[usable].sum() > 1:
-        usable = usable[data.beginning.has_it[usable]]  # rows of these are the harder case
     usable = usable[np.argsort(-data.lengths[usable], kind="stable")]
     lengths = data.lengths[usable]
+    # What is saved behind one of the same family, see trainer.beginning.
+    families, common = np.zeros_like(usable), np.zeros_like(usable)
+    if data.beginnings is not None:
+        families, common = data.beginnings.families[usable].astype(np.int64), data.beginnings.common(usable)
     if len(usable) < 2:
         return usable
-    room = int(packed_length if packed_length is not None else lengths[:MAX_DOCUMENTS].sum())
-    common = data.beginning.shared_by(usable[:2]) if data.beginning is not None else 0
-    lengths, room = lengths - common, room - common
+    company = np.full(int(families.max()) + 1, lengths[-1])
+    np.minimum.at(company, families, lengths - common)
+    left = packed_length if packed_length is not None else int(lengths[:MAX_DOCUMENTS].sum())
     chosen: list[int] = []
-    for example, length in zip(usable.tolist(), lengths.tolist(), strict=True):
-        kept_free = 0 if chosen else int(lengths[-1])
-        if length + kept_free <= room and len(chosen) < MAX_DOCUMENTS:
-            chosen.append(example)
-            room -= length
-    return np.array(chosen, dtype=np.int64)
+
+    def take(among: IntArray, most: int) -> None:
+        nonlocal left
+        while len(chosen) < most:
+            takes = lengths[among] - np.where(np.isin(families[among], families[chosen]), common[among], 0)
+            fitting = np.flatnonzero(takes + (0 if chosen else company[families[among]]) <= left)
+            if not len(fitting):
+                return
+            left -= int(takes[fitting[0]])
+            chosen.append(int(among[fitting[0]]))
+            among = among[fitting[0] + 1 :]
+
+    # Two of a family first, and company of any kind: the hardest rows that there are.
+    largest = int(np.bincount(families, weights=common).argmax())
+    take(np.flatnonzero(families == largest), 2 if largest else MAX_DOCUMENTS)
+    take(np.setdiff1d(np.arange(len(usable)), chosen), MAX_DOCUMENTS)
+    return usable[chosen]

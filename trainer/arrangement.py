@@ -13,9 +13,9 @@ from trainer.tokens import IntArray
 if TYPE_CHECKING:
     import torch
 
-# Row, first position, end, and how many of the row's first positions come before the first one for this document: what
-# it has in common with the row's first document, which holds it.
-Document = tuple[int, int, int, int]
+# Row, first position, end; then where the row holds what comes before the first position, and how many tokens that is:
+# 0 where the document stands there as a whole, else what it has in common with an earlier one.
+Document = tuple[int, int, int, int, int]
 
 SHORTEST = 0.5  # of a group's longest document: shorter ones start a group of their own
 MULTIPLE = 16  # a group's width is rounded up to it: fewer shapes, and tiles that are full
@@ -26,14 +26,14 @@ class Arrangement:
     """Which position of the rows stands where in the groups, and the way back.
 
     A handful of calls do for any number of documents. A group is as wide as its longest document; padding stands on the
-    right, where causal attention never looks. What a row's documents have in common stands in front of each.
+    right, where causal attention never looks. What documents of a row have in common stands in front of each.
     """
 
     places: torch.Tensor  # (padded,) int64: for each place in the groups a position in the flattened (rows * width)
     back: torch.Tensor  # (rows * width,) int64: for each position its place in the groups, of several the first
     groups: tuple[tuple[int, int], ...]  # (documents, width) of each, one after the other in `places`
-    # Of each row whose documents begin alike, where its beginning starts in the flattened rows, and the other places
-    # of it: (documents but the first, tokens) int64.
+    # Of each beginning that a row holds once, where it starts in the flattened rows, and the other places of it:
+    # (documents but the first, tokens) int64.
     repeated: tuple[tuple[int, torch.Tensor], ...] = ()
 
     @property
@@ -51,8 +51,8 @@ def arrange(documents: tuple[Document, ...], width: int) -> Arrangement:
     """The groups of some documents that fill their rows without gaps, each `width` wide."""
     import torch
 
-    rows, firsts, ends, before = np.array(documents, dtype=np.int64).T
-    starts, own = rows * width + firsts, ends - firsts
+    rows, firsts, ends, begins, before = np.array(documents, dtype=np.int64).T
+    starts, begins, own = rows * width + firsts, rows * width + begins, ends - firsts
     lengths = before + own
     places: list[IntArray] = []
     groups: list[tuple[int, int]] = []
@@ -65,7 +65,7 @@ def arrange(documents: tuple[Document, ...], width: int) -> Arrangement:
         # Padding repeats the document's last position.
         inside = np.minimum(column, lengths[members, None] - 1)
         common = before[members, None]
-        found = np.where(inside < common, rows[members, None] * width, starts[members, None] - common) + inside
+        found = np.where(inside < common, begins[members, None], starts[members, None] - common) + inside
         is_own = (column >= common) & (column < lengths[members, None])
         back[found[is_own]] = at + np.flatnonzero(is_own)
         of_documents[members] = at + wide * np.arange(len(members))
@@ -73,10 +73,10 @@ def arrange(documents: tuple[Document, ...], width: int) -> Arrangement:
         groups.append((len(members), wide))
         at += found.size
     repeated = []
-    for row in np.unique(rows[before > 0]).tolist():
-        others = (rows == row) & (before > 0)
+    for begin in np.unique(begins[before > 0]).tolist():
+        others = (begins == begin) & (before > 0)
         tokens = np.arange(int(before[others].max()))
-        repeated.append((row * width, torch.from_numpy(of_documents[others, None] + tokens)))
+        repeated.append((begin, torch.from_numpy(of_documents[others, None] + tokens)))
     return Arrangement(torch.from_numpy(np.concatenate(places)), torch.from_numpy(back), tuple(groups), tuple(repeated))
 
 

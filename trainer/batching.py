@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from presets.errors import DataError, RunError
-from trainer.beginning import Beginning
+from trainer.beginning import Beginnings
 from trainer.tokens import IntArray
 
 MEGA_WINDOWS = 50  # windows whose examples are sorted together when grouping by length, as in transformers
@@ -100,7 +100,7 @@ class BatchPlan:
     saved: IntArray = dataclass_field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @property
-    def shares_beginning(self) -> bool:
+    def shares_beginnings(self) -> bool:
         return len(self.saved) > 0
 
     @property
@@ -136,7 +136,7 @@ class BatchPlan:
         row_tokens = lengths[self.order]
         if not _is_one_each(self.row_offsets, len(self.order)):
             row_tokens = _sums(row_tokens, self.row_offsets)
-        if self.shares_beginning:
+        if self.shares_beginnings:
             row_tokens = row_tokens - self.saved
         if _is_one_each(self.micro_offsets, len(row_tokens)):
             return MicroShapes(rows=_ones(len(row_tokens)), width=row_tokens, tokens=row_tokens)
@@ -158,7 +158,7 @@ class BatchPlan:
         """What tells this plan from any other: SHA-256 over its arrays, in hexadecimal."""
         sha = hashlib.sha256()
         for field in fields(self):
-            if field.name == "saved" and not self.shares_beginning:
+            if field.name == "saved" and not self.shares_beginnings:
                 continue  # as it was before there were any
             values = np.ascontiguousarray(getattr(self, field.name), dtype=np.int64)
             sha.update(f"{field.name} {values.shape}\n".encode())
@@ -225,7 +225,7 @@ def make_batch_plan(
     sort_window: bool = True,
     packed_length: int | None = None,
     group_by_length: bool = False,
-    beginning: Beginning | None = None,
+    beginnings: Beginnings | None = None,
 ) -> BatchPlan:
     """The batches of a run, the same for the same arguments.
 
@@ -240,7 +240,7 @@ def make_batch_plan(
         sort_window: put a window's longest examples first, so that neighbours in a micro-batch are alike.
         packed_length: tokens per packed row; None: one document a row.
         group_by_length: make windows of examples that are alike in length, see `_grouped`.
-        beginning: what packed rows hold once. Examples that have it and those that do not share no row.
+        beginnings: what packed rows hold once.
 
     Raises:
         DataError: a pass is empty.
@@ -262,7 +262,7 @@ def make_batch_plan(
                     examples = _grouped(lengths, examples, stretch.global_batch_size, of_windows)
                 for windows in _windows(examples, stretch.global_batch_size):
                     if packed_length is not None:
-                        made = _packed(lengths, windows, micro_batch_size, num_devices, packed_length, beginning)
+                        made = _packed(lengths, windows, micro_batch_size, num_devices, packed_length, beginnings)
                     else:
                         made = _plain(lengths, windows, micro_batch_size, num_devices, sort_window)
                     steps_done += len(windows)
@@ -384,63 +384,70 @@ def _packed(
     micro_batch_size: int,
     num_devices: int,
     packed_length: int,
-    beginning: Beginning | None,
+    beginnings: Beginnings | None,
 ) -> list[_Part]:
     """Windows of the same number of documents, packed into rows."""
     parts = []
     for block in _blocks(windows):
         some = _longest_first(lengths, windows[block])
-        common = np.zeros(some.shape, dtype=np.int64)
-        if beginning is not None:
-            common[beginning.has_it[some]] = beginning.num_tokens
-        rows = pack(lengths[some] - common, packed_length, common)
-        by_row = np.argsort(rows, axis=1, kind="stable")
-        some, common, rows = (np.take_along_axis(one, by_row, axis=1) for one in (some, common, rows))
+        rows = pack(lengths[some], packed_length, None if beginnings is None else (beginnings, some))
+        # Those of a family stand together in a row, the longest first, which holds what they begin with.
+        families = np.zeros_like(some) if beginnings is None else beginnings.families[some].astype(np.int64)
+        by_row = np.argsort(rows * (1 + int(families.max())) + families, axis=1, kind="stable")
+        some, rows = np.take_along_axis(some, by_row, axis=1), np.take_along_axis(rows, by_row, axis=1)
+        families = np.take_along_axis(families, by_row, axis=1)
         starts_row = np.ones(rows.shape, dtype=bool)
         starts_row[:, 1:] = rows[:, 1:] != rows[:, :-1]
         in_window, micros = _deal(starts_row.sum(axis=1), micro_batch_size, num_devices)
         sizes = np.diff(np.append(np.flatnonzero(starts_row.ravel()), some.size))
-        saved = common[starts_row] * (sizes - 1) if beginning is not None else sizes[:0]
+        saved = sizes[:0]
+        if beginnings is not None:
+            is_next = ~starts_row
+            is_next[:, 1:] &= families[:, 1:] == families[:, :-1]
+            saved = np.add.reduceat((beginnings.sizes[families] * is_next).ravel(), np.flatnonzero(starts_row.ravel()))
         parts.append(_Part(order=some.ravel(), rows=sizes, micros=micros, windows=in_window, saved=saved))
     return parts
 
 
-def pack(lengths: IntArray, packed_length: int, common: IntArray | None = None) -> IntArray:
+def pack(lengths: IntArray, packed_length: int, alike: tuple[Beginnings, IntArray] | None = None) -> IntArray:
     """Row number of each document: best-fit decreasing, in all windows at once.
 
     Best fit puts a document into the row it leaves least room in; it needs at most 11/9 of the fewest rows, plus one
     (Johnson, 1973). A document longer than a row gets a row of its own.
 
     Args:
-        lengths: (windows, documents), each window's longest first; without what a row's documents have in common.
-        common: (windows, documents) tokens that a row with this document holds once. Documents that differ in it share
-            no row. None: nothing.
+        lengths: (windows, documents), each window's longest first.
+        alike: what rows hold once, and the examples, (windows, documents): a document takes less of a row that holds
+            its beginning already.
 
     Returns:
         Row of each document, (windows, documents), counted from 0 in each window without gaps.
     """
     num_windows, num_documents = lengths.shape
     room = np.full((num_windows, num_documents), packed_length, dtype=np.int64)
-    of_rows = None if common is None or not common.any() else np.zeros_like(room)  # what a row's documents share
     used = np.zeros(num_windows, dtype=np.int64)  # rows opened
     rows = np.empty((num_windows, num_documents), dtype=np.int64)
     here = np.arange(num_windows)
+    families = common = known = None
+    if alike is not None:
+        families, common = alike[0].families[alike[1]], alike[0].common(alike[1])
+        known = np.zeros((num_windows, len(alike[0].sizes), num_documents), dtype=bool)  # families that a row holds
     for column in range(num_documents):  # a loop over a window's documents, never over all examples
         length = lengths[:, column]
         most = int(used.max()) if column else 0
-        left = room[:, :most] - length[:, None]
+        taken = np.broadcast_to(length[:, None], (num_windows, most))
+        if known is not None and families is not None and common is not None:
+            taken = taken - common[:, column, None] * known[here, families[:, column], :most]
+        left = room[:, :most] - taken
         closed = (left < 0) | (np.arange(most) >= used[:, None])
-        if of_rows is not None and common is not None:
-            closed |= of_rows[:, :most] != common[:, column, None]
         left = np.where(closed, np.iinfo(np.int64).max, left)
         best = left.argmin(axis=1) if most else np.zeros(num_windows, dtype=np.int64)
         fits = ~closed[here, best] if most else np.zeros(num_windows, dtype=bool)
         target = np.where(fits, best, used)
         rows[:, column] = target
-        if of_rows is not None and common is not None:
-            of_rows[here, target] = common[:, column]
-            room[here, target] -= np.where(fits, 0, common[:, column])
-        room[here, target] -= length
+        room[here, target] -= np.where(fits, taken[here, best], length) if most else length
+        if known is not None and families is not None:
+            known[here, families[:, column], target] = True
         used += ~fits
     return rows
 

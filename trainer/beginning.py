@@ -1,9 +1,10 @@
 """What examples have in common at their start, a system prompt above all, and that nothing of it is learnt from.
 
-Every example of a chat data set often begins with the same system prompt, and many a chat template writes one by
-itself. In a packed row it need be computed once: causal attention never looks right, so that its hidden states are the
-same before whatever follows, and each document attends to the row's one copy (see `trainer.documents`). Loss and
-gradient stay what they are. No torch.
+The examples of a chat data set often begin with the same system prompt, or with one of a few, and many a chat template
+writes one by itself. In a packed row it need be computed once: causal attention never looks right, so that its hidden
+states are the same before whatever follows, and each document attends to the row's one copy (see `trainer.documents`).
+Loss and gradient stay what they are. (What dropout leaves out of the copy it leaves out for all of the row's documents:
+each of them still sees what it would see by chance alone.) No torch.
 """
 
 from __future__ import annotations
@@ -19,62 +20,80 @@ from trainer.tokens import IntArray
 if TYPE_CHECKING:
     from trainer.tokens import TokenizedDataset
 
-LEAST_TOKENS = 8  # shorter ones are the template's marks: not worth rows of another kind
-LEAST_SHARE = 0.05  # of all tokens, that the common beginning must make up
-SAMPLE = 4096  # examples that it is looked for in
+LEAST_TOKENS = 8  # shorter ones are the template's marks
+LEAST_SHARE = 0.05  # of all tokens, that repeated beginnings must make up; below it the finer attention costs as much
+LEAST_OF_EACH = 0.01  # likewise, of each of several
+MOST_FAMILIES = 8
+SAMPLE = 4096  # examples that they are looked for in
 AT_ONCE = 1 << 22  # tokens compared together
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Beginning:
-    """The first tokens that many examples have in common."""
+class Beginnings:
+    """Families of examples: the first tokens of each family's are the same."""
 
-    num_tokens: int
-    has_it: BoolArray  # (num_examples,) which examples begin so, and go on
+    sizes: IntArray  # (families + 1,) tokens that the examples of each have in common; 0 of those of none, number 0
+    families: npt.NDArray[np.int32]  # (num_examples,) the number of each example's family
 
-    def own(self, lengths: IntArray) -> IntArray:
-        """Tokens of each example beyond the common beginning; of one without it all."""
-        return np.asarray(lengths - self.num_tokens * self.has_it)
+    def common(self, examples: IntArray | list[int]) -> IntArray:
+        """Tokens that each of some examples has in common with its family."""
+        return np.asarray(self.sizes[self.families[examples]])
 
-    def shared_by(self, row: IntArray | list[int]) -> int:
-        """Tokens that the documents of a packed row share; 0 where it is one document, or not all begin so."""
-        return self.num_tokens if len(row) > 1 and bool(self.has_it[row].all()) else 0
+    def saved_by(self, row: IntArray | list[int]) -> int:
+        """Tokens that a packed row of these examples saves by holding each family's beginning once."""
+        if len(row) < 2:
+            return 0
+        counts = np.bincount(self.families[row], minlength=len(self.sizes))
+        return int((np.maximum(counts - 1, 0) * self.sizes).sum())
 
 
-def find_beginning(data: TokenizedDataset) -> Beginning | None:
-    """The beginning whose sharing saves most, as a sample shows it, or None where none is worth it.
+def find_beginnings(data: TokenizedDataset) -> Beginnings | None:
+    """The beginnings whose sharing saves most, as a sample shows them, or None where none is worth it.
 
-    Its tokens, and the one that follows it, are learnt from in no example that has it: a target after it would have to
-    be predicted once for each document, and a target in it would count once instead of as often as there are documents.
-    An example must be longer: each has a token of its own.
+    The tokens of one, and the token that follows, are learnt from in no example of its family: a target after it would
+    have to be predicted once for each document, and a target in it would count once instead of as often as there are
+    documents. An example is longer than its beginning: each has a token of its own.
     """
     if len(data) < 2 or data.token_ids.strides == (0,) or data.supervised.strides == (0,):
         return None  # assumed data: every token is one and the same
-    path = _most_common(data)
-    if len(path) < LEAST_TOKENS:
-        return None
-    has_it = np.zeros(len(data), dtype=np.bool_)
+    total = int(data.offsets[-1])
+    families = np.zeros(len(data), dtype=np.int32)
+    sizes = [0]
+    saved = 0
+    sample = np.unique(np.linspace(0, len(data) - 1, min(len(data), SAMPLE)).astype(np.int64))
+    while len(sizes) <= MOST_FAMILIES:
+        path = _most_common(data, sample)
+        if len(path) < LEAST_TOKENS:
+            break
+        members = _having(data, path) & (families == 0)
+        more = len(path) * (int(members.sum()) - 1)
+        if more < LEAST_OF_EACH * total:
+            break
+        families[members] = len(sizes)
+        sizes.append(len(path))
+        saved += more
+        sample = sample[families[sample] == 0]
+    return Beginnings(np.array(sizes, dtype=np.int64), families) if saved >= LEAST_SHARE * total else None
+
+
+def _having(data: TokenizedDataset, path: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    """(num_examples,) which begin with these tokens, go on, and learn from none of them nor the next."""
+    found = np.zeros(len(data), dtype=np.bool_)
     step = max(1, AT_ONCE // (len(path) + 1))
     for first in range(0, len(data), step):
         starts = data.offsets[first : first + step]
-        fits = np.flatnonzero(data.lengths[first : first + step] > len(path))
-        places = starts[fits, None] + np.arange(len(path) + 1)
+        longer = np.flatnonzero(data.lengths[first : first + step] > len(path))
+        places = starts[longer, None] + np.arange(len(path) + 1)
         alike = (data.token_ids[places[:, :-1]] == path).all(axis=1)
-        has_it[first + fits] = alike & ~data.supervised[places].any(axis=1)
-    saved = len(path) * (int(has_it.sum()) - 1)
-    if saved < LEAST_SHARE * int(data.offsets[-1]):
-        return None
-    return Beginning(len(path), has_it)
+        found[first + longer] = alike & ~data.supervised[places].any(axis=1)
+    return found
 
 
-def _most_common(data: TokenizedDataset) -> npt.NDArray[np.int32]:
+def _most_common(data: TokenizedDataset, sample: IntArray) -> npt.NDArray[np.int32]:
     """The tokens of a beginning: down the tree of beginnings to where tokens x examples, of a sample, is largest.
 
     At each fork the way that most examples go.
     """
-    sample = np.unique(np.linspace(0, len(data) - 1, min(len(data), SAMPLE)).astype(np.int64))
     path: list[int] = []
     best, best_saved = 0, 0
     while len(sample) > 1:
@@ -87,9 +106,9 @@ def _most_common(data: TokenizedDataset) -> npt.NDArray[np.int32]:
         if len(sample) < 2:
             break
         kinds, which, counts = np.unique(data.token_ids[starts], return_inverse=True, return_counts=True)
-        common = int(counts.argmax())
-        path.append(int(kinds[common]))
-        sample = sample[which.reshape(-1) == common]
+        chosen = int(counts.argmax())
+        path.append(int(kinds[chosen]))
+        sample = sample[which.reshape(-1) == chosen]
         saved = len(path) * (len(sample) - 1)
         if saved > best_saved:
             best, best_saved = len(path), saved

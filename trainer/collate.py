@@ -21,8 +21,8 @@ class MicroBatch:
 
     Rows are padded on the right and carry no attention mask: causal attention never looks right, so a real token does
     not see padding, and without a mask the fastest kernels apply. Packed rows carry `position_ids` that start at 0
-    with each document; the model keeps documents apart by them, or by `documents` (see `trainer.documents`). Where the
-    documents of a row begin alike (`trainer.beginning`), the first one holds the beginning and the others only what
+    with each document; the model keeps documents apart by them, or by `documents` (see `trainer.documents`). Where
+    documents of a row begin alike (`trainer.beginning`), the first of them holds the beginning and the others only what
     follows it, whose positions go on from there.
     """
 
@@ -80,10 +80,11 @@ def collate(
     """
     import torch
 
-    offsets, beginning = data.offsets, data.beginning
+    offsets, beginnings = data.offsets, data.beginnings
     spans = [[(int(offsets[i]), int(offsets[i + 1])) for i in row] for row in rows] or [[]]
     packed = any(len(row) > 1 for row in spans)
-    common = [0 if beginning is None else beginning.shared_by(row) for row in rows] or [0]
+    families = [[0] * len(row) if beginnings is None else beginnings.families[row].tolist() for row in rows] or [[]]
+    sizes = (0,) if beginnings is None else beginnings.sizes
     width = max((data.row_tokens(row) for row in rows), default=0) or 1
     if shared:
         most = shared_width(width, longest_row)
@@ -95,18 +96,21 @@ def collate(
     documents: list[Document] = []
     num_tokens = 0
     for index, row in enumerate(spans):
-        at = known = 0
-        for start, end in row:
-            start += known  # what the row holds already
+        at = 0
+        firsts: dict[int, int] = {}  # family -> where the row holds what its documents begin with
+        for (start, end), family in zip(row, families[index], strict=True):
+            begin, before = (firsts[family], int(sizes[family])) if family in firsts else (0, 0)
+            if family:
+                firsts.setdefault(family, at)
+            start += before
             size = end - start
             ids[index, at : at + size] = data.token_ids[start:end]
             counts[index, at : at + size] = data.supervised[start:end]
             counts[index, at] = False  # nothing before a document's first token predicts it
             if positions is not None:
-                positions[index, at : at + size] = np.arange(known, known + size)
-                documents.append((index, at, at + size, known))
+                positions[index, at : at + size] = np.arange(before, before + size)
+                documents.append((index, at, at + size, begin, before))
             at += size
-            known = common[index]
         if positions is not None and at < width:
             # Padding is a document of its own, or several: a position that none of these documents has would choose
             # other frequencies for all of them where a model goes by the largest (LongRoPE).
@@ -114,9 +118,9 @@ def collate(
             last = documents[-1] if documents and documents[-1][0] == index else None
             if last is not None and width - at < at - last[1]:
                 # For attention a little of it is the end of the last one, which never looks right: a call less.
-                documents[-1] = (index, last[1], width, last[3])
+                documents[-1] = (index, last[1], width, *last[3:])
             else:
-                documents.append((index, at, width, 0))
+                documents.append((index, at, width, 0, 0))
         num_tokens += at
     target_positions = np.flatnonzero(counts.ravel())
     return MicroBatch(

@@ -322,7 +322,7 @@ def _write(spec: DataSpec, examples: Examples, encoder: ChatEncoder, folder: Pat
         report = encode_examples(spec, examples, encoder, files)
         files.finish(with_scores={name: examples.has(name) for name in ("engagement", "created_at")})
     (folder / "report.json").write_text(jsonio.to_json(report), encoding="utf-8")
-    TokenizedDataset.load(folder).save_beginning(folder)
+    TokenizedDataset.load(folder).save_beginnings(folder)
 
 
 def _unused_name(entry: Path) -> Path:

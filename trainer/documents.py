@@ -5,7 +5,7 @@ layers still see the long row, but each document is attended to by itself: the s
 the sum, the kernel for plain causal attention, and no mask to build. It is registered as an attention implementation of
 transformers, named `NAME`; whatever is not a packed row goes through "sdpa" as before.
 
-Where a row's documents begin alike it holds that beginning once (`trainer.beginning`), and each is attended to with it
+Where documents of a row begin alike it holds that beginning once (`trainer.beginning`), and each is attended to with it
 in front.
 
 On a CPU a loop goes over the documents. A GPU would wait for its many small calls: there the documents are laid side by
@@ -88,26 +88,31 @@ def _one_by_one(
     import torch
 
     window = named.get("sliding_window")
-    of_rows: list[list[tuple[int, int]]] = [[] for _ in range(query.shape[0])]  # own positions, and common ones
-    for row, start, end, before in documents:
-        of_rows[row].append((end - start, before))
+    of_rows: list[list[Document]] = [[] for _ in range(query.shape[0])]
+    for document in documents:
+        of_rows[document[0]].append(document)
     attended = []
     for row, of_row in enumerate(of_rows):
-        common = max(before for _, before in of_row)
-        first, *others = (size for size, _ in of_row)
+        shared = {begin: before for *_, begin, before in of_row if before}
         # Split, not sliced: the gradient of a slice is as large as the whole row, that of a split is put together once.
-        sizes = [common, first - common, *others]
-        beginnings, *parts = zip(
-            *(tensor[row : row + 1].split(sizes, dim=2) for tensor in (query, key, value)), strict=True
-        )
+        sizes = [
+            part
+            for _, start, end, *_ in of_row
+            for part in ((shared[start], end - start - shared[start]) if start in shared else (end - start,))
+        ]
+        parts = iter(zip(*(tensor[row : row + 1].split(sizes, dim=2) for tensor in (query, key, value)), strict=True))
+        beginnings: dict[int, tuple[Any, ...]] = {}
         found = []
-        for number, (part, (size, before)) in enumerate(zip(parts, of_row, strict=True)):
-            one = part
-            if common and (before or not number):
-                one = tuple(torch.cat(both, dim=2) for both in zip(beginnings, part, strict=True))
-            asks_once = before and (size <= SHORT or size <= MASKED_SHARE * before)
-            if asks_once:
-                one = (part[0], *one[1:])
+        for _, start, end, begin, before in of_row:
+            one = next(parts)
+            if start in shared:
+                beginnings[start] = one
+                one = _after(one, next(parts))
+            size = end - start
+            if before:
+                asks_once = size <= SHORT or size <= MASKED_SHARE * before
+                first = beginnings[begin]
+                one = (one[0], *_after(first[1:], one[1:])) if asks_once else _after(first, one)
             asked, seen = one[0].shape[2], one[1].shape[2]
             local = None
             if asked != seen:
@@ -115,25 +120,38 @@ def _one_by_one(
             elif window is not None and seen > window:
                 local = band(seen, window, query.device)
             outputs = sdpa(module, *one, local, **named)[0]
-            found.append(outputs if asks_once else outputs[:, before:])
+            found.append(outputs if asked == size else outputs[:, before:])
         attended.append(torch.cat(found, dim=1))
     return torch.cat(attended) if len(attended) > 1 else attended[0]
 
 
-def mask(documents: tuple[Document, ...], input_ids: Any) -> Any:
-    """Which position sees which, (rows, 1, width, width) of bool: for a model that does not attend to them apart."""
+def _after(first: tuple[Any, ...], second: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Queries, keys and values of some positions after those of others."""
+    import torch
+
+    return tuple(torch.cat(both, dim=2) for both in zip(first, second, strict=True))
+
+
+def mask(model: Any, documents: tuple[Document, ...], input_ids: Any) -> Any:
+    """Which position sees which, (rows, 1, width, width), for a model that does not attend to documents apart.
+
+    As its attention takes it: true or false for "sdpa", and otherwise what is added to the scores.
+    """
     import torch
 
     rows, width = input_ids.shape
-    number = torch.zeros(rows, width, dtype=torch.int64)
-    common = torch.zeros(rows, width, dtype=torch.int64)
-    for count, (row, start, end, before) in enumerate(documents):
-        number[row, start:end] = count
-        common[row, start:end] = before
-    number, common = number.to(input_ids.device), common.to(input_ids.device)
+    number, begins, common = (torch.zeros(rows, width, dtype=torch.int64) for _ in range(3))
+    for count, (row, start, end, begin, before) in enumerate(documents):
+        number[row, start:end], begins[row, start:end], common[row, start:end] = count, begin, before
+    number, begins, common = (one.to(input_ids.device) for one in (number, begins, common))
     place = torch.arange(width, device=input_ids.device)
-    alike = (number[:, :, None] == number[:, None]) | (place < common[:, :, None])
-    return (alike & (place[:, None] >= place))[:, None]
+    is_common = (place >= begins[:, :, None]) & (place < (begins + common)[:, :, None])
+    seen = is_common | ((number[:, :, None] == number[:, None]) & (place[:, None] >= place))
+    seen = seen[:, None]
+    if getattr(model.config, "_attn_implementation", None) == "sdpa":
+        return seen
+    dtype = model.get_input_embeddings().weight.dtype
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def band(size: int, window: int, device: Any) -> Any:

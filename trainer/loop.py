@@ -167,7 +167,7 @@ def _prepare(folder: Path, resume: bool) -> Run:
             losses = _losses_for_sampling(job, data, loaded.model, accelerator)
     with clock.part("data"), accelerator.main_process_first():
         plan, notes = _plan(folder, job, data, losses, bool(accelerator.is_main_process))
-        data = data.as_planned(shares_beginning=plan.shares_beginning)
+        data = data.as_planned(shares_beginnings=plan.shares_beginnings)
     with clock.part("load"):
         loaded = loaded or load_model(job, need_weights=True)
         if job.num_devices > 1:  # the weights are the same on each process, what dropout leaves out is not

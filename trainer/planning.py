@@ -158,7 +158,7 @@ class Plans:
             sort_window=job.sort_window,
             packed_length=job.row_length or None,
             group_by_length=job.group_by_length,
-            beginning=self._data.beginning if job.packing and job.attends_apart else None,
+            beginnings=self._data.beginnings if job.packing and job.attends_apart else None,
         )
         if job.group_by_length:
             notes.append(GROUPED_NOTE)
@@ -198,13 +198,15 @@ class Plans:
 
 
 def _shared_note(plan: BatchPlan, data: TokenizedDataset) -> str:
-    assert data.beginning is not None
+    assert data.beginnings is not None
     whole = int(data.lengths[plan.order].sum())
-    having = int(data.beginning.has_it[plan.order].sum())
+    having = int((data.beginnings.families[plan.order] > 0).sum())
     of_all = "all examples" if having == plan.num_examples else f"{having:,} of {plan.num_examples:,} examples"
+    sizes = [f"{size:,}" for size in data.beginnings.sizes[1:].tolist()]
+    many = sizes[0] if len(sizes) == 1 else f"{', '.join(sizes[:-1])} or {sizes[-1]}"
     return (
-        f"{of_all} begin with the same {data.beginning.num_tokens:,} tokens, a system prompt for instance: packed rows "
-        f"compute them once, {int(plan.saved.sum()) / whole:.0%} fewer tokens for the same gradient"
+        f"{of_all} begin with the same {many} tokens, a system prompt for instance: a packed row computes them once, "
+        f"{int(plan.saved.sum()) / whole:.0%} fewer tokens for the same gradient"
     )
 
 

@@ -114,7 +114,7 @@ def model_arguments(model: Any, batch: MicroBatch) -> dict[str, Any]:
             arguments["documents"] = batch.arrangement or batch.documents
         elif batch.documents is not None and any(before for *_, before in batch.documents):
             # No position tells that a document goes on from what its row begins with.
-            arguments["attention_mask"] = documents.mask(batch.documents, batch.input_ids)
+            arguments["attention_mask"] = documents.mask(model, batch.documents, batch.input_ids)
     return arguments
 
 

@@ -13,7 +13,7 @@ from presets import jsonio
 from presets.errors import DataError
 
 if TYPE_CHECKING:
-    from trainer.beginning import Beginning
+    from trainer.beginning import Beginnings
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -44,15 +44,15 @@ class TokenizedDataset:
     report: DataReport
     engagement: FloatArray | None = None  # (num_examples,) a score, or None where the data has none
     created_at: FloatArray | None = None  # (num_examples,) seconds since 1970, or None where the data has none
-    # (num_examples,) tokens of the common beginning, 0 for an example without it; (0,): there is none; None: not looked
-    # for yet. See trainer.beginning.
-    begins_alike: npt.NDArray[np.int32] | None = None
-    shares_beginning: bool = True  # whether packed rows hold it once
+    # Which examples begin alike, see trainer.beginning. None: not looked for yet.
+    families: npt.NDArray[np.int32] | None = None  # (num_examples,); (0,) where no beginning is worth sharing
+    sizes: IntArray | None = None  # (families + 1,) tokens of each one's beginning
+    shares_beginnings: bool = True  # whether packed rows hold a beginning once
     # Asked for hundreds of times in one table, and each takes a pass over all examples or tokens: made once.
     _lengths: IntArray | None = field(default=None, init=False, repr=False)
     _num_supervised: IntArray | None = field(default=None, init=False, repr=False)
     _longest: int | None = field(default=None, init=False, repr=False)
-    _beginning: tuple[Beginning | None] | None = field(default=None, init=False, repr=False)
+    _beginnings: tuple[Beginnings | None] | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -74,21 +74,20 @@ class TokenizedDataset:
         return self._longest
 
     @property
-    def beginning(self) -> Beginning | None:
-        """The first tokens that many examples have in common and packed rows hold once; None where they do not."""
-        if not self.shares_beginning:
+    def beginnings(self) -> Beginnings | None:
+        """What examples begin with in common and packed rows hold once; None where they do not."""
+        if not self.shares_beginnings:
             return None
-        if self._beginning is None:
-            from trainer.beginning import Beginning, find_beginning
+        if self._beginnings is None:
+            from trainer.beginning import Beginnings, find_beginnings
 
-            if self.begins_alike is None:
-                found = find_beginning(self)
+            if self.families is None or self.sizes is None:
+                found = find_beginnings(self)
             else:
-                num_tokens = int(self.begins_alike.max(initial=0))
-                found = Beginning(num_tokens, self.begins_alike > 0) if num_tokens else None
-            object.__setattr__(self, "_beginning", (found,))
-        assert self._beginning is not None
-        return self._beginning[0]
+                found = Beginnings(self.sizes, self.families) if len(self.families) else None
+            object.__setattr__(self, "_beginnings", (found,))
+        assert self._beginnings is not None
+        return self._beginnings[0]
 
     def row_tokens(self, row: IntArray | list[int], *, shared: bool = True) -> int:
         """Tokens of a row that holds these examples, what they begin with in common counted once.
@@ -97,13 +96,12 @@ class TokenizedDataset:
             shared: as the row's batch plan has it; else it is counted as often as it comes.
         """
         total = int(self.lengths[row].sum())
-        if not shared or len(row) < 2 or self.beginning is None:
-            return total
-        return total - (len(row) - 1) * self.beginning.shared_by(row)
+        return total - self.beginnings.saved_by(row) if shared and self.beginnings is not None else total
 
-    def as_planned(self, *, shares_beginning: bool) -> TokenizedDataset:
+    def as_planned(self, *, shares_beginnings: bool) -> TokenizedDataset:
         """The same examples for packed rows that hold once what they begin with in common, or that do not."""
-        return self if shares_beginning == self.shares_beginning else replace(self, shares_beginning=shares_beginning)
+        same = shares_beginnings == self.shares_beginnings
+        return self if same else replace(self, shares_beginnings=shares_beginnings)
 
     @property
     def num_bytes(self) -> int:
@@ -146,14 +144,14 @@ class TokenizedDataset:
             array = getattr(self, name)
             if array is not None:
                 np.save(folder / f"{name}.npy", array, allow_pickle=False)
-        self.save_beginning(folder)
+        self.save_beginnings(folder)
         (folder / "report.json").write_text(jsonio.to_json(self.report), encoding="utf-8")
 
-    def save_beginning(self, folder: Path) -> None:
-        """Write what `beginning` is found by, so that no process that opens the folder has to look for it."""
-        found = self.beginning
-        alike = np.zeros(0, dtype=np.int32) if found is None else (found.num_tokens * found.has_it).astype(np.int32)
-        np.save(folder / "begins_alike.npy", alike, allow_pickle=False)
+    def save_beginnings(self, folder: Path) -> None:
+        """Write which examples begin alike, so that no process that opens the folder has to look for it."""
+        found = self.beginnings
+        np.save(folder / "families.npy", np.zeros(0, dtype=np.int32) if found is None else found.families)
+        np.save(folder / "sizes.npy", np.zeros(1, dtype=np.int64) if found is None else found.sizes)
 
     @classmethod
     def load(cls, folder: Path, *, into_memory: bool = False) -> TokenizedDataset:
@@ -165,7 +163,7 @@ class TokenizedDataset:
         try:
             arrays = {
                 name: np.load(folder / f"{name}.npy", mmap_mode=None if into_memory else "r", allow_pickle=False)
-                for name in ("token_ids", "supervised", "offsets", "engagement", "created_at", "begins_alike")
+                for name in ("token_ids", "supervised", "offsets", "engagement", "created_at", "families", "sizes")
                 if (folder / f"{name}.npy").exists()
             }
             report = jsonio.from_json(
