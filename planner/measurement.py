@@ -31,6 +31,7 @@ class StepSignature:
     num_threads: int  # CPU threads; 0: torch's own choice
     loss: Loss
     compile: bool = False
+    share_beginnings: bool = True
 
     @classmethod
     def of(cls, job: Job) -> StepSignature:
@@ -51,6 +52,7 @@ class StepSignature:
             num_threads=job.num_threads or 0,
             loss=job.loss,
             compile=job.compile,
+            share_beginnings=job.share_beginnings,
         )
 
 

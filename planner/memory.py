@@ -96,6 +96,7 @@ class MemoryProbe:
                     seconds = LONG_ONES_SHARE * self._budget / (len(trials) * len(self._groups))
                     windows = self._worst_windows(members, plan, micro)[: None if self._thorough else 1]
                     windows += self._most_learnt(members, windows)
+                    windows += self._most_spread(members, windows)
                     is_growing = group.signature.device == "cpu" and self._thorough
                     more = self._long_windows(members) if is_growing else []
                     reply = self._try_alone(group, windows, more, seconds)
@@ -233,6 +234,21 @@ class MemoryProbe:
             learnt = plan.per_micro_batch(supervised)
             if len(learnt) and learnt.max() > known:
                 found.append(_neighbourhood(plan, int(learnt.argmax())))
+        return found
+
+    def _most_spread(self, members: list[PlannedRow], windows: list[list[MicroRows]]) -> list[list[MicroRows]]:
+        """The micro-batch of each plan whose documents come to most, each as a whole, where that is more than in these.
+
+        Of what a row's documents share, attention holds keys and values for each of them (see `trainer.documents`).
+        """
+        lengths = self._data.lengths
+        known = max(int(sum(lengths[row].sum() for row in rows)) for window in windows for rows in window)
+        found = []
+        for plan in {id(row.plan): row.plan for row in members}.values():
+            if plan.shares_beginnings:
+                spread = plan.per_micro_batch(lengths)
+                if len(spread) and spread.max() > known:
+                    found.append(_neighbourhood(plan, int(spread.argmax())))
         return found
 
     def _long_windows(self, members: list[PlannedRow]) -> list[list[MicroRows]]:

@@ -58,6 +58,7 @@ class Options:
     attention: Attention | None = None
     gradient_checkpointing: bool | None = None
     packing: bool = False
+    share_beginnings: bool = True
     lean_loss: bool = False
     group_by_length: bool = False
     compile: bool = False
@@ -217,6 +218,7 @@ def resolve_job(preset: Preset, options: Options, settings: Settings, facts: Dev
             num_threads=options.num_threads,
             seed=options.seed if options.seed is not None else settings.seed if settings.seed is not None else 42,
             packing=options.packing,
+            share_beginnings=options.share_beginnings,
             loss="lean" if options.lean_loss else "plain",
             group_by_length=options.group_by_length,
             compile=options.compile,

@@ -127,19 +127,20 @@ class Keys:
         parts = self._parts(job)
         return None if parts is None else _digest({**parts, "estimate": _source_digest(ESTIMATED_SOURCES)})
 
-    def of_measurement(self, job: Job, data: TokenizedDataset, disk: str | None = None) -> str | None:
+    def of_measurement(self, jobs: Sequence[Job], data: TokenizedDataset, disk: str | None = None) -> str | None:
         """A measurement stands for jobs with the same key, as far as their batches allow; None as for `of_runs`.
 
         Args:
+            jobs: those of one step signature, timed together.
             data: of which only what its packed rows begin with in common counts here.
             disk: on which a checkpoint was or would be timed; None where none is.
         """
+        job = jobs[0]
         parts = self._parts(job)
         if parts is None:
             return None
-        beginnings = data.beginnings if job.packing and job.attends_apart else None
-        if beginnings is not None:
-            parts["beginnings"] = beginnings.sizes.tolist()
+        if data.beginnings is not None and any(one.packing and one.shares_beginnings for one in jobs):
+            parts["beginnings"] = data.beginnings.sizes.tolist()
         return _digest({**parts, "max_length": job.preset.max_length, "packed_length": job.packed_length, "disk": disk})
 
     def of_data(self, data: TokenizedDataset) -> str:
@@ -263,7 +264,7 @@ def keep(
             for row, verdict in zip(members, verdicts, strict=True)
             if verdict is not None and verdict.fits is not None
         ]
-        key = made.of_measurement(members[0].job, data, disk) if members else None
+        key = made.of_measurement([row.job for row in members], data, disk) if members else None
         timed = measurement.rounds or not any(row.verdict.fits for row in judged)
         if key is None or measurement.error is not None or not judged or not timed:
             continue
@@ -321,7 +322,7 @@ def reuse(
         wanted.setdefault(StepSignature.of(row.job), []).append(row)
     keyed: dict[StepSignature, str] = {}
     for signature, members in wanted.items():
-        key = made.of_measurement(members[0].job, data, disk)
+        key = made.of_measurement([row.job for row in members], data, disk)
         if key is None:
             return None
         keyed[signature] = key

@@ -34,6 +34,7 @@ from planner.trials import Changes, Trials, row_name
 from planner.twin import TOO_SHORT, Change, Twin, Untimed, Wanted, split_text
 from presets.errors import MeasurementError
 from presets.text import listed
+from trainer.batching import MOST_SPREAD
 from trainer.tokens import TokenizedDataset
 
 CPU_MICRO_BATCHES = (1, 2, 4, 8)
@@ -179,8 +180,16 @@ class _Tuning:
             lengths = sorted({*lengths, *self._whole_windows(MOST_PACKED_TOKENS[first.device])})
         if lengths and not first.packing:
             reason = self.trials.packing_refused(first, lengths[-1])
+            shares = first.share_beginnings
+            if reason is not None and first.shares_beginnings and self.data.beginnings is not None:
+                shares = False
+                reason = self.trials.packing_refused(replace(first, share_beginnings=False), lengths[-1])
             if reason is None:
-                found += [Change(name="packing", packed_length=length, micro_batch_size=1) for length in lengths]
+                whole = None if shares == first.share_beginnings else False
+                found += [
+                    Change(name="packing", packed_length=length, micro_batch_size=1, share_beginnings=whole)
+                    for length in lengths
+                ]
             else:
                 self.refused.append(f"packing: {reason}")
         return found
@@ -196,11 +205,12 @@ class _Tuning:
         most -= most % WINDOW_MULTIPLE
         for wanted in self.wanted:
             plan = self.trials.row(wanted.name, wanted.job).plan
-            own, once = self.data.lengths, 0
-            beginnings = self.data.beginnings if wanted.job.attends_apart else None
+            own, once, least = self.data.lengths, 0, 0
+            beginnings = self.data.beginnings if wanted.job.shares_beginnings else None
             if beginnings is not None:
+                least = -(-int(plan.per_window(own).max()) // MOST_SPREAD)
                 own, once = own - beginnings.sizes[beginnings.families], int(beginnings.sizes.sum())
-            longest = int(plan.per_window(own).max()) + once
+            longest = max(least, int(plan.per_window(own).max()) + once)
             part = longest / -(-longest // most)
             found.add(math.ceil(part / WINDOW_MULTIPLE) * WINDOW_MULTIPLE)
         return found

@@ -23,6 +23,7 @@ class Change:
     name: str  # "micro-batch", "packing", "lean loss" ...
     micro_batch_size: int | None = None
     packed_length: int | None = None  # packs, in rows of this many tokens
+    share_beginnings: bool | None = None
     loss: str | None = None
     attention: str | None = None
     gradient_checkpointing: bool | None = None
@@ -47,7 +48,7 @@ class Change:
             changes["micro_batch_size"] = self.micro_batch_size
         if self.packed_length is not None:
             changes |= {"packing": True, "packed_length": self.packed_length}
-        for name in ("loss", "num_threads", "base_precision", "compile"):
+        for name in ("share_beginnings", "loss", "num_threads", "base_precision", "compile"):
             if getattr(self, name) is not None:
                 changes[name] = getattr(self, name)
         preset = {

@@ -42,7 +42,7 @@ class Worker:
 
     def __init__(self, job: Job, data: TokenizedDataset, scratch: Path | None) -> None:
         self.job = job
-        self.data = data.as_planned(shares_beginnings=job.attends_apart)
+        self.data = data.as_planned(shares_beginnings=job.shares_beginnings)
         self.scratch = scratch
         self._loaded: LoadedModel | None = None
         self._stepper: Stepper | None = None

@@ -103,7 +103,8 @@ class Works:
         if id(plan) not in self._learnt:
             self._plans[id(plan)] = plan
             data, order = self._data, plan.order
-            self._learnt[id(plan)] = float(data.num_supervised[order].sum() / max(1, data.lengths[order].sum()))
+            computed = data.lengths[order].sum() - plan.saved.sum()
+            self._learnt[id(plan)] = float(data.num_supervised[order].sum() / max(1, computed))
         return self._learnt[id(plan)]
 
     def _shapes(self, plan: BatchPlan) -> MicroShapes:

@@ -18,8 +18,8 @@ from small_models import FAMILIES, grouped, random_data, small_model, with_lora
 from planner.group import rows_of, shape_of
 from planner.workload import Worker
 from trainer import documents
-from trainer.agreement import packing_agrees
-from trainer.batching import BatchPlan, Pass, Stretch, make_batch_plan
+from trainer.agreement import _documents, packing_agrees
+from trainer.batching import MOST_SPREAD, BatchPlan, Pass, Stretch, make_batch_plan
 from trainer.beginning import LEAST_TOKENS, find_beginnings
 from trainer.collate import MicroBatch, collate
 from trainer.data import prepare_data
@@ -107,6 +107,22 @@ def test_each_of_two_system_prompts_is_found_the_one_that_saves_more_first() -> 
     assert found.families.tolist() == [2] * 4 + [0] * 2 + [1] * 6
 
 
+def test_prompts_behind_a_header_of_the_template_are_told_apart_and_the_rest_shares_the_header() -> None:
+    random = np.random.default_rng(0)
+    header, prompts = random.integers(0, 97, 25), [random.integers(0, 97, 60) for _ in range(6)]
+    texts = []
+    for number in range(72):
+        prompt = prompts[number % 6] if number < 60 else random.integers(0, 97, 60)
+        texts.append(np.concatenate([header, prompt, random.integers(0, 97, 20)]))
+    ids = np.concatenate(texts).astype(np.int32)
+    supervised = np.arange(len(ids)) % 105 > 95
+    data = replace(DATA, token_ids=ids, supervised=supervised, offsets=105 * np.arange(73))
+    found = find_beginnings(data)
+    assert found is not None
+    assert found.sizes.tolist() == [0] + [85] * 6 + [25]
+    assert np.bincount(found.families).tolist() == [0] + [10] * 6 + [12]
+
+
 def test_a_beginning_that_is_learnt_from_or_hardly_saves_anything_is_left_alone() -> None:
     learnt = random_data(LENGTHS, beginning=COMMON)
     learnt.supervised[learnt.offsets[:-1] + 3] = True
@@ -161,6 +177,14 @@ def test_a_plan_counts_the_beginning_once_a_row_and_collating_does_too(
     whole = plan_of(data, packed=packed, size=size, micro=micro, shared=False)
     assert not whole.shares_beginnings
     assert int(whole.micro_shapes(data.lengths).tokens.sum()) == int(data.lengths.sum())
+
+
+def test_a_row_holds_no_more_documents_than_attention_has_memory_for() -> None:
+    data = random_data([COMMON + 1] * 400, beginning=COMMON)
+    plan = plan_of(data, packed=40, size=400)
+    whole = plan.per_micro_batch(data.lengths)
+    assert int(whole.max()) <= MOST_SPREAD * 40
+    assert int(plan.micro_shapes(data.lengths).width.max()) < 40  # so that it is this that ends a row
 
 
 def test_a_plan_of_an_earlier_version_is_read_and_has_the_same_digest(tmp_path: Path) -> None:
@@ -260,6 +284,28 @@ def test_rows_that_share_are_what_is_compared_before_packing(way: str, monkeypat
         assert any(one.repeated for one in seen if one is not None)
 
 
+@settings(deadline=None, max_examples=200)
+@given(
+    sizes=st.lists(st.integers(2, 30), min_size=1, max_size=3),
+    examples=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 20)), min_size=2, max_size=8),
+    packed=st.integers(4, 60),
+)
+def test_what_is_compared_is_a_row_wherever_two_examples_share_one(
+    sizes: list[int], examples: list[tuple[int, int]], packed: int
+) -> None:
+    """Else the run would take it that nothing is packed, and would not know how its documents are kept apart."""
+    families = np.array([min(family, len(sizes)) for family, _ in examples], dtype=np.int32)
+    common = np.array([0, *sizes])
+    data = random_data([int(common[family]) + own for family, (_, own) in zip(families, examples, strict=True)])
+    data = replace(data, families=families, sizes=common)
+    chosen = _documents(data, np.arange(len(data)), packed)
+    assert len(chosen) == len(set(chosen.tolist()))
+    assert data.row_tokens(chosen) <= packed or len(chosen) < 2
+    usable = np.flatnonzero(data.lengths > 1).tolist()
+    pairs = [[one, other] for one in usable for other in usable if one < other]
+    assert (len(chosen) > 1) == any(data.row_tokens(pair) <= packed for pair in pairs)
+
+
 def test_a_document_that_does_not_see_what_its_row_begins_with_is_refused() -> None:
     model = small_model("llama").float()
     documents.use(model, apart=True)
@@ -309,13 +355,15 @@ def test_a_packed_run_computes_a_system_prompt_once_a_row_and_learns_the_same(
     alone = make_run("alone", data=prompted)
     packed = make_run("packed", data=prompted, packing=True, packed_length=256)
     earlier = make_run("earlier", data=prompted, packing=True, packed_length=256)
+    off = make_run("off", data=prompted, packing=True, packed_length=256, share_beginnings=False)
     job = Job.read(earlier / "job.json")
     data = prepare_data(job.data, model=job.model, max_length=job.preset.max_length, seed=job.seed)
     whole = plan_job(job, data.as_planned(shares_beginnings=False)).plan
     whole.save(earlier / "batch_plan.npz")  # of a version that did not share
-    for run in (alone, packed, earlier):
+    for run in (alone, packed, earlier, off):
         train(run)
     assert losses_of(packed) == pytest.approx(losses_of(alone), rel=1e-4)
+    assert losses_of(off) == losses_of(earlier)
     assert losses_of(earlier) == pytest.approx(losses_of(alone), rel=1e-4)
     tokens = [
         int(BatchPlan.load(run / "batch_plan.npz").micro_shapes(data.lengths).tokens.sum()) for run in (packed, alone)
@@ -323,11 +371,11 @@ def test_a_packed_run_computes_a_system_prompt_once_a_row_and_learns_the_same(
     assert tokens[0] < 0.8 * tokens[1]
     told = {
         run.name: " ".join(json.loads((run / "record.json").read_text(encoding="utf-8"))["notes"])
-        for run in (packed, alone, earlier)
+        for run in (packed, alone, earlier, off)
     }
     assert "all examples begin with the same" in told["packed"]
     assert f"{1 - tokens[0] / tokens[1]:.0%} fewer tokens" in told["packed"]
-    assert "begin with the same" not in told["alone"] + told["earlier"]
+    assert "begin with the same" not in told["alone"] + told["earlier"] + told["off"]
 
 
 def test_workers_are_given_what_their_own_plan_counts() -> None:

@@ -153,7 +153,7 @@ def test_a_checkpoint_that_was_timed_on_another_disk_is_timed_again(bench: Bench
 def test_other_versions_other_code_and_another_model_are_measured(bench: Bench, monkeypatch: Any) -> None:
     def key() -> str | None:
         job, data = fakes.make_job(model=str(bench.model)), fakes.make_data(np.array([9, 9]))
-        return reuse.Keys(FACTS).of_measurement(job, data, place_for(None).disk)
+        return reuse.Keys(FACTS).of_measurement([job], data, place_for(None).disk)
 
     bench.plan()
     assert key() in _keys(bench)
@@ -193,7 +193,7 @@ def test_packed_rows_that_share_another_beginning_are_measured(bench: Bench) -> 
 
     def key(job: Any, size: int) -> str | None:
         data = random_data([size + 20] * 8, beginning=size)
-        return reuse.Keys(FACTS).of_measurement(job, data)
+        return reuse.Keys(FACTS).of_measurement([job], data)
 
     assert key(plain, 0) == key(plain, 30)  # rows of one example hold it in any case
     assert len({key(packed, size) for size in (0, 30, 31)}) == 3

@@ -191,8 +191,11 @@ def _documents(data: TokenizedDataset, examples: IntArray, packed_length: int | 
         families, common = data.beginnings.families[usable].astype(np.int64), data.beginnings.common(usable)
     if len(usable) < 2:
         return usable
-    company = np.full(int(families.max()) + 1, lengths[-1])
-    np.minimum.at(company, families, lengths - common)
+    # What the cheapest company of each would take: another of its family, or any other.
+    cheapest = _least_of_others(lengths)
+    for family in np.unique(families[common > 0]).tolist():
+        members = np.flatnonzero(families == family)
+        cheapest[members] = np.minimum(cheapest[members], _least_of_others((lengths - common)[members]))
     left = packed_length if packed_length is not None else int(lengths[:MAX_DOCUMENTS].sum())
     chosen: list[int] = []
 
@@ -200,7 +203,7 @@ def _documents(data: TokenizedDataset, examples: IntArray, packed_length: int | 
         nonlocal left
         while len(chosen) < most:
             takes = lengths[among] - np.where(np.isin(families[among], families[chosen]), common[among], 0)
-            fitting = np.flatnonzero(takes + (0 if chosen else company[families[among]]) <= left)
+            fitting = np.flatnonzero(takes + (0 if chosen else cheapest[among]) <= left)
             if not len(fitting):
                 return
             left -= int(takes[fitting[0]])
@@ -212,3 +215,13 @@ def _documents(data: TokenizedDataset, examples: IntArray, packed_length: int | 
     take(np.flatnonzero(families == largest), 2 if largest else MAX_DOCUMENTS)
     take(np.setdiff1d(np.arange(len(usable)), chosen), MAX_DOCUMENTS)
     return usable[chosen]
+
+
+def _least_of_others(values: IntArray) -> IntArray:
+    """For each value the least of all others."""
+    if len(values) < 2:
+        return np.full(len(values), np.iinfo(np.int32).max, dtype=np.int64)
+    found = np.full(len(values), values.min())
+    least = int(values.argmin())
+    found[least] = np.delete(values, least).min()
+    return found

@@ -23,6 +23,9 @@ from trainer.beginning import Beginnings
 from trainer.tokens import IntArray
 
 MEGA_WINDOWS = 50  # windows whose examples are sorted together when grouping by length, as in transformers
+# What a packed row's documents come to at most, each as a whole, in rows: of what they share attention holds keys and
+# values for each of them, and memory has to have a bound.
+MOST_SPREAD = 8
 AT_ONCE = 1 << 18  # examples or micro-batches that are worked on together: what that takes besides stays small
 
 
@@ -429,6 +432,7 @@ def pack(lengths: IntArray, packed_length: int, alike: tuple[Beginnings, IntArra
     rows = np.empty((num_windows, num_documents), dtype=np.int64)
     here = np.arange(num_windows)
     families = common = known = None
+    spread = np.zeros_like(room) if alike is not None else None  # tokens of a row's documents, each as a whole
     if alike is not None:
         families, common = alike[0].families[alike[1]], alike[0].common(alike[1])
         known = np.zeros((num_windows, len(alike[0].sizes), num_documents), dtype=bool)  # families that a row holds
@@ -440,14 +444,17 @@ def pack(lengths: IntArray, packed_length: int, alike: tuple[Beginnings, IntArra
             taken = taken - common[:, column, None] * known[here, families[:, column], :most]
         left = room[:, :most] - taken
         closed = (left < 0) | (np.arange(most) >= used[:, None])
+        if spread is not None:
+            closed |= spread[:, :most] + length[:, None] > MOST_SPREAD * packed_length
         left = np.where(closed, np.iinfo(np.int64).max, left)
         best = left.argmin(axis=1) if most else np.zeros(num_windows, dtype=np.int64)
         fits = ~closed[here, best] if most else np.zeros(num_windows, dtype=bool)
         target = np.where(fits, best, used)
         rows[:, column] = target
         room[here, target] -= np.where(fits, taken[here, best], length) if most else length
-        if known is not None and families is not None:
+        if known is not None and families is not None and spread is not None:
             known[here, families[:, column], target] = True
+            spread[here, target] += length
         used += ~fits
     return rows
 

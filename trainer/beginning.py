@@ -27,6 +27,8 @@ MOST_FAMILIES = 8
 SAMPLE = 4096  # examples that they are looked for in
 AT_ONCE = 1 << 22  # tokens compared together
 
+Path = tuple[npt.NDArray[np.int32], int]  # tokens of a beginning, and how many a sample saves by it
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Beginnings:
@@ -61,18 +63,20 @@ def find_beginnings(data: TokenizedDataset) -> Beginnings | None:
     sizes = [0]
     saved = 0
     sample = np.unique(np.linspace(0, len(data) - 1, min(len(data), SAMPLE)).astype(np.int64))
-    while len(sizes) <= MOST_FAMILIES:
-        path = _most_common(data, sample)
-        if len(path) < LEAST_TOKENS:
+    while len(sample) > 1:
+        least = max(1.0, LEAST_OF_EACH * float(data.lengths[sample].sum()))
+        known = len(sizes)
+        for path, _ in sorted(_best(data, sample, [], least), key=lambda one: -one[1]):
+            members = _having(data, path) & (families == 0)
+            more = len(path) * (int(members.sum()) - 1)
+            is_worth_it = len(path) >= LEAST_TOKENS and more >= LEAST_OF_EACH * total
+            if is_worth_it and len(sizes) <= MOST_FAMILIES:
+                families[members] = len(sizes)
+                sizes.append(len(path))
+                saved += more
+        if len(sizes) == known:
             break
-        members = _having(data, path) & (families == 0)
-        more = len(path) * (int(members.sum()) - 1)
-        if more < LEAST_OF_EACH * total:
-            break
-        families[members] = len(sizes)
-        sizes.append(len(path))
-        saved += more
-        sample = sample[families[sample] == 0]
+        sample = sample[families[sample] == 0]  # these may still have in common what the others share with them
     return Beginnings(np.array(sizes, dtype=np.int64), families) if saved >= LEAST_SHARE * total else None
 
 
@@ -89,13 +93,17 @@ def _having(data: TokenizedDataset, path: npt.NDArray[np.int32]) -> npt.NDArray[
     return found
 
 
-def _most_common(data: TokenizedDataset, sample: IntArray) -> npt.NDArray[np.int32]:
-    """The tokens of a beginning: down the tree of beginnings to where tokens x examples, of a sample, is largest.
+def _best(data: TokenizedDataset, sample: IntArray, path: list[int], least: float) -> list[Path]:
+    """The beginnings of some examples that save most together, each with what it saves.
 
-    At each fork the way that most examples go.
+    All of these examples begin with `path`. Down the tree of beginnings, and at each fork the better of two: what is
+    common up to the fork, shared by all, or the best of each branch.
+
+    Args:
+        least: tokens that a branch must be able to save, or it is not looked at.
     """
-    path: list[int] = []
-    best, best_saved = 0, 0
+    path = list(path)
+    best: list[Path] = [(np.array(path, dtype=np.int32), len(path) * (len(sample) - 1))] if path else []
     while len(sample) > 1:
         depth = len(path)
         # One more token must follow, and neither may be a target.
@@ -106,10 +114,22 @@ def _most_common(data: TokenizedDataset, sample: IntArray) -> npt.NDArray[np.int
         if len(sample) < 2:
             break
         kinds, which, counts = np.unique(data.token_ids[starts], return_inverse=True, return_counts=True)
-        chosen = int(counts.argmax())
-        path.append(int(kinds[chosen]))
-        sample = sample[which.reshape(-1) == chosen]
-        saved = len(path) * (len(sample) - 1)
-        if saved > best_saved:
-            best, best_saved = len(path), saved
-    return np.array(path[:best], dtype=np.int32)
+        which = which.reshape(-1)
+        branches = [number for number, count in enumerate(counts.tolist()) if count > 1]
+        branches = [
+            number
+            for number in branches
+            if (int(counts[number]) - 1) * int(data.lengths[sample[which == number]].max()) >= least
+        ]
+        if len(branches) == 1:
+            path.append(int(kinds[branches[0]]))
+            sample = sample[which == branches[0]]
+            best = max(best, [(np.array(path, dtype=np.int32), len(path) * (len(sample) - 1))], key=_saved)
+            continue
+        below = [_best(data, sample[which == number], [*path, int(kinds[number])], least) for number in branches]
+        return max(best, [one for some in below for one in some], key=_saved)
+    return best
+
+
+def _saved(paths: list[Path]) -> int:
+    return sum(saved for _, saved in paths)

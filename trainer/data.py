@@ -270,6 +270,11 @@ def _open_entry(entry: Path) -> TokenizedDataset | None:
     ends_fit = len(data.offsets) > 1 and data.offsets[0] == 0 and data.offsets[-1] == len(data.token_ids)
     if not ends_fit or len(data.supervised) != len(data.token_ids) or bool((np.diff(data.offsets) < 1).any()):
         return None
+    families, sizes = data.families, data.sizes
+    if families is None or sizes is None or len(families) not in (0, len(data)) or len(sizes) < 1:
+        return None
+    if len(families) and not (0 <= int(families.min()) <= int(families.max()) < len(sizes) and sizes[0] == 0):
+        return None
     if any(scores is not None and len(scores) != len(data) for scores in (data.engagement, data.created_at)):
         return None
     # Zeros where the data was: what a power cut leaves of files that were written but had not reached the disk.

@@ -25,10 +25,10 @@ from trainer.arrangement import Arrangement, Document
 
 NAME = "documents"
 # What a document shares with its row need not ask again, but that takes a mask, with which the kernel no longer leaves
-# out what lies in the future: worth it for short documents and long beginnings (1.1 to 4 times as fast; for others it
-# would be 0.75 to 1.0 times; two CPU cores, torch 2.13, 2026-11-27).
+# out what lies in the future: worth it for short documents and long beginnings (1.1 to 4 times as fast; for others 0.75
+# to 1.1 times; two CPU cores, torch 2.13, 2026-11-27).
 SHORT = 256  # tokens of its own
-MASKED_SHARE = 2.0  # tokens of its own, in parts of the common ones
+MASKED_SHARE = 1.0  # tokens of its own, in parts of the common ones
 
 
 @functools.cache
@@ -116,7 +116,7 @@ def _one_by_one(
             asked, seen = one[0].shape[2], one[1].shape[2]
             local = None
             if asked != seen:
-                local = band(seen, window or seen, query.device)[:, :, before:]
+                local = band(seen, window or seen, query.device, before)
             elif window is not None and seen > window:
                 local = band(seen, window, query.device)
             outputs = sdpa(module, *one, local, **named)[0]
@@ -154,10 +154,14 @@ def mask(model: Any, documents: tuple[Document, ...], input_ids: Any) -> Any:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
-def band(size: int, window: int, device: Any) -> Any:
-    """Which tokens of a document see which: themselves and the `window - 1` before, (1, 1, size, size)."""
+def band(size: int, window: int, device: Any, first: int = 0) -> Any:
+    """Which tokens of a document see which: themselves and the `window - 1` before, (1, 1, size - first, size).
+
+    Args:
+        first: the first that asks.
+    """
     import torch
 
     place = torch.arange(size, device=device)
-    distance = place[:, None] - place[None]
+    distance = place[first:, None] - place[None]
     return ((distance >= 0) & (distance < window))[None, None]

@@ -91,6 +91,7 @@ class Job:
     group_by_length: bool = False  # windows of examples alike in length: other batches, not quality-neutral
     packing: bool = False
     packed_length: int | None = None  # tokens in a packed row; None: the preset's max_length
+    share_beginnings: bool = True  # packed rows hold once what their documents begin with, see `attends_apart`
     compile: bool = False  # torch.compile the layers, before the first step
     loss: Loss = "plain"  # lean: the output layer sees supervised positions only, a chunk at a time; the same number
     evaluation: EvaluationSpec = EvaluationSpec()
@@ -143,6 +144,11 @@ class Job:
         Compiled layers would be compiled anew for each arrangement of documents.
         """
         return self.preset.attention == "sdpa" and not self.compile
+
+    @property
+    def shares_beginnings(self) -> bool:
+        """Whether its rows, where they are packed, hold once what their documents begin with (`trainer.beginning`)."""
+        return self.share_beginnings and self.attends_apart
 
     @property
     def gradient_accumulation_steps(self) -> tuple[int, ...]:

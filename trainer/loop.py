@@ -177,7 +177,8 @@ def _prepare(folder: Path, resume: bool) -> Run:
         if refused == NO_COMPANY:
             notes += (f"packing changes nothing: {refused}",)
         elif refused is not None:
-            raise ModelError(f"packing is not for this model: {refused}. Run it without --packing.")
+            less = "with --no-share-beginnings, or " if data.beginnings is not None else ""
+            raise ModelError(f"packing is not for this model: {refused}. Run it {less}without --packing.")
         stepper = steps.make_stepper(
             loaded.model,
             str(accelerator.device),

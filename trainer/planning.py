@@ -158,7 +158,7 @@ class Plans:
             sort_window=job.sort_window,
             packed_length=job.row_length or None,
             group_by_length=job.group_by_length,
-            beginnings=self._data.beginnings if job.packing and job.attends_apart else None,
+            beginnings=self._data.beginnings if job.packing and job.shares_beginnings else None,
         )
         if job.group_by_length:
             notes.append(GROUPED_NOTE)
@@ -200,8 +200,8 @@ class Plans:
 def _shared_note(plan: BatchPlan, data: TokenizedDataset) -> str:
     assert data.beginnings is not None
     whole = int(data.lengths[plan.order].sum())
-    having = int((data.beginnings.families[plan.order] > 0).sum())
-    of_all = "all examples" if having == plan.num_examples else f"{having:,} of {plan.num_examples:,} examples"
+    share = float((data.beginnings.families[plan.order] > 0).mean())
+    of_all = "all examples" if share == 1 else f"{min(0.99, share):.0%} of the examples"
     sizes = [f"{size:,}" for size in data.beginnings.sizes[1:].tolist()]
     many = sizes[0] if len(sizes) == 1 else f"{', '.join(sizes[:-1])} or {sizes[-1]}"
     return (
