@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from fakes import FakeDevice, FakeProber, chat_lengths, make_data, make_job, make_row
+from small_models import random_data
 
 from planner.estimate import HEAP_GROWTH, estimate
 from planner.measure import measure, with_references
@@ -345,6 +346,28 @@ def test_memory_is_probed_where_most_tokens_are_learnt_from_too(loss: str, is_ru
     assert learnt in rows[0].plan.order
     measure(rows, data, lambda job: Recording(device, job), 5, clock=device.clock)
     assert (learnt in probed) is is_run
+
+
+def test_memory_is_probed_where_attention_holds_most_of_what_documents_share() -> None:
+    """Rows of equal length: of one text, and of many short ones behind one system prompt."""
+    lengths = [100 + 5] * 60 + [300] * 60
+    data = random_data(lengths, beginning=100, without=range(60, 120))
+    job = make_job(packing=True, packed_length=300)
+    rows = [make_row(job, data), make_row(replace(job, share_beginnings=False), data, "whole")]
+    assert [row.plan.shares_beginnings for row in rows] == [True, False]
+    probed: list[int] = []
+
+    class Recording(FakeProber):
+        def memory(self, windows: list[list[MicroRows]], more: list[list[MicroRows]], seconds: float) -> MemoryReply:
+            if self.job.share_beginnings:
+                probed.extend(max(len(row) for row in rows) for window in windows for rows in window)
+            return super().memory(windows, more, seconds)
+
+    device = FakeDevice(np.array(lengths))
+    measure(rows, data, lambda job: Recording(device, job), 5, clock=device.clock)
+    most = int(np.diff(rows[0].plan.row_offsets).max())
+    assert most > 10
+    assert max(probed) == most
 
 
 @pytest.mark.parametrize(("plans", "windows"), [(1, 10), (3, 10), (12, 10)])

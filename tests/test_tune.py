@@ -11,6 +11,7 @@ import pytest
 from fakes import FakeProber, make_data, make_job
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import with_beginning
 from tuning import DATA, LENGTHS, Device, Prober, device_of, tuned
 
 from planner.chain import WORTH, Step, is_faster, twin_of
@@ -94,6 +95,22 @@ def test_packing_that_the_model_refuses_is_never_offered() -> None:
     (twin,) = tuned(device)
     assert all(change.packed_length is None for change in twin.changes)
     assert "packing: documents leak into each other" in twin.refused
+
+
+def test_where_rows_that_share_a_system_prompt_are_refused_rows_that_do_not_are_tried() -> None:
+    class Particular(Prober):
+        def packing_refused(self, packed_length: int) -> str | None:
+            return "packed logits differ" if self.job.share_beginnings else None
+
+    device = device_of(base=0.2, per_token=4e-4, memory=64 << 30)
+    device.factory = lambda job: Particular(device, job)  # type: ignore[method-assign]
+    (twin,) = tuned(device, data=with_beginning(DATA, 8))
+    (packed,) = (change for change in twin.changes if change.packed_length is not None)
+    job = packed.applied(make_job("recommended"))
+    assert (job.packing, job.share_beginnings) == (True, False)
+    assert not any("packing" in reason for reason in twin.refused)
+    (twin,) = tuned(device)  # nothing to share: nothing else to try
+    assert "packing: packed logits differ" in twin.refused
 
 
 def test_a_lean_loss_that_the_worker_refuses_is_not_kept() -> None:
