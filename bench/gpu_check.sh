@@ -77,6 +77,8 @@ case "$stage" in
     taught=()
     [ -f "$work/headline/taught/config.json" ] && taught=(--model "$work/headline/taught")
     bench/preloaded.py bench/waiting.py --device "$device" "${taught[@]}" --out "$out/waiting-$device-$day.json" "${data[@]}"
+    bench/preloaded.py bench/beginning.py --device "$device" --length 8192 "${taught[@]}" \
+      --out "$out/beginning-$device-$day.json"
     bench/preloaded.py bench/launch.py --device "$device" "${taught[@]}" --out "$out/launch-$device-$day.json"
     bench/preloaded.py bench/peers.py --device "$device" --rounds "${ROUNDS:-2}" --rows "${ROWS:-520}" "${taught[@]}" \
       --out "$out/peers-$device-$day.json"
