@@ -134,7 +134,7 @@ OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("Override", ("--attention",), {"type": _choice("sdpa", "eager"), "help": "Attention implementation."}),
     ("Override", ("--gradient-checkpointing/--no-gradient-checkpointing",), {"default": None, "help": "Less memory, more time."}),
     ("Override", ("--packing",), {"is_flag": True, "help": "Several examples in a row, kept apart; the same examples in each step."}),
-    ("Override", ("--share-beginnings/--no-share-beginnings",), {"default": True, "help": "Packed rows hold once what examples begin with in common [yes]."}),
+    ("Override", ("--share-beginnings/--no-share-beginnings",), {"default": None, "help": "Packed rows hold once what examples begin with in common [yes]."}),
     ("Override", ("--lean-loss",), {"is_flag": True, "help": "The output layer sees only what is learnt from, in chunks: the same loss, less memory."}),
     ("Override", ("--group-by-length",), {"is_flag": True, "help": "Windows of examples alike in length: less padding, but other batches."}),
     ("Override", ("--compile",), {"is_flag": True, "help": "torch.compile the layers; the time it takes is counted."}),

@@ -58,7 +58,7 @@ class Options:
     attention: Attention | None = None
     gradient_checkpointing: bool | None = None
     packing: bool = False
-    share_beginnings: bool = True
+    share_beginnings: bool | None = None
     lean_loss: bool = False
     group_by_length: bool = False
     compile: bool = False
@@ -218,7 +218,7 @@ def resolve_job(preset: Preset, options: Options, settings: Settings, facts: Dev
             num_threads=options.num_threads,
             seed=options.seed if options.seed is not None else settings.seed if settings.seed is not None else 42,
             packing=options.packing,
-            share_beginnings=options.share_beginnings,
+            share_beginnings=options.share_beginnings is not False,
             loss="lean" if options.lean_loss else "plain",
             group_by_length=options.group_by_length,
             compile=options.compile,

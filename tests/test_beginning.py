@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from fakes import make_job, make_row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import FAMILIES, grouped, random_data, small_model, with_lora
 
+from planner.cli import cli
 from planner.group import rows_of, shape_of
+from planner.options import same_options
 from planner.workload import Worker
 from trainer import documents
 from trainer.agreement import _documents, packing_agrees
@@ -376,6 +379,16 @@ def test_a_packed_run_computes_a_system_prompt_once_a_row_and_learns_the_same(
     assert "all examples begin with the same" in told["packed"]
     assert f"{1 - tokens[0] / tokens[1]:.0%} fewer tokens" in told["packed"]
     assert "begin with the same" not in told["alone"] + told["earlier"] + told["off"]
+
+
+def test_it_can_be_turned_off_and_the_command_that_is_printed_says_so(prompted: DataSpec, tiny_model: Path) -> None:
+    words = ["--run", "recommended", "--dataset", prompted.source, "--model", str(tiny_model), "--packing", "--dry-run"]
+    said = [CliRunner().invoke(cli, [*words, *more]) for more in ([], ["--no-share-beginnings"])]
+    assert [one.exit_code for one in said] == [0, 0]
+    assert "begin with the same" in said[0].output
+    assert "begin with the same" not in said[1].output
+    for words in (["--packing", "--no-share-beginnings"], ["--packing"]):
+        assert same_options(cli.make_context("plan", list(words)).params) == "".join(f" {word}" for word in words)
 
 
 def test_workers_are_given_what_their_own_plan_counts() -> None:
