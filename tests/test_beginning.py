@@ -20,7 +20,7 @@ from planner.cli import cli
 from planner.group import rows_of, shape_of
 from planner.options import same_options
 from planner.workload import Worker
-from trainer import documents
+from trainer import documents, loop
 from trainer.agreement import _documents, packing_agrees
 from trainer.batching import MOST_SPREAD, BatchPlan, Pass, Stretch, make_batch_plan
 from trainer.beginning import LEAST_TOKENS, find_beginnings
@@ -132,6 +132,14 @@ def test_a_beginning_that_is_learnt_from_or_hardly_saves_anything_is_left_alone(
     assert find_beginnings(learnt) is None
     assert find_beginnings(random_data(LENGTHS, beginning=LEAST_TOKENS - 1)) is None
     assert find_beginnings(random_data([400] * 4, beginning=20)) is None  # 60 of 1,600 tokens
+
+
+def test_an_example_that_learns_from_what_others_only_read_is_no_member() -> None:
+    data = random_data(LENGTHS, beginning=COMMON)
+    data.supervised[data.offsets[3] + 4] = True
+    found = find_beginnings(data)
+    assert found is not None
+    assert found.families.tolist() == [1, 1, 1, 0, 1, 1, 1, 1]
 
 
 def test_it_is_kept_beside_the_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,8 +361,15 @@ def losses_of(run: Path) -> list[float]:
 
 
 def test_a_packed_run_computes_a_system_prompt_once_a_row_and_learns_the_same(
-    make_run: Any, prompted: DataSpec
+    make_run: Any, prompted: DataSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    real, widths = loop.steps.micro_step, []
+
+    def step(stepper: Any, batch: MicroBatch, *, scale: float) -> Any:
+        widths.append(batch.input_ids.shape[1])
+        return real(stepper, batch, scale=scale)
+
+    monkeypatch.setattr(loop.steps, "micro_step", step)
     alone = make_run("alone", data=prompted)
     packed = make_run("packed", data=prompted, packing=True, packed_length=256)
     earlier = make_run("earlier", data=prompted, packing=True, packed_length=256)
@@ -364,7 +379,9 @@ def test_a_packed_run_computes_a_system_prompt_once_a_row_and_learns_the_same(
     whole = plan_job(job, data.as_planned(shares_beginnings=False)).plan
     whole.save(earlier / "batch_plan.npz")  # of a version that did not share
     for run in (alone, packed, earlier, off):
+        widths.clear()
         train(run)
+        assert widths == BatchPlan.load(run / "batch_plan.npz").micro_shapes(data.lengths).width.tolist()
     assert losses_of(packed) == pytest.approx(losses_of(alone), rel=1e-4)
     assert losses_of(off) == losses_of(earlier)
     assert losses_of(earlier) == pytest.approx(losses_of(alone), rel=1e-4)
