@@ -214,7 +214,7 @@ def _measure_all(
         rows = [member.planned for member in members if member.planned is not None]
         rows = rows if len(rows) == 1 else with_references(rows)  # a single row that will run needs no comparison
         if history is not None and not measuring.fresh:
-            stored = reuse(history, keys, rows, data, asked, place.disk, works[length])
+            stored = reuse(history, keys, rows, data, asked, place.disk, works[length], disturbed_now)
             if isinstance(stored, Reused):
                 found[length], measured_at[length] = _noted(stored.measurements, place), stored.measured_at
                 say(f"measured {ago(stored.measured_at, now)} on this machine; --fresh measures again")
@@ -243,6 +243,13 @@ def _measure_all(
             keep(history, keys, rows, data, measured, asked, now, disk)
         found[length] = _noted(measured, scratch)  # not kept: it is said where it is true
     return found, measured_at
+
+
+def disturbed_now() -> float | None:
+    """As planner.meter's, which is not loaded for a table that asks nothing of it."""
+    from planner.meter import disturbed_now as look
+
+    return look()
 
 
 def _noted(found: Measurements, place: Place) -> Measurements:

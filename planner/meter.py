@@ -89,6 +89,22 @@ def _machine_seconds() -> _MachineSeconds:
     return _MachineSeconds(busy=total - idle - steal, steal=steal, total=total)
 
 
+def disturbed_now(seconds: float = 0.2) -> float | None:
+    """Share of the machine's CPU time that others and the host take just now; None where nothing can be read.
+
+    Looks for so long: the kernel counts in hundredths of a second, so that two cores tell it to a few per cent.
+    """
+    own, before = psutil.Process(), _machine_seconds()
+    used = own.cpu_times()
+    time.sleep(seconds)
+    after, mine = _machine_seconds(), own.cpu_times()
+    total = after.total - before.total
+    if total <= 0:
+        return None
+    taken = (after.busy - before.busy) + (after.steal - before.steal)
+    return min(1.0, max(0.0, taken - (mine.user + mine.system - used.user - used.system)) / total)
+
+
 def _load() -> float | None:
     try:
         return os.getloadavg()[0]

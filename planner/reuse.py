@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import resources
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.conditions import UNCALIBRATED, summarise
 from planner.estimate import of_a_run
 from planner.hardware import DeviceFacts, cpu_name
 from planner.history import History
@@ -65,6 +66,7 @@ NOT_SHAPE = ("_name_or_path", "transformers_version")  # of a config.json
 LIKE = 2.0  # a class of micro-batches may lie on average this factor from those timed for it; the fit bridges that much
 MOST_OF_DATA = 0.25  # of the peak: data that are larger or smaller by more are measured with anew
 SMALL_SHARE = 0.02  # of the plan's padded tokens: a class below it moves the sum too little to ask for that
+GONE = 0.5  # of what others took of a CPU while it was timed: below it they are as good as gone
 NEAR = 0.95  # of the micro-batch whose memory is shown: below it, a note says so
 
 
@@ -306,6 +308,7 @@ def reuse(
     asked: Sharpness,
     disk: str,
     works: Works | None = None,
+    look: Callable[[], float | None] = lambda: None,
 ) -> Reused | str | None:
     """Stored measurements for these rows, or why those that are stored do not do, or None where there are none.
 
@@ -315,7 +318,12 @@ def reuse(
     They do where the rows' micro-batches lie within what was measured: the same micro-batch sizes, every class that has
     work was timed with micro-batches like the plan's, about as large a share of the tokens is learnt from, and each
     row's worst micro-batch is no larger than one that fitted (or no smaller than one that did not). All step signatures
-    must come from one call, in which they were timed in turns: the speed factor compares them.
+    must come from one call, in which they were timed in turns: the speed factor compares them. What was timed on a CPU
+    beside others that are gone now says nothing of it.
+
+    Args:
+        look: the share of the CPU's time that others take just now; None where it is not known. Asked only where they
+            took much of it then.
     """
     wanted: dict[StepSignature, list[PlannedRow]] = {}
     for row in rows:
@@ -336,7 +344,7 @@ def reuse(
             continue
         try:
             entries = {one: jsonio.from_json(CachedMeasurement, contents[key]) for one, key in keyed.items()}
-            return _checked(entries, wanted, data, asked, made.facts, works)
+            return _checked(entries, wanted, data, asked, made.facts, works, look)
         except PlanError:  # of another form than today's
             continue
         except _Unfit as reason:
@@ -351,10 +359,13 @@ def _checked(
     asked: Sharpness,
     facts: DeviceFacts,
     works: Works,
+    look: Callable[[], float | None],
 ) -> Reused:
     first = next(iter(entries.values()))
     if any(entry.call != first.call for entry in entries.values()):
         raise _Unfit("the configurations were not measured together")
+    if next(iter(wanted)).device == "cpu":
+        _check_company(list(entries.values()), look)
     verdicts: list[RowVerdict] = []
     notes = list(first.notes)
     for signature, rows in wanted.items():
@@ -383,6 +394,17 @@ def _checked(
         ),
         measured_at=datetime.fromisoformat(min(entry.measured_at for entry in entries.values())),
     )
+
+
+def _check_company(entries: Sequence[CachedMeasurement], look: Callable[[], float | None]) -> None:
+    """What others took while it was timed made it longer, and a run without them will not be."""
+    readings = [one.conditions for entry in entries for one in entry.measurement.rounds if one.conditions is not None]
+    then = summarise(readings, on_cpu=True).disturbed
+    if then <= UNCALIBRATED:
+        return
+    now = look()
+    if now is not None and now < GONE * then:
+        raise _Unfit(f"other programs took {then:.0%} of the CPU's time while it was timed, and {now:.0%} now")
 
 
 def _check_sharpness(entry: CachedMeasurement, asked: Sharpness) -> None:

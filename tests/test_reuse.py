@@ -26,6 +26,8 @@ from planner.candidates import MeasureSettings
 from planner.estimate import HEAP_GROWTH
 from planner.figures import ago
 from planner.measure import measure
+from planner.measurement import Conditions
+from planner.meter import disturbed_now
 from planner.scratch import place_for
 from planner.table import measured_text
 from presets.schema import parse_preset
@@ -185,6 +187,42 @@ def test_other_versions_other_code_and_another_model_are_measured(bench: Bench, 
 def _keys(bench: Bench) -> set[str]:
     with sqlite3.connect(bench.history.path) as db:
         return {key.partition(".")[0] for (key,) in db.execute("SELECT key FROM measurements")}
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "is_reused"),
+    [(0.43, 0.02, False), (0.43, 0.40, True), (0.43, None, True), (0.05, 0.0, True)],
+    ids=["gone", "still there", "not known", "hardly any"],
+)
+def test_what_was_timed_beside_other_programs_is_measured_again_once_they_are_gone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, then: float, now: float | None, is_reused: bool
+) -> None:
+    class Meter:
+        def __init__(self, *, is_gpu: bool) -> None:
+            pass
+
+        def __call__(self) -> Conditions:
+            return Conditions(seconds=1.0, others=then, steal=0.0)
+
+    asked: list[float | None] = []
+    monkeypatch.setattr("planner.meter.ConditionsMeter", Meter)
+    monkeypatch.setattr("planner.compare.disturbed_now", lambda: asked.append(now) or now)
+    bench.plan()
+    assert not asked  # nothing was stored
+    bench.plan(minutes=10)
+    assert (bench.starts == 0) is is_reused
+    assert bool(asked) == (then > 0.1)  # a look takes a moment: only where it matters
+    told = [line for line in bench.said if line.startswith("measuring again")]
+    assert told == (
+        []
+        if is_reused
+        else ["measuring again: other programs took 43% of the CPU's time while it was timed, and 2% now"]
+    )
+
+
+def test_a_look_at_what_others_take_leaves_out_ourselves() -> None:
+    found = disturbed_now(0.05)
+    assert found is None or 0 <= found <= 1
 
 
 def test_packed_rows_that_share_another_beginning_are_measured(bench: Bench) -> None:
