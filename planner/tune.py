@@ -34,7 +34,7 @@ from planner.trials import Changes, Trials, row_name
 from planner.twin import TOO_SHORT, Change, Twin, Untimed, Wanted, split_text
 from presets.errors import MeasurementError
 from presets.text import listed
-from trainer.batching import MOST_SPREAD
+from trainer.packing import MOST_SPREAD
 from trainer.tokens import TokenizedDataset
 
 CPU_MICRO_BATCHES = (1, 2, 4, 8)

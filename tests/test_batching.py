@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from presets.errors import DataError, RunError
 from trainer import batching
-from trainer.batching import BatchPlan, Pass, Stretch, make_batch_plan, pack
+from trainer.batching import BatchPlan, Pass, Stretch, make_batch_plan
+from trainer.packing import pack
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=120).map(np.array)
 

@@ -22,12 +22,13 @@ from planner.options import same_options
 from planner.workload import Worker
 from trainer import documents, loop
 from trainer.agreement import _documents, packing_agrees
-from trainer.batching import MOST_SPREAD, BatchPlan, Pass, Stretch, make_batch_plan
+from trainer.batching import BatchPlan, Pass, Stretch, make_batch_plan
 from trainer.beginning import LEAST_TOKENS, find_beginnings
 from trainer.collate import MicroBatch, collate
 from trainer.data import prepare_data
 from trainer.job import DataSpec, Job
 from trainer.loop import train
+from trainer.packing import MOST_SPREAD
 from trainer.planning import plan_job
 from trainer.step import clear_gradients, make_stepper, micro_step, model_arguments, token_losses
 from trainer.tokens import TokenizedDataset

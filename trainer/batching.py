@@ -20,12 +20,10 @@ import numpy as np
 
 from presets.errors import DataError, RunError
 from trainer.beginning import Beginnings
+from trainer.packing import pack
 from trainer.tokens import IntArray
 
 MEGA_WINDOWS = 50  # windows whose examples are sorted together when grouping by length, as in transformers
-# What a packed row's documents come to at most, each as a whole, in rows: of what they share attention holds keys and
-# values for each of them, and memory has to have a bound.
-MOST_SPREAD = 8
 AT_ONCE = 1 << 18  # examples or micro-batches that are worked on together: what that takes besides stays small
 
 
@@ -410,53 +408,6 @@ def _packed(
             saved = np.add.reduceat((beginnings.sizes[families] * is_next).ravel(), np.flatnonzero(starts_row.ravel()))
         parts.append(_Part(order=some.ravel(), rows=sizes, micros=micros, windows=in_window, saved=saved))
     return parts
-
-
-def pack(lengths: IntArray, packed_length: int, alike: tuple[Beginnings, IntArray] | None = None) -> IntArray:
-    """Row number of each document: best-fit decreasing, in all windows at once.
-
-    Best fit puts a document into the row it leaves least room in; it needs at most 11/9 of the fewest rows, plus one
-    (Johnson, 1973). A document longer than a row gets a row of its own.
-
-    Args:
-        lengths: (windows, documents), each window's longest first.
-        alike: what rows hold once, and the examples, (windows, documents): a document takes less of a row that holds
-            its beginning already.
-
-    Returns:
-        Row of each document, (windows, documents), counted from 0 in each window without gaps.
-    """
-    num_windows, num_documents = lengths.shape
-    room = np.full((num_windows, num_documents), packed_length, dtype=np.int64)
-    used = np.zeros(num_windows, dtype=np.int64)  # rows opened
-    rows = np.empty((num_windows, num_documents), dtype=np.int64)
-    here = np.arange(num_windows)
-    families = common = known = None
-    spread = np.zeros_like(room) if alike is not None else None  # tokens of a row's documents, each as a whole
-    if alike is not None:
-        families, common = alike[0].families[alike[1]], alike[0].common(alike[1])
-        known = np.zeros((num_windows, len(alike[0].sizes), num_documents), dtype=bool)  # families that a row holds
-    for column in range(num_documents):  # a loop over a window's documents, never over all examples
-        length = lengths[:, column]
-        most = int(used.max()) if column else 0
-        taken = np.broadcast_to(length[:, None], (num_windows, most))
-        if known is not None and families is not None and common is not None:
-            taken = taken - common[:, column, None] * known[here, families[:, column], :most]
-        left = room[:, :most] - taken
-        closed = (left < 0) | (np.arange(most) >= used[:, None])
-        if spread is not None:
-            closed |= spread[:, :most] + length[:, None] > MOST_SPREAD * packed_length
-        left = np.where(closed, np.iinfo(np.int64).max, left)
-        best = left.argmin(axis=1) if most else np.zeros(num_windows, dtype=np.int64)
-        fits = ~closed[here, best] if most else np.zeros(num_windows, dtype=bool)
-        target = np.where(fits, best, used)
-        rows[:, column] = target
-        room[here, target] -= np.where(fits, taken[here, best], length) if most else length
-        if known is not None and families is not None and spread is not None:
-            known[here, families[:, column], target] = True
-            spread[here, target] += length
-        used += ~fits
-    return rows
 
 
 def _deal(rows: IntArray, micro_batch_size: int, num_devices: int) -> tuple[IntArray, IntArray]:
