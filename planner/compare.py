@@ -99,6 +99,7 @@ def compare(
     model, spec, candidates = prepare(options, settings, facts, names=names, running=running, say=say, force=force)
     now = now or datetime.now().astimezone()
     keys = Keys(facts)
+    look = watch_others() if history is not None and facts.kind == "cpu" else lambda: None
     if tuned or (history is not None and not running):
         baseline = functools.partial(baseline_job, options, settings, facts, spec)
         search = Search(measuring, say, shown, factory, history, keys, now, clock)
@@ -110,7 +111,7 @@ def compare(
         if candidate.planned is not None and candidate.data is not None:
             works.setdefault(candidate.planned.job.preset.max_length, Works(candidate.data))
     found, measured_at = _measure_all(
-        candidates, works, measuring, say, shown, factory, history, keys, now, clock, place
+        candidates, works, measuring, say, shown, factory, history, keys, now, clock, place, look
     )
     raw = {
         candidate.planned.name: estimate(
@@ -194,6 +195,7 @@ def _measure_all(
     now: datetime,
     clock: Callable[[], float],
     place: Place,
+    look: Callable[[], float | None],
 ) -> tuple[dict[int, Measurements], dict[int, datetime]]:
     """Measurements by maximum length, and when those were made that were not made now.
 
@@ -214,7 +216,7 @@ def _measure_all(
         rows = [member.planned for member in members if member.planned is not None]
         rows = rows if len(rows) == 1 else with_references(rows)  # a single row that will run needs no comparison
         if history is not None and not measuring.fresh:
-            stored = reuse(history, keys, rows, data, asked, place.disk, works[length], disturbed_now)
+            stored = reuse(history, keys, rows, data, asked, place.disk, works[length], look)
             if isinstance(stored, Reused):
                 found[length], measured_at[length] = _noted(stored.measurements, place), stored.measured_at
                 say(f"measured {ago(stored.measured_at, now)} on this machine; --fresh measures again")
@@ -245,11 +247,11 @@ def _measure_all(
     return found, measured_at
 
 
-def disturbed_now() -> float | None:
-    """As planner.meter's, which is not loaded for a table that asks nothing of it."""
-    from planner.meter import disturbed_now as look
+def watch_others() -> Callable[[], float | None]:
+    """Tells what share of the CPU's time others took from here on."""
+    from planner.meter import Company
 
-    return look()
+    return Company()
 
 
 def _noted(found: Measurements, place: Place) -> Measurements:

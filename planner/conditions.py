@@ -9,6 +9,7 @@ from planner.measurement import Conditions
 STEAL = 0.02  # of the machine's CPU time, taken by the host: above it a warning
 OTHERS = 0.10  # of the machine's CPU time, used by other processes
 UNCALIBRATED = 0.10  # of the two together: above it the interval is not called calibrated
+MOST_TAKEN = 0.9  # of it, that a range reckons with: a run beside others always gets some
 CLOCK_DROP = 0.05  # of a GPU's SM clock, between the readings of one profile
 # NVML's reasons that say "slower than it could be", by bit (nvml.h, nvmlClocksEventReasons). Idle, application clocks
 # and the like are no fault.
@@ -38,7 +39,7 @@ class Summary:
     @property
     def disturbed(self) -> float:
         """Share of the machine's CPU time that was not to be had."""
-        return min(0.9, self.steal + self.others)
+        return min(MOST_TAKEN, self.steal + self.others)
 
     @property
     def is_calibrated(self) -> bool:
@@ -93,3 +94,11 @@ def summarise(readings: list[Conditions], *, on_cpu: bool) -> Summary:
             "memory. Measure again when they are done, unless they will run beside the training too."
         )
     return Summary(steal=steal, others=others, warnings=tuple(warnings))
+
+
+def busier_now(share: float) -> str:
+    """Said of an earlier measurement, beside which others took less of the CPU's time than they do now."""
+    return (
+        f"other programs take {share:.0%} of this machine's CPU time just now, far more than while it was timed: a run "
+        "takes so much longer as long as they do. Close them before training, or measure beside them with --fresh."
+    )

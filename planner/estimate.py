@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.conditions import summarise
+from planner.conditions import MOST_TAKEN, busier_now, summarise
 from planner.estimator import Z_90, Estimator, PlanWork
 from planner.figures import GIB
 from planner.intervals import lopsided
@@ -201,6 +201,9 @@ def estimate(
         share = conditions.disturbed
         low, high = min(low, total.seconds * (1 - share)), max(high, total.seconds * (1 + share / (1 - share)))
         warnings += conditions.warnings
+    if found.busier is not None:
+        high = max(high, total.seconds / (1 - min(MOST_TAKEN, found.busier)))
+        warnings.append(busier_now(found.busier))
     if len(measurement.rounds) < 2:
         warnings.append("only one round could be timed, so the range is a guess (±50 %). Give more time with --budget.")
     tight = memory_warning(verdict, row.job)
@@ -259,6 +262,7 @@ def estimate(
         calibrated=steadiness.is_steady
         and steadiness.can_tell
         and conditions.is_calibrated
+        and found.busier is None
         and len(measurement.rounds) > 1,
         notes=tuple(notes),
         warnings=tuple(warnings),

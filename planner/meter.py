@@ -27,14 +27,14 @@ class ConditionsMeter:
         self._last = Conditions(seconds=0.0)
         self._read_at = clock()
         self._times = _machine_seconds()
-        self._own_seconds = self._own_cpu_seconds()
+        self._own_seconds = _own_cpu_seconds(self._own)
 
     def __call__(self) -> Conditions:
         now = self._clock()
         seconds = now - self._read_at
         if seconds < LEAST_SECONDS:
             return self._last
-        times, own = _machine_seconds(), self._own_cpu_seconds()
+        times, own = _machine_seconds(), _own_cpu_seconds(self._own)
         total = times.total - self._times.total
         steal = others = None
         if total > 0:
@@ -46,28 +46,10 @@ class ConditionsMeter:
             load=_load(),
             steal=steal,
             others=None if others is None else min(1.0, others),
-            gpu=None if self._gpu is None else self._gpu.read(self._own_pids()),
+            gpu=None if self._gpu is None else self._gpu.read({process.pid for process in _family(self._own)}),
         )
         self._read_at, self._times, self._own_seconds = now, times, own
         return self._last
-
-    def _family(self) -> Iterator[psutil.Process]:
-        yield self._own
-        with contextlib.suppress(psutil.Error):
-            yield from self._own.children(recursive=True)
-
-    def _own_pids(self) -> set[int]:
-        return {process.pid for process in self._family()}
-
-    def _own_cpu_seconds(self) -> float:
-        """CPU seconds of this process and its children, living and waited for."""
-        seconds = 0.0
-        for process in self._family():
-            with contextlib.suppress(psutil.Error):  # it ended while it was looked at
-                times = process.cpu_times()
-                seconds += times.user + times.system
-                seconds += getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
-        return seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,20 +71,45 @@ def _machine_seconds() -> _MachineSeconds:
     return _MachineSeconds(busy=total - idle - steal, steal=steal, total=total)
 
 
-def disturbed_now(seconds: float = 0.2) -> float | None:
-    """Share of the machine's CPU time that others and the host take just now; None where nothing can be read.
+class Company:
+    """What others and the host take of the machine's CPU time, from when this is made until it is asked."""
 
-    Looks for so long: the kernel counts in hundredths of a second, so that two cores tell it to a few per cent.
-    """
-    own, before = psutil.Process(), _machine_seconds()
-    used = own.cpu_times()
-    time.sleep(seconds)
-    after, mine = _machine_seconds(), own.cpu_times()
-    total = after.total - before.total
-    if total <= 0:
-        return None
-    taken = (after.busy - before.busy) + (after.steal - before.steal)
-    return min(1.0, max(0.0, taken - (mine.user + mine.system - used.user - used.system)) / total)
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+        self._own = _own_cpu_seconds(psutil.Process())
+        self._before = _machine_seconds()
+
+    def __call__(self, least: float = 0.1) -> float | None:
+        """The share; None where nothing can be read.
+
+        Args:
+            least: seconds to look for, waited for where they are not yet over. The kernel counts in hundredths of a
+                second, so that 0.1 s of two cores tell it to a tenth: what a table from the history can spare.
+        """
+        time.sleep(max(0.0, least - (time.monotonic() - self._begun)))
+        after, own = _machine_seconds(), _own_cpu_seconds(psutil.Process())
+        total = after.total - self._before.total
+        if total <= 0:
+            return None
+        taken = (after.busy - self._before.busy) + (after.steal - self._before.steal)
+        return min(1.0, max(0.0, taken - max(0.0, own - self._own)) / total)
+
+
+def _family(of: psutil.Process) -> Iterator[psutil.Process]:
+    yield of
+    with contextlib.suppress(psutil.Error):
+        yield from of.children(recursive=True)
+
+
+def _own_cpu_seconds(of: psutil.Process) -> float:
+    """CPU seconds of a process and its children, living and waited for."""
+    seconds = 0.0
+    for process in _family(of):
+        with contextlib.suppress(psutil.Error):  # it ended while it was looked at
+            times = process.cpu_times()
+            seconds += times.user + times.system
+            seconds += getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
+    return seconds
 
 
 def _load() -> float | None:

@@ -67,6 +67,9 @@ LIKE = 2.0  # a class of micro-batches may lie on average this factor from those
 MOST_OF_DATA = 0.25  # of the peak: data that are larger or smaller by more are measured with anew
 SMALL_SHARE = 0.02  # of the plan's padded tokens: a class below it moves the sum too little to ask for that
 GONE = 0.5  # of what others took of a CPU while it was timed: below it they are as good as gone
+BUSIER = (
+    0.2  # of a CPU's time: by so much more than then, others slow a run that starts now, and a short look can tell
+)
 NEAR = 0.95  # of the micro-batch whose memory is shown: below it, a note says so
 
 
@@ -322,8 +325,7 @@ def reuse(
     beside others that are gone now says nothing of it.
 
     Args:
-        look: the share of the CPU's time that others take just now; None where it is not known. Asked only where they
-            took much of it then.
+        look: the share of the CPU's time that others take just now; None where it is not known.
     """
     wanted: dict[StepSignature, list[PlannedRow]] = {}
     for row in rows:
@@ -364,8 +366,7 @@ def _checked(
     first = next(iter(entries.values()))
     if any(entry.call != first.call for entry in entries.values()):
         raise _Unfit("the configurations were not measured together")
-    if next(iter(wanted)).device == "cpu":
-        _check_company(list(entries.values()), look)
+    busier = _company(list(entries.values()), look) if next(iter(wanted)).device == "cpu" else None
     verdicts: list[RowVerdict] = []
     notes = list(first.notes)
     for signature, rows in wanted.items():
@@ -389,6 +390,7 @@ def _checked(
             measurements=tuple(replace(entry.measurement, signature=signature) for signature, entry in entries.items()),
             rows=tuple(verdicts),
             in_turns=first.in_turns,
+            busier=busier,
             notes=tuple(dict.fromkeys(notes)),
             warnings=first.warnings,
         ),
@@ -396,15 +398,18 @@ def _checked(
     )
 
 
-def _check_company(entries: Sequence[CachedMeasurement], look: Callable[[], float | None]) -> None:
-    """What others took while it was timed made it longer, and a run without them will not be."""
+def _company(entries: Sequence[CachedMeasurement], look: Callable[[], float | None]) -> float | None:
+    """What others take of the CPU's time now, where that is plainly more than while it was timed.
+
+    Less is another matter: what they took then made it longer, and a run without them will not be.
+    """
     readings = [one.conditions for entry in entries for one in entry.measurement.rounds if one.conditions is not None]
-    then = summarise(readings, on_cpu=True).disturbed
-    if then <= UNCALIBRATED:
-        return
-    now = look()
-    if now is not None and now < GONE * then:
+    then, now = summarise(readings, on_cpu=True).disturbed, look()
+    if now is None:
+        return None
+    if then > UNCALIBRATED and now < GONE * then:
         raise _Unfit(f"other programs took {then:.0%} of the CPU's time while it was timed, and {now:.0%} now")
+    return now if now > then + BUSIER else None
 
 
 def _check_sharpness(entry: CachedMeasurement, asked: Sharpness) -> None:

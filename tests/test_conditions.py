@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from fakes import FakeDevice, chat_lengths, make_data, make_job, make_row
 
@@ -17,7 +18,7 @@ from planner.conditions import summarise, throttle_reasons
 from planner.estimate import estimate
 from planner.measure import measure
 from planner.measurement import Conditions, GpuConditions
-from planner.meter import ConditionsMeter
+from planner.meter import Company, ConditionsMeter, _own_cpu_seconds
 
 LENGTHS = chat_lengths(2000)
 DATA = make_data(LENGTHS)
@@ -92,19 +93,22 @@ def test_a_stranger_s_process_counts_as_other_and_a_child_of_ours_does_not() -> 
     child = subprocess.Popen([sys.executable, "-c", burn])
     time.sleep(1.5)
     ours = read()
-    used = read._own_cpu_seconds() - begun
+    used = _own_cpu_seconds(psutil.Process()) - begun
     child.kill()
     child.wait()
     assert used > 0.1  # the child's seconds are ours
     assert ours.others is not None
     assert ours.load is None or ours.load >= 0
     # A process of another family: started by a shell that has gone.
-    read = ConditionsMeter(is_gpu=False)
+    read, company = ConditionsMeter(is_gpu=False), Company()
     subprocess.run(["sh", "-c", f"'{sys.executable}' -c '{burn}' >/dev/null 2>&1 &"], check=True)
     time.sleep(1.5)
     strangers = read()
     assert strangers.others is not None
     assert strangers.others > 0.05
+    share = company()
+    assert share is not None
+    assert share > 0.05
 
 
 def test_readings_closer_than_half_a_second_are_one() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -27,7 +29,7 @@ from planner.estimate import HEAP_GROWTH
 from planner.figures import ago
 from planner.measure import measure
 from planner.measurement import Conditions
-from planner.meter import disturbed_now
+from planner.meter import Company
 from planner.scratch import place_for
 from planner.table import measured_text
 from presets.schema import parse_preset
@@ -190,12 +192,20 @@ def _keys(bench: Bench) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("then", "now", "is_reused"),
-    [(0.43, 0.02, False), (0.43, 0.40, True), (0.43, None, True), (0.05, 0.0, True)],
-    ids=["gone", "still there", "not known", "hardly any"],
+    ("then", "now", "is_reused", "is_busier"),
+    [
+        (0.43, 0.02, False, False),
+        (0.43, 0.40, True, False),
+        (0.43, None, True, False),
+        (0.43, 0.90, True, True),
+        (0.05, 0.0, True, False),
+        (0.05, 0.20, True, False),
+        (0.05, 0.60, True, True),
+    ],
+    ids=["gone", "still there", "not known", "more of them", "hardly any", "a few", "come since"],
 )
-def test_what_was_timed_beside_other_programs_is_measured_again_once_they_are_gone(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, then: float, now: float | None, is_reused: bool
+def test_who_else_is_there_counts_as_much_as_who_was(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, then: float, now: float | None, is_reused: bool, is_busier: bool
 ) -> None:
     class Meter:
         def __init__(self, *, is_gpu: bool) -> None:
@@ -206,23 +216,45 @@ def test_what_was_timed_beside_other_programs_is_measured_again_once_they_are_go
 
     asked: list[float | None] = []
     monkeypatch.setattr("planner.meter.ConditionsMeter", Meter)
-    monkeypatch.setattr("planner.compare.disturbed_now", lambda: asked.append(now) or now)
-    bench.plan()
+    monkeypatch.setattr("planner.compare.watch_others", lambda: lambda: asked.append(now) or now)
+    measured = bench.plan().report.rows
     assert not asked  # nothing was stored
-    bench.plan(minutes=10)
+    shown = bench.plan(minutes=10).report.rows
+    assert asked
     assert (bench.starts == 0) is is_reused
-    assert bool(asked) == (then > 0.1)  # a look takes a moment: only where it matters
     told = [line for line in bench.said if line.startswith("measuring again")]
     assert told == (
         []
         if is_reused
         else ["measuring again: other programs took 43% of the CPU's time while it was timed, and 2% now"]
     )
+    for before, row in zip(measured, shown, strict=True):
+        said = f"other programs take {now or 0:.0%} of this machine's CPU time just now"
+        assert (said in (row.note or "")) is is_busier
+        if is_busier:  # twice as long and more, with less than half of the CPU
+            assert not row.calibrated
+            assert now
+            assert row.seconds
+            assert row.seconds_low == pytest.approx(before.seconds_low, rel=1e-3)  # but for reading the data
+            assert row.seconds_high
+            assert row.breakdown
+            steps = row.breakdown.forward_backward + row.breakdown.optimizer
+            assert row.seconds_high >= row.seconds + steps * min(0.9, now) / (1 - min(0.9, now)) * 0.999
 
 
-def test_a_look_at_what_others_take_leaves_out_ourselves() -> None:
-    found = disturbed_now(0.05)
+def test_what_others_take_leaves_out_ourselves() -> None:
+    company = Company()
+    end = time.monotonic() + 0.3
+    while time.monotonic() < end:
+        pass
+    found = company()
     assert found is None or 0 <= found <= 1
+    family = [1000.0, 1000.0 + (os.cpu_count() or 1) * 3600]  # as if all that was taken since were ours
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("planner.meter._own_cpu_seconds", lambda of: family.pop(0))
+        company = Company()
+        found = company(0.05)
+    assert found in (None, 0.0)
 
 
 def test_packed_rows_that_share_another_beginning_are_measured(bench: Bench) -> None:
