@@ -11,8 +11,7 @@
 # for what each pair measured.
 # Seen on an H200 (2026-11-27): launching kernels sets the pace below some 6,000 tokens a micro-step (3 to 5 ms a layer, and the
 # host's speed moves), and the first seconds of a process are slower while kernels are loaded. Teaching the model takes 20 s, a
-# search for both presets 90 s, a seed without the leaking packer another two minutes. The fork server's children are not the
-# planner's own, so that it says of its workers that other processes use the GPU.
+# search for both presets 90 s, a seed without the leaking packer another two minutes.
 #
 # PYTHON names the interpreter, GSM8K the data (a JSONL file with question and answer), WORK a folder for models that the
 # stages share; in memory by default, since writing 16 GB to a disk makes the first checkpoints slow.

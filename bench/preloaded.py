@@ -78,16 +78,17 @@ def serve(path: str) -> None:
         server.bind(path)
         server.listen(16)
         print("preloaded: ready", file=sys.stderr, flush=True)
+        own = os.getpid()
         while True:
             connection, _ = server.accept()
             if os.fork() == 0:
                 server.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                _keep(connection)
+                _keep(connection, own)
             connection.close()
 
 
-def _keep(connection: socket.socket) -> None:
+def _keep(connection: socket.socket, server: int) -> None:
     """Fork the child proper, wait for it, pass on how it ended."""
     first, streams, _, _ = socket.recv_fds(connection, 8, 3)
     size = int.from_bytes(first + _exactly(connection, 8 - len(first)), "big")
@@ -95,7 +96,7 @@ def _keep(connection: socket.socket) -> None:
     child = os.fork()
     if child == 0:
         connection.close()
-        _become(request, streams)
+        _become(request, streams, server)
     for stream in streams:
         os.close(stream)
     connection.sendall(child.to_bytes(8, "big"))
@@ -108,7 +109,7 @@ def _keep(connection: socket.socket) -> None:
     os._exit(0)
 
 
-def _become(request: dict, streams: list) -> None:  # type: ignore[type-arg]
+def _become(request: dict, streams: list, server: int) -> None:  # type: ignore[type-arg]
     """In the child: run what was asked for, as `python` would, and leave."""
     import atexit
     import runpy
@@ -133,6 +134,8 @@ def _become(request: dict, streams: list) -> None:  # type: ignore[type-arg]
         is_safe = arguments.pop(0) == "-P" or is_safe
     code = 0
     try:
+        if arguments[:2] == ["-m", "planner.cli"]:
+            _adopt(server)
         if arguments[0] == "-m":
             sys.argv = [arguments[1], *arguments[2:]]
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
@@ -155,6 +158,21 @@ def _become(request: dict, streams: list) -> None:  # type: ignore[type-arg]
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _adopt(server: int) -> None:
+    """Have the planner count what the server forks as its own: its workers are no children of its process here."""
+    import psutil
+
+    from planner import meter
+
+    def family(of: psutil.Process) -> list[psutil.Process]:
+        try:
+            return list({of, psutil.Process(server), *psutil.Process(server).children(recursive=True)})
+        except psutil.Error:  # one of them has just left
+            return [of]
+
+    meter._family = family  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from presets.env import Settings
 from presets.errors import DataError, ModelError, SettingsError, together
 from presets.schema import DEFAULT_PRESET
 from presets.user import is_path
-from trainer.job import DataSpec
+from trainer.job import DataSpec, Device
 from trainer.model import inspect_model
 from trainer.record import Breakdown, CostModel, Predicted
 
@@ -99,7 +99,7 @@ def compare(
     model, spec, candidates = prepare(options, settings, facts, names=names, running=running, say=say, force=force)
     now = now or datetime.now().astimezone()
     keys = Keys(facts)
-    look = watch_others() if history is not None and facts.kind == "cpu" else lambda: None
+    look = watch_others(facts.kind) if history is not None else lambda: None
     if tuned or (history is not None and not running):
         baseline = functools.partial(baseline_job, options, settings, facts, spec)
         search = Search(measuring, say, shown, factory, history, keys, now, clock)
@@ -247,11 +247,11 @@ def _measure_all(
     return found, measured_at
 
 
-def watch_others() -> Callable[[], float | None]:
-    """Tells what share of the CPU's time others took from here on."""
-    from planner.meter import Company
+def watch_others(device: Device) -> Callable[[], float | None]:
+    """Tells what share of the CPU's time others took from here on, or that no others are on the GPU."""
+    from planner.meter import Company, nobody_on_gpu
 
-    return Company()
+    return Company() if device == "cpu" else nobody_on_gpu
 
 
 def _noted(found: Measurements, place: Place) -> Measurements:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from planner.measurement import Conditions
+from planner.figures import GIB
+from planner.measurement import Conditions, GpuConditions
 
 STEAL = 0.02  # of the machine's CPU time, taken by the host: above it a warning
 OTHERS = 0.10  # of the machine's CPU time, used by other processes
 UNCALIBRATED = 0.10  # of the two together: above it the interval is not called calibrated
 MOST_TAKEN = 0.9  # of it, that a range reckons with: a run beside others always gets some
+SLOWED_DOWN = 0.10  # of its speed, what a GPU that throttles loses at least: the clock between readings is not seen
+UNKNOWN_SHARE = 0.50  # of a GPU's time, what others may take where the driver does not tell: as much as the training
 CLOCK_DROP = 0.05  # of a GPU's SM clock, between the readings of one profile
 # NVML's reasons that say "slower than it could be", by bit (nvml.h, nvmlClocksEventReasons). Idle, application clocks
 # and the like are no fault.
@@ -34,16 +37,20 @@ class Summary:
 
     steal: float = 0.0
     others: float = 0.0
+    gpu_others: float = 0.0  # of the GPU's time, used by other processes
+    gpu_slowed: float = 0.0  # of the GPU's speed, lost to heat and the like
+    fastest: float = 1.0  # seconds of a run as a part of what was measured: where nothing of this happens to it
+    slowest: float = 1.0  # and where as much again does
     warnings: tuple[str, ...] = ()
 
     @property
     def disturbed(self) -> float:
-        """Share of the machine's CPU time that was not to be had."""
-        return min(MOST_TAKEN, self.steal + self.others)
+        """Share of the device's time that others took."""
+        return min(MOST_TAKEN, self.steal + self.others + self.gpu_others)
 
     @property
     def is_calibrated(self) -> bool:
-        return self.disturbed <= UNCALIBRATED
+        return self.disturbed <= UNCALIBRATED and self.gpu_slowed == 0
 
 
 def summarise(readings: list[Conditions], *, on_cpu: bool) -> Summary:
@@ -71,29 +78,66 @@ def summarise(readings: list[Conditions], *, on_cpu: bool) -> Summary:
             f"other programs used {others:.0%} of this machine's CPU time while it was timed, more than {OTHERS:.0%}. "
             "Close them and measure again, unless they will run beside the training too."
         )
-    gpus = [one.gpu for one in readings if one.gpu is not None]
-    reasons = sorted({reason for gpu in gpus for reason in gpu.throttle if reason in HARMFUL})
+    found = _gpu([(one.seconds, one.gpu) for one in readings if one.gpu is not None])
+    found = replace(found, steal=steal, others=others, warnings=(*warnings, *found.warnings))
+    if steal > STEAL or others > OTHERS:
+        # At best the run has the whole machine to itself; at worst what was taken from it doubles.
+        share = found.disturbed
+        found = replace(found, fastest=found.fastest * (1 - share), slowest=found.slowest / (1 - share))
+    return found
+
+
+def _gpu(readings: list[tuple[float, GpuConditions]]) -> Summary:
+    """The summary of a GPU alone, from (seconds, reading)."""
+    slowed, fastest, slowest = 0.0, 1.0, 1.0
+    warnings: list[str] = []
+    clocks = [one.sm_clock_mhz for _, one in readings if one.sm_clock_mhz][1:]  # the first may be of one that idled
+    mean_clock = sum(clocks) / len(clocks) if clocks else 0.0
+    reasons = sorted({reason for _, one in readings for reason in one.throttle if reason in HARMFUL})
     if reasons:
-        hottest = max((gpu.temperature_c for gpu in gpus if gpu.temperature_c is not None), default=None)
+        hottest = max((one.temperature_c for _, one in readings if one.temperature_c is not None), default=None)
         heat = "" if hottest is None else f" at up to {hottest} °C"
         warnings.append(
             f"the GPU slowed itself down while it was timed ({', '.join(reasons)}){heat}. Look at its cooling and "
             "power supply, and measure again with a longer --budget."
         )
-    clocks = [gpu.sm_clock_mhz for gpu in gpus if gpu.sm_clock_mhz]
-    if len(clocks) > 2 and max(clocks[1:]) > 0 and 1 - min(clocks[1:]) / max(clocks[1:]) > CLOCK_DROP:
+        # Cooled, it would run at its full clock; what a minute's heat does, hours may do twice.
+        full = max((one.max_sm_clock_mhz or 0 for _, one in readings), default=0)
+        slowed = min(MOST_TAKEN, max(SLOWED_DOWN, 1 - mean_clock / full if full and mean_clock else 0.0))
+        fastest, slowest = 1 - slowed, 1 / (1 - slowed)
+    if len(clocks) > 1 and 1 - min(clocks) / max(clocks) > CLOCK_DROP:
         warnings.append(
-            f"the GPU's clock went between {min(clocks[1:])} and {max(clocks[1:])} MHz while it was timed, more than "
+            f"the GPU's clock went between {min(clocks)} and {max(clocks)} MHz while it was timed, more than "
             f"{CLOCK_DROP:.0%} apart: a long run settles at the lower end. Measure again with a longer --budget."
         )
-    if gpus and any(gpu.other_processes for gpu in gpus):
-        most = max(gpu.other_processes or 0 for gpu in gpus)
-        held = max(gpu.other_memory_bytes or 0 for gpu in gpus)
-        warnings.append(
-            f"{most} other process(es) used this GPU while it was timed and held {held / 1024**3:.1f} GiB of its "
-            "memory. Measure again when they are done, unless they will run beside the training too."
-        )
-    return Summary(steal=steal, others=others, warnings=tuple(warnings))
+        slowed = max(slowed, 1 - min(clocks) / max(clocks))
+        fastest, slowest = min(fastest, mean_clock / max(clocks)), max(slowest, mean_clock / min(clocks))
+    others = _others_on_gpu(readings, warnings)
+    return Summary(
+        gpu_others=others,
+        gpu_slowed=slowed,
+        fastest=fastest * (1 - others),
+        slowest=slowest / (1 - others),
+        warnings=tuple(warnings),
+    )
+
+
+def _others_on_gpu(readings: list[tuple[float, GpuConditions]], warnings: list[str]) -> float:
+    """Share of the GPU's time that others took, where that is much; a warning is added where any were there."""
+    most = max((one.other_processes or 0 for _, one in readings), default=0)
+    if not most:
+        return 0.0
+    held = max(one.other_memory_bytes or 0 for _, one in readings)
+    shares = [(seconds, one.other_share) for seconds, one in readings if one.other_share is not None]
+    total = sum(seconds for seconds, _ in shares)
+    used = sum(seconds * share for seconds, share in shares) / total if total > 0 else None
+    told = "nobody tells how much of its time they took" if used is None else f"took {used:.0%} of its time"
+    warnings.append(
+        f"{most} other process(es) were on this GPU while it was timed, held {held / GIB:.1f} GiB of its memory "
+        f"and {told}. Measure again when they are done, unless they will run beside the training too."
+    )
+    taken = UNKNOWN_SHARE if used is None else min(MOST_TAKEN, used)
+    return taken if taken > OTHERS else 0.0
 
 
 def busier_now(share: float) -> str:

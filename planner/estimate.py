@@ -196,11 +196,8 @@ def estimate(
         [one.conditions for one in measurement.rounds if one.conditions is not None],
         on_cpu=row.job.device == "cpu",
     )
-    if conditions.warnings:
-        # At best the run has the whole machine to itself; at worst what was taken from it doubles.
-        share = conditions.disturbed
-        low, high = min(low, total.seconds * (1 - share)), max(high, total.seconds * (1 + share / (1 - share)))
-        warnings += conditions.warnings
+    low, high = min(low, total.seconds * conditions.fastest), max(high, total.seconds * conditions.slowest)
+    warnings += conditions.warnings
     if found.busier is not None:
         high = max(high, total.seconds / (1 - min(MOST_TAKEN, found.busier)))
         warnings.append(busier_now(found.busier))

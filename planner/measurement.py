@@ -92,6 +92,7 @@ class GpuConditions:
     throttle: tuple[str, ...] = ()
     other_processes: int | None = None
     other_memory_bytes: int | None = None  # held by other processes
+    other_share: float | None = None  # of the GPU's time, that their kernels ran
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -95,6 +95,12 @@ class Company:
         return min(1.0, max(0.0, taken - max(0.0, own - self._own)) / total)
 
 
+def nobody_on_gpu() -> float | None:
+    """0.0 where no other process is on the first visible GPU; None where one is, or nobody tells."""
+    found = NvmlGpu().read({process.pid for process in _family(psutil.Process())})
+    return 0.0 if found is not None and found.other_processes == 0 else None
+
+
 def _family(of: psutil.Process) -> Iterator[psutil.Process]:
     yield of
     with contextlib.suppress(psutil.Error):
@@ -124,6 +130,7 @@ class NvmlGpu:
 
     def __init__(self) -> None:
         self._gpu = VisibleGpu()
+        self._seen = 0  # microseconds: the newest sample of what processes used
 
     def read(self, own: set[int]) -> GpuConditions | None:
         """How it is now, `own` being the processes that are not others'; None where there is none."""
@@ -145,4 +152,17 @@ class NvmlGpu:
             throttle=throttle_reasons(bits or 0),
             other_processes=None if others is None else len(others),
             other_memory_bytes=None if others is None else sum(one.usedGpuMemory or 0 for one in others),
+            other_share=None if others is None else self._share_of_others(own),
         )
+
+    def _share_of_others(self, own: set[int]) -> float | None:
+        """Of the GPU's time since the last reading, what kernels of other processes ran; desktops are among them."""
+        samples = self._gpu.samples("nvmlDeviceGetProcessUtilization", self._seen)
+        if samples is None:
+            return None
+        self._seen = max((int(one.timeStamp) for one in samples), default=self._seen)
+        by_process: dict[int, list[float]] = {}
+        for one in samples:
+            by_process.setdefault(one.pid, []).append(one.smUtil / 100)
+        shares = [sum(found) / len(found) for pid, found in by_process.items() if pid not in own]
+        return min(1.0, sum(shares))

@@ -67,9 +67,7 @@ LIKE = 2.0  # a class of micro-batches may lie on average this factor from those
 MOST_OF_DATA = 0.25  # of the peak: data that are larger or smaller by more are measured with anew
 SMALL_SHARE = 0.02  # of the plan's padded tokens: a class below it moves the sum too little to ask for that
 GONE = 0.5  # of what others took of a CPU while it was timed: below it they are as good as gone
-BUSIER = (
-    0.2  # of a CPU's time: by so much more than then, others slow a run that starts now, and a short look can tell
-)
+BUSIER = 0.2  # of a CPU's time: by so much more than then, others slow a run that starts now
 NEAR = 0.95  # of the micro-batch whose memory is shown: below it, a note says so
 
 
@@ -321,11 +319,11 @@ def reuse(
     They do where the rows' micro-batches lie within what was measured: the same micro-batch sizes, every class that has
     work was timed with micro-batches like the plan's, about as large a share of the tokens is learnt from, and each
     row's worst micro-batch is no larger than one that fitted (or no smaller than one that did not). All step signatures
-    must come from one call, in which they were timed in turns: the speed factor compares them. What was timed on a CPU
-    beside others that are gone now says nothing of it.
+    must come from one call, in which they were timed in turns: the speed factor compares them. What was timed beside
+    others that are gone now says nothing of the device as it is.
 
     Args:
-        look: the share of the CPU's time that others take just now; None where it is not known.
+        look: the share of the device's time that others take just now; None where it is not known.
     """
     wanted: dict[StepSignature, list[PlannedRow]] = {}
     for row in rows:
@@ -366,7 +364,7 @@ def _checked(
     first = next(iter(entries.values()))
     if any(entry.call != first.call for entry in entries.values()):
         raise _Unfit("the configurations were not measured together")
-    busier = _company(list(entries.values()), look) if next(iter(wanted)).device == "cpu" else None
+    busier = _company(list(entries.values()), look, on_cpu=next(iter(wanted)).device == "cpu")
     verdicts: list[RowVerdict] = []
     notes = list(first.notes)
     for signature, rows in wanted.items():
@@ -398,18 +396,19 @@ def _checked(
     )
 
 
-def _company(entries: Sequence[CachedMeasurement], look: Callable[[], float | None]) -> float | None:
+def _company(entries: Sequence[CachedMeasurement], look: Callable[[], float | None], *, on_cpu: bool) -> float | None:
     """What others take of the CPU's time now, where that is plainly more than while it was timed.
 
     Less is another matter: what they took then made it longer, and a run without them will not be.
     """
     readings = [one.conditions for entry in entries for one in entry.measurement.rounds if one.conditions is not None]
-    then, now = summarise(readings, on_cpu=True).disturbed, look()
+    then, now = summarise(readings, on_cpu=on_cpu).disturbed, look()
     if now is None:
         return None
     if then > UNCALIBRATED and now < GONE * then:
-        raise _Unfit(f"other programs took {then:.0%} of the CPU's time while it was timed, and {now:.0%} now")
-    return now if now > then + BUSIER else None
+        of = "CPU" if on_cpu else "GPU"
+        raise _Unfit(f"other programs took {then:.0%} of the {of}'s time while it was timed, and {now:.0%} now")
+    return now if on_cpu and now > then + BUSIER else None
 
 
 def _check_sharpness(entry: CachedMeasurement, asked: Sharpness) -> None:

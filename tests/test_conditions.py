@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import subprocess
 import sys
 import time
@@ -62,6 +64,50 @@ def test_a_gpu_that_throttles_drops_its_clock_or_is_shared_is_warned_of() -> Non
     assert "2 other process(es)" in shared
     assert "3.0 GiB" in shared
     assert summarise([replace(QUIET, gpu=replace(cool, throttle=("power cap",)))], on_cpu=False).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "fastest", "slowest"),
+    [
+        ({}, 1.0, 1.0),
+        ({"throttle": ("power cap",)}, 1.0, 1.0),
+        ({"throttle": ("thermal limit (hardware)",)}, 0.9, 1 / 0.9),
+        ({"throttle": ("hardware slowdown",), "sm_clock_mhz": 900, "max_sm_clock_mhz": 1800}, 0.5, 2.0),
+        ({"other_processes": 1, "other_share": 0.0, "other_memory_bytes": 1 << 30}, 1.0, 1.0),  # an idle notebook
+        ({"other_processes": 2, "other_share": 0.4}, 0.6, 1 / 0.6),
+        ({"other_processes": 1}, 0.5, 2.0),  # nobody tells what it did
+    ],
+)
+def test_what_spoils_a_gpu_s_timings_widens_the_range(gpu: dict[str, Any], fastest: float, slowest: float) -> None:
+    now = replace(QUIET, gpu=GpuConditions(**gpu))
+    found = summarise([replace(now, seconds=1 + i / 10) for i in range(4)], on_cpu=False)
+    assert (found.fastest, found.slowest) == (pytest.approx(fastest), pytest.approx(slowest))
+    assert found.is_calibrated is (slowest == 1.0)
+    lengths = chat_lengths(2000)
+    device, row = FakeDevice(lengths, noise=0.02), make_row(make_job(device="cuda"), DATA)
+    count = itertools.count(1000)
+    measured = measure(
+        [row], DATA, device.factory, clock=device.clock, meter=lambda: replace(now, seconds=next(count) / 1000)
+    )
+    one = estimate(row, DATA, measured)
+    assert one.train_seconds
+    assert one.train_seconds_low
+    assert one.train_seconds_high
+    assert one.calibrated is (slowest == 1.0)
+    assert one.train_seconds_low <= one.train_seconds * fastest * (1 + 1e-9)
+    assert one.train_seconds_high >= one.train_seconds * slowest * (1 - 1e-9)
+    assert one.train_seconds_high < one.train_seconds * slowest * 1.1
+
+
+def test_a_clock_that_moves_reaches_from_its_lowest_to_its_highest() -> None:
+    clocks = (300, 1500, 1800, 1800)  # the first is of a GPU that idles
+    readings = [replace(QUIET, seconds=1.0 + i / 10, gpu=GpuConditions(sm_clock_mhz=c)) for i, c in enumerate(clocks)]
+    found = summarise(readings, on_cpu=False)
+    assert (found.fastest, found.slowest) == (pytest.approx(1700 / 1800), pytest.approx(1700 / 1500))
+    assert not found.is_calibrated
+    assert (
+        summarise([replace(one, gpu=GpuConditions(sm_clock_mhz=1800)) for one in readings], on_cpu=False).warnings == ()
+    )
 
 
 def test_nvml_s_bits_become_words() -> None:
@@ -155,4 +201,48 @@ def test_a_gpu_that_answers_only_in_part_is_read_all_the_same(monkeypatch: pytes
         throttle=("thermal limit (hardware)",),
         other_processes=1,
         other_memory_bytes=5,
+        other_share=None,
     )
+
+
+def test_what_others_ran_on_the_gpu_is_told_apart_from_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NVMLError(Exception):
+        value = 6
+
+    asked: list[int] = []
+    samples = [
+        SimpleNamespace(pid=1, timeStamp=70, smUtil=20),
+        SimpleNamespace(pid=1, timeStamp=90, smUtil=40),
+        SimpleNamespace(pid=os.getpid(), timeStamp=80, smUtil=60),
+        SimpleNamespace(pid=2, timeStamp=85, smUtil=5),  # it has left since
+    ]
+
+    def used(handle: int, since: int) -> list[SimpleNamespace]:
+        asked.append(since)
+        if found := [one for one in samples if one.timeStamp > since]:
+            return found
+        raise NVMLError  # not found
+
+    nvml = SimpleNamespace(
+        NVMLError=NVMLError,
+        NVML_ERROR_NOT_FOUND=6,
+        NVML_CLOCK_SM=1,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: [SimpleNamespace(pid=1, usedGpuMemory=5)],
+        nvmlDeviceGetProcessUtilization=used,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    gpu = meter.NvmlGpu()
+    first, second = gpu.read({os.getpid()}), gpu.read({os.getpid()})
+    assert first is not None
+    assert first.other_share == pytest.approx(0.30 + 0.05)
+    assert second is not None
+    assert second.other_share == 0.0
+    assert asked == [0, 90]
+    NVMLError.value = 3  # not supported
+    third = gpu.read({os.getpid()})
+    assert third is not None
+    assert third.other_share is None

@@ -28,7 +28,7 @@ from planner.candidates import MeasureSettings
 from planner.estimate import HEAP_GROWTH
 from planner.figures import ago
 from planner.measure import measure
-from planner.measurement import Conditions
+from planner.measurement import Conditions, GpuConditions
 from planner.meter import Company
 from planner.scratch import place_for
 from planner.table import measured_text
@@ -216,7 +216,7 @@ def test_who_else_is_there_counts_as_much_as_who_was(
 
     asked: list[float | None] = []
     monkeypatch.setattr("planner.meter.ConditionsMeter", Meter)
-    monkeypatch.setattr("planner.compare.watch_others", lambda: lambda: asked.append(now) or now)
+    monkeypatch.setattr("planner.compare.watch_others", lambda device: lambda: asked.append(now) or now)
     measured = bench.plan().report.rows
     assert not asked  # nothing was stored
     shown = bench.plan(minutes=10).report.rows
@@ -240,6 +240,32 @@ def test_who_else_is_there_counts_as_much_as_who_was(
             assert row.breakdown
             steps = row.breakdown.forward_backward + row.breakdown.optimizer
             assert row.seconds_high >= row.seconds + steps * min(0.9, now) / (1 - min(0.9, now)) * 0.999
+
+
+def test_what_was_timed_beside_others_on_a_gpu_is_measured_again_once_they_are_gone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = GpuConditions(other_processes=2, other_share=0.5)
+
+    class Meter:
+        def __init__(self, *, is_gpu: bool) -> None:
+            assert is_gpu
+
+        def __call__(self) -> Conditions:
+            return Conditions(seconds=1.0, gpu=gpu)
+
+    now: list[float | None] = [None]
+    monkeypatch.setattr("planner.meter.ConditionsMeter", Meter)
+    monkeypatch.setattr("planner.compare.watch_others", lambda device: lambda: now[0])
+    on_gpu = replace(FACTS, kind="cuda", name="a GPU")
+    assert not bench.plan(facts=on_gpu).report.rows[0].calibrated
+    bench.plan(facts=on_gpu, minutes=10)
+    assert bench.starts == 0  # they are there still, or nobody tells
+    now[0] = 0.0
+    bench.plan(facts=on_gpu, minutes=10)
+    assert bench.starts > 0
+    told = "measuring again: other programs took 50% of the GPU's time while it was timed, and 0% now"
+    assert told in bench.said
 
 
 def test_what_others_take_leaves_out_ourselves() -> None:

@@ -53,6 +53,17 @@ class VisibleGpu:
         except (self.nvml.NVMLError, AttributeError):  # not every card and driver answers everything
             return None
 
+    def samples(self, function: str, since: int) -> list[Any] | None:
+        """What NVML recorded after a moment in microseconds: an empty list where that is nothing, None as for `ask`."""
+        if self.nvml is None:
+            return None
+        try:
+            return list(getattr(self.nvml, function)(self._handle, since))
+        except self.nvml.NVMLError as reason:
+            return [] if getattr(reason, "value", None) == self.nvml.NVML_ERROR_NOT_FOUND else None
+        except AttributeError:
+            return None
+
     def temperature_c(self) -> int | None:
         """Of the chip, in °C."""
         found: int | None = self.ask("nvmlDeviceGetTemperature", getattr(self.nvml, "NVML_TEMPERATURE_GPU", 0))
