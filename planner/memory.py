@@ -225,8 +225,8 @@ class MemoryProbe:
         Only such positions go through the output layer, whose logits are the largest tensors where the vocabulary is
         large: a long prompt with a short answer holds less than a shorter text that is learnt from as a whole.
         """
-        if all(row.job.loss == "lean" for row in members):
-            return []  # a chunk at a time, however many there are
+        if all(row.job.loss == "lean" for row in members) and not self._thorough:
+            return []  # a chunk at a time, however many there are, unless the model refuses that
         supervised = self._data.num_supervised
         known = max(int(sum(supervised[row].sum() for row in rows)) for window in windows for rows in window)
         found = []

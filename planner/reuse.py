@@ -68,6 +68,7 @@ MOST_OF_DATA = 0.25  # of the peak: data that are larger or smaller by more are 
 SMALL_SHARE = 0.02  # of the plan's padded tokens: a class below it moves the sum too little to ask for that
 GONE = 0.5  # of what others took of a CPU while it was timed: below it they are as good as gone
 BUSIER = 0.2  # of a CPU's time: by so much more than then, others slow a run that starts now
+FEW_MORE = 1.05  # times the tokens learnt from in one micro-batch: a shuffle brings others together
 NEAR = 0.95  # of the micro-batch whose memory is shown: below it, a note says so
 
 
@@ -76,7 +77,10 @@ class CachedRow:
     """How a row was judged, and what a later row is compared with."""
 
     micro_batch_size: int
+    packing: bool
     accumulates: bool  # gradients were held while its memory was measured
+    most_learnt: int  # see planner.works.Extremes
+    most_spread: int
     verdict: RowVerdict
 
 
@@ -128,7 +132,9 @@ class Keys:
     def of_runs(self, job: Job) -> str | None:
         """Runs of jobs with the same key are comparable; None where the model's shape is not known."""
         parts = self._parts(job)
-        return None if parts is None else _digest({**parts, "estimate": _source_digest(ESTIMATED_SOURCES)})
+        if parts is None:
+            return None
+        return _digest({**parts, "packing": job.packing, "estimate": _source_digest(ESTIMATED_SOURCES)})
 
     def of_measurement(self, jobs: Sequence[Job], data: TokenizedDataset, disk: str | None = None) -> str | None:
         """A measurement stands for jobs with the same key, as far as their batches allow; None as for `of_runs`.
@@ -172,7 +178,6 @@ class Keys:
             "model": shape,
             "signature": signature,
             "num_devices": job.num_devices,
-            "packing": job.packing,
         }
 
 
@@ -261,9 +266,10 @@ def keep(
     call = uuid.uuid4().hex
     for measurement in found.measurements:
         members = [row for row in rows if StepSignature.of(row.job) == measurement.signature]
+        others = {row.name for row in rows} - {row.name for row in members}
         verdicts = [found.verdict(row.name) for row in members]
         judged = [
-            CachedRow(micro_batch_size=row.job.micro_batch_size, accumulates=_accumulates(row.plan), verdict=verdict)
+            _cached_row(row, verdict, works.extremes(row.plan))
             for row, verdict in zip(members, verdicts, strict=True)
             if verdict is not None and verdict.fits is not None
         ]
@@ -286,12 +292,45 @@ def keep(
             strata=found.strata,
             measurement=measurement,
             rows=tuple(judged),
-            notes=found.notes,
-            warnings=found.warnings,
+            notes=_apart_from(others, found.notes),
+            warnings=_apart_from(others, found.warnings),
         )
         contents[f"{key}.{of_data}"] = json.dumps(jsonio.to_plain(entry), allow_nan=False)
     if contents:
         history.keep_measurements(contents)
+
+
+def _cached_row(row: PlannedRow, verdict: RowVerdict, extremes: Extremes) -> CachedRow:
+    return CachedRow(
+        micro_batch_size=row.job.micro_batch_size,
+        packing=row.job.packing,
+        accumulates=_accumulates(row.plan),
+        most_learnt=extremes.most_learnt,
+        most_spread=extremes.most_spread,
+        verdict=verdict,
+    )
+
+
+def _is_about(names: set[str], text: str) -> bool:
+    """Whether a note begins with some of these names: "baseline: ..." or "baseline, today: ..."."""
+    head, colon, _ = text.partition(": ")
+    return bool(colon) and names.issuperset(head.split(", "))
+
+
+def _apart_from(names: set[str], texts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(text for text in texts if not _is_about(names, text))
+
+
+def _renamed(texts: tuple[str, ...], entry: CachedMeasurement, rows: list[PlannedRow]) -> list[str]:
+    """What was said of an entry's rows, now of these: another table may name them otherwise, or not at all."""
+    then = {one.verdict.name for one in entry.rows}
+    now = [row.name for row in rows if not row.is_reference] or [rows[0].name]
+    found = []
+    for text in texts:
+        head, colon, rest = text.partition(": ")
+        about = ", ".join(now if "," in head else now[:1])
+        found.append(f"{about}{colon}{rest}" if _is_about(then, text) else text)
+    return found
 
 
 # --- reusing ----------------------------------------------------------------------------------------------------------
@@ -366,9 +405,12 @@ def _checked(
         raise _Unfit("the configurations were not measured together")
     busier = _company(list(entries.values()), look, on_cpu=next(iter(wanted)).device == "cpu")
     verdicts: list[RowVerdict] = []
-    notes = list(first.notes)
+    notes: list[str] = []
+    warnings: list[str] = []
     for signature, rows in wanted.items():
         entry = entries[signature]
+        notes += _renamed(entry.notes, entry, rows)
+        warnings += _renamed(entry.warnings, entry, rows)
         _check_sharpness(entry, asked)
         for row in rows:
             extremes = works.extremes(row.plan)
@@ -390,7 +432,7 @@ def _checked(
             in_turns=first.in_turns,
             busier=busier,
             notes=tuple(dict.fromkeys(notes)),
-            warnings=first.warnings,
+            warnings=tuple(dict.fromkeys(warnings)),
         ),
         measured_at=datetime.fromisoformat(min(entry.measured_at for entry in entries.values())),
     )
@@ -425,21 +467,28 @@ def _judged(entry: CachedMeasurement, row: PlannedRow, extremes: Extremes, facts
     """The stored verdict that covers a row: of those that fitted the smallest, so that its memory is the nearest."""
     padded, width = extremes.worst_padded, extremes.worst_width
     accumulates = _accumulates(row.plan)
-    covering = [
+    load = entry.measurement.load
+    is_lean = row.job.loss == "lean" and (load is None or load.lean_refused is None)
+    alike = [one for one in entry.rows if one.packing == row.job.packing]
+    wide = [
         one
-        for one in entry.rows
+        for one in alike
         if one.verdict.fits and _padded(one) >= padded and one.verdict.worst_width >= width
         if one.accumulates or not accumulates
     ]
+    covering = [
+        one
+        for one in wide
+        if is_lean or FEW_MORE * one.most_learnt >= extremes.most_learnt
+        if FEW_MORE * one.most_spread >= extremes.most_spread
+    ]
     if covering:
-        found = min(covering, key=_padded)
-        needed = of_a_run(found.verdict, row.job).peak_reserved_bytes
-        if needed is not None and facts.free_bytes is not None and needed > facts.free_bytes:
-            raise _Unfit("less memory is free than was needed then")
-        return found
+        return _with_what_is_free(min(covering, key=_padded), entry, row, facts)
+    if wide:
+        raise _Unfit(f"a micro-batch learns from {extremes.most_learnt:,} tokens, more than were measured")
     beyond = [
         one
-        for one in entry.rows
+        for one in alike
         if one.verdict.fits is False and _padded(one) <= padded and one.verdict.worst_width <= width
         if accumulates or not one.accumulates
     ]
@@ -448,6 +497,23 @@ def _judged(entry: CachedMeasurement, row: PlannedRow, extremes: Extremes, facts
     if entry.free_bytes is not None and facts.free_bytes is not None and facts.free_bytes > 1.02 * entry.free_bytes:
         raise _Unfit("more memory is free than when it did not fit")
     return beyond[0]
+
+
+def _with_what_is_free(found: CachedRow, entry: CachedMeasurement, row: PlannedRow, facts: DeviceFacts) -> CachedRow:
+    """The verdict with what stays free at the peak now; what no allocator counts (a CUDA context) is needed as then."""
+    verdict = found.verdict
+    if facts.free_bytes is None:
+        return found
+    if verdict.headroom_bytes is not None and entry.free_bytes is not None:
+        left = verdict.headroom_bytes + facts.free_bytes - entry.free_bytes
+        verdict = replace(verdict, headroom_bytes=max(0, left))
+        fits = left >= 0 and of_a_run(verdict, row.job).fits
+    else:
+        needed = of_a_run(verdict, row.job).peak_reserved_bytes
+        fits = needed is None or needed <= facts.free_bytes
+    if not fits:
+        raise _Unfit("less memory is free than was needed then")
+    return replace(found, verdict=verdict)
 
 
 def _with_data(verdict: RowVerdict, more: int) -> RowVerdict:

@@ -23,6 +23,8 @@ class Extremes:
     worst_padded: int  # padded tokens of the worst micro-batch, the widest among equals
     worst_width: int
     largest_padded: int
+    most_learnt: int  # tokens of one micro-batch that are learnt from, and so go through the output layer
+    most_spread: int  # tokens of one micro-batch's documents, each as a whole; 0 where none shares its beginning
 
 
 class Works:
@@ -60,7 +62,15 @@ class Works:
                 at = int(key.argmax())
                 worst = max(worst, (float(key[at]), int(padded[at]), int(some.width[at])))
                 largest = max(largest, int(padded.max()))
-            self._extremes[id(plan)] = Extremes(worst_padded=worst[1], worst_width=worst[2], largest_padded=largest)
+            learnt = plan.per_micro_batch(self._data.num_supervised)
+            spread = plan.per_micro_batch(self._data.lengths) if plan.shares_beginnings else learnt[:0]
+            self._extremes[id(plan)] = Extremes(
+                worst_padded=worst[1],
+                worst_width=worst[2],
+                largest_padded=largest,
+                most_learnt=int(learnt.max(initial=0)),
+                most_spread=int(spread.max(initial=0)),
+            )
         return self._extremes[id(plan)]
 
     def new_shapes(self, row: PlannedRow, strata: Strata) -> dict[int, int]:

@@ -25,7 +25,7 @@ from small_models import random_data
 
 from planner import reuse
 from planner.candidates import MeasureSettings
-from planner.estimate import HEAP_GROWTH
+from planner.estimate import HEAP_GROWTH, estimate
 from planner.figures import ago
 from planner.measure import measure
 from planner.measurement import Conditions, GpuConditions
@@ -268,6 +268,86 @@ def test_what_was_timed_beside_others_on_a_gpu_is_measured_again_once_they_are_g
     assert told in bench.said
 
 
+@pytest.mark.parametrize(
+    ("loss", "refused", "is_reused"), [("plain", None, False), ("lean", None, True), ("lean", "it differs", False)]
+)
+def test_memory_is_not_told_of_micro_batches_with_more_logits(
+    bench: Bench, loss: Any, refused: str | None, is_reused: bool
+) -> None:
+    """Logits of what is learnt from can be the largest tensors: 306 and 1,016 of them are not the same peak."""
+    keys, asked = reuse.Keys(FACTS), reuse.Sharpness(budget_seconds=60.0, precision_target=0.02)
+    job = fakes.make_job(model=str(bench.model), loss=loss)
+    few, many = learnt_from(0.4), learnt_from(0.4)
+    few.supervised[:100] = few.supervised[100:200]
+    assert few.num_supervised.max() == 40
+    assert many.num_supervised.max() == 100
+    rows = [fakes.make_row(job, few)]
+    device = fakes.FakeDevice(few.lengths)
+    found = measure(rows, few, device.factory, clock=device.clock)
+    (one,) = found.measurements
+    assert one.load is not None
+    found = replace(found, measurements=(replace(one, load=replace(one.load, lean_refused=refused)),))
+    reuse.keep(bench.history, keys, rows, few, found, asked, NOW, DISK)
+    assert isinstance(reuse.reuse(bench.history, keys, rows, few, asked, DISK), reuse.Reused)
+    other = reuse.reuse(bench.history, keys, [fakes.make_row(job, many)], many, asked, DISK)
+    assert isinstance(other, reuse.Reused) is is_reused
+    if not is_reused:
+        assert other == "a micro-batch learns from 100 tokens, more than were measured"
+
+
+def test_what_stays_free_is_what_stays_free_now(bench: Bench) -> None:
+    asked = reuse.Sharpness(budget_seconds=60.0, precision_target=0.02)
+    job, data = fakes.make_job(model=str(bench.model)), fakes.make_data(np.full(400, 100))
+    rows, device = [fakes.make_row(job, data)], fakes.FakeDevice(data.lengths)
+    found = measure(rows, data, device.factory, clock=device.clock)
+    then, peak, context = 80 << 30, 10 << 30, 1 << 29  # the context is in no allocator's figures
+    verdict = replace(
+        found.rows[0], peak_reserved_bytes=peak, peak_allocated_bytes=peak, headroom_bytes=then - peak - context
+    )
+    found = replace(found, rows=(verdict,))
+
+    def keys(free: int) -> reuse.Keys:
+        return reuse.Keys(replace(FACTS, free_bytes=free))
+
+    reuse.keep(bench.history, keys(then), rows, data, found, asked, NOW, DISK)
+    grown = round(HEAP_GROWTH * peak) - peak
+    for left, fits in ((1 << 30, True), (grown, True), (grown - (1 << 20), False), (-(1 << 20), False)):
+        got = reuse.reuse(bench.history, keys(peak + context + left), rows, data, asked, DISK)
+        if fits:
+            assert isinstance(got, reuse.Reused)
+            (row,) = got.measurements.rows
+            assert row.headroom_bytes == left
+            warned = any("memory is tight" in one for one in estimate(rows[0], data, got.measurements).warnings)
+            assert warned is (left < 1 << 29)  # a margin below 5 %
+        else:
+            assert got == "less memory is free than was needed then"
+
+
+def test_what_is_said_of_a_row_is_said_of_the_row_that_stands_there_now(bench: Bench) -> None:
+    asked = reuse.Sharpness(budget_seconds=60.0, precision_target=0.02)
+    data = fakes.make_data(np.full(400, 100))
+    device = fakes.FakeDevice(data.lengths)
+    plain = fakes.make_job(model=str(bench.model))
+    checkpointed = fakes.make_job(model=str(bench.model), preset=replace(plain.preset, gradient_checkpointing=True))
+    rows = [fakes.make_row(plain, data, name="one"), fakes.make_row(checkpointed, data, name="two")]
+    found = measure(rows, data, device.factory, clock=device.clock)
+    found = replace(
+        found,
+        notes=("one: a note: of it", "two: another", "one, two: of both", "the configurations: of all"),
+        warnings=("two: the budget was spent",),
+    )
+    keys = reuse.Keys(FACTS)
+    reuse.keep(bench.history, keys, rows, data, found, asked, NOW, DISK)
+    alone = reuse.reuse(bench.history, keys, [fakes.make_row(plain, data, name="three")], data, asked, DISK)
+    assert isinstance(alone, reuse.Reused)
+    assert alone.measurements.notes == ("three: a note: of it", "one, two: of both", "the configurations: of all")
+    assert alone.measurements.warnings == ()
+    both = reuse.reuse(bench.history, keys, rows, data, asked, DISK)
+    assert isinstance(both, reuse.Reused)
+    assert set(both.measurements.notes) == set(found.notes)
+    assert both.measurements.warnings == found.warnings
+
+
 def test_what_others_take_leaves_out_ourselves() -> None:
     company = Company()
     end = time.monotonic() + 0.3
@@ -368,9 +448,10 @@ def test_a_measurement_of_other_data_does_not_push_out_that_of_this(bench: Bench
 
 
 def learnt_from(share: float) -> TokenizedDataset:
-    """400 examples of 100 tokens, of which this share are learnt from."""
+    """400 examples of 100 tokens, of which this share are learnt from; of the first all, so that logits fit."""
     data = fakes.make_data(np.full(400, 100))
-    return replace(data, supervised=np.arange(len(data.token_ids)) % 100 >= 100 - round(100 * share))
+    at = np.arange(len(data.token_ids))
+    return replace(data, supervised=(at % 100 >= 100 - round(100 * share)) | (at < 100))
 
 
 @pytest.mark.parametrize(
