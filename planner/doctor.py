@@ -251,8 +251,9 @@ def _driver_view() -> tuple[tuple[tuple[str, int], ...], str | None]:
 
 def _free_disk(folder: Path) -> int | None:
     """Free bytes where a folder lies or would be made; None where it cannot be written."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    if not os.access(folder, os.W_OK | os.X_OK):
+    try:
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        return shutil.disk_usage(folder).free if os.access(folder, os.W_OK | os.X_OK) else None
+    except OSError:  # a folder that may not be searched, a name that no file can have
         return None
-    return shutil.disk_usage(folder).free

@@ -274,7 +274,7 @@ class History:
 
     def _guarded(self, action: Callable[[sqlite3.Connection], T], otherwise: T, *, writes: bool = True) -> T:
         """Do it in a transaction of its own; where the file cannot be used, note why and give `otherwise`."""
-        if not writes and not self.path.exists():
+        if not writes and _is_absent(self.path):
             return otherwise
         for left in reversed(range(TRIES)):
             identity = _identity(self.path)
@@ -384,6 +384,17 @@ def _needs_tables(db: sqlite3.Connection) -> bool:
     if application or version or db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
         raise _Foreign
     return True
+
+
+def _is_absent(path: Path) -> bool:
+    """Whether nothing is there. A folder that may not be searched, or a name that no file can have: opening tells."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from presets import jsonio
 from presets.errors import RunError, SettingsError
+from presets.home import expanded
 from trainer.alive import NAME as PROCESS
 from trainer.batching import BatchPlan
 from trainer.folder import LOCK, refuse_links, require_unused, sole_writer
@@ -92,7 +93,7 @@ def _fill(folder: Path, job: Job, plan: BatchPlan, predicted: Predicted) -> None
 
 def run_folder_name(output: Path | None, job: Job, now: datetime) -> Path:
     """Where a run that starts `now` will lie."""
-    return (output or Path("runs") / f"{job.name}-{now:%Y%m%d-%H%M%S}").expanduser().absolute()
+    return expanded(output or Path("runs") / f"{job.name}-{now:%Y%m%d-%H%M%S}").absolute()
 
 
 def check_output(output: Path | None) -> None:
@@ -101,7 +102,7 @@ def check_output(output: Path | None) -> None:
     Raises:
         RunError: as `make_run_folder` would.
     """
-    folder = (output or Path("runs")).expanduser().absolute()
+    folder = expanded(output or Path("runs")).absolute()
     if output is not None and folder.is_symlink():
         raise RunError(
             f"output '{output}' is a link to '{folder.readlink()}'. A run is written into a folder of its own: name "

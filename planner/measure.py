@@ -308,6 +308,9 @@ class _Measuring:
                         continue
                     self._guarded(group, functools.partial(self._window, group, budget - (self.spent - begun)))
             self.tell(f"timing, round {number + 1}", min(1.0, self.spent / max(self.budget, 1e-9)))
+        else:
+            for group in groups:
+                group.ended_by = "rounds"
 
     def _decks(self, groups: list[Group]) -> Decks:
         rows = {id(row.plan): row for group in groups for row in group.fitting}

@@ -82,6 +82,11 @@ def what_to_tell(group: Group, kept: tuple[Round, ...], width: float, *, budget:
             f"{name}: timed for {group.spent:.0f} s, until the budget was spent; the range of ±{width:.1%} was within "
             f"the ±{target:.1%} asked for"
         )
+    if group.ended_by == "rounds":
+        notes.append(
+            f"{name}: timed for {group.spent:.0f} s of the {budget:g} s, until {len(group.rounds):,} rounds were done; "
+            f"the range of ±{width:.1%} would hardly become narrower"
+        )
     has_windows = any(before > len(group.rounds) - len(kept) for before, _ in group.windows)
     if kept and not has_windows and group.is_live:
         notes.append(

@@ -163,7 +163,7 @@ class Measurement:
     new_shape_error: float = 0.0  # standard error of it, seconds
     new_shapes_apart: tuple[NewShape, ...] = ()  # strata where it is plainly another
     seconds_spent: float = 0.0  # timing; process starts, memory and fixed parts not counted
-    ended_by: str = ""  # "precision" or "budget"
+    ended_by: str = ""  # "precision", "budget" or "rounds"
     error: str | None = None
 
 

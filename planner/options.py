@@ -103,7 +103,7 @@ OPTIONS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
     ("What", ("--force",), {"is_flag": True, "help": "Run what the safety rules advise against."}),
     ("What", ("--dry-run",), {"is_flag": True, "help": "With --run: print what would be started; measure nothing, make no run folder."}),
     ("What", ("--preset", "preset_names"), {"metavar": "PRESET", "multiple": True, "help": "Compare only these (repeat it)."}),
-    ("Measure", ("--budget",), {"type": Number(min=0, min_open=True, max=86400), "default": 60.0, "show_default": True, "envvar": "PLAN_BUDGET", "show_envvar": True, "metavar": "SECONDS", "help": "Seconds spent timing; process starts come on top."}),
+    ("Measure", ("--budget",), {"type": Number(min=0, min_open=True, max=86400), "default": 60.0, "show_default": True, "envvar": "PLAN_BUDGET", "show_envvar": True, "metavar": "SECONDS", "help": "Seconds of timing, half of them at the least; process starts come on top."}),
     ("Measure", ("--precision-target",), {"type": _Share(), "metavar": "PERCENT", "default": "2%", "show_default": True, "help": "Stop timing when the range is as narrow as ± this."}),
     ("Measure", ("--tuned",), {"is_flag": True, "help": "Show (or run) the tuned twins too; searched for where not known."}),
     ("Measure", ("--quantized",), {"is_flag": True, "help": "Let a search try 8-bit and 4-bit bases, which train something else."}),

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from planner.counts import error_of, parse_count
@@ -14,6 +13,7 @@ from planner.hardware import DeviceFacts, resolve_base_precision, resolve_precis
 from presets.demo import demo_folder
 from presets.env import YOURS, Settings, yours_preset
 from presets.errors import OptionError, PresetError, SettingsError, did_you_mean
+from presets.home import expanded
 from presets.schema import (
     Adapter,
     Attention,
@@ -151,11 +151,7 @@ def resolve_data(options: Options, settings: Settings, *, running: bool) -> Data
             raise error_of(where)(
                 "--tokens-per-example goes with a count (--dataset 63000); a file has its own lengths."
             )
-        source = (
-            named
-            if named == "bundled" or not Path(named).expanduser().exists()
-            else str(Path(named).expanduser().resolve())
-        )
+        source = named if named == "bundled" or not expanded(named).exists() else str(expanded(named).resolve())
         return DataSpec(source=source, **common)
     if running:
         setting, is_set, place = where.partition(" in ")
@@ -247,7 +243,7 @@ def _check_quantization(preset: Preset) -> None:
 
 def _model_path(model: str) -> str:
     """A local folder as an absolute path, so that a job can be resumed from another working directory."""
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     return str(folder.resolve()) if folder.is_dir() else model
 
 

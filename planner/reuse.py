@@ -28,6 +28,7 @@ from planner.supervised import is_near
 from planner.works import Extremes, Works
 from presets import jsonio
 from presets.errors import PlanError
+from presets.home import expanded
 from trainer.batching import BatchPlan
 from trainer.evaluate import answerable
 from trainer.job import Job
@@ -199,7 +200,7 @@ def model_shape(model: str, trust_remote_code: bool = False) -> dict[str, Any] |
 
     The weights' values cost nothing, so only whether there are any is part of it: loading them takes its time.
     """
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     if not folder.is_dir():
         found = _hub_snapshot(model)
         if found is None:
@@ -218,8 +219,8 @@ def model_shape(model: str, trust_remote_code: bool = False) -> dict[str, Any] |
 
 def _hub_snapshot(name: str) -> Path | None:
     """The folder of a hub model that was fetched before, found without importing what fetches it."""
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    home = expanded(os.environ.get("HF_HOME") or "~/.cache/huggingface")
+    hub = expanded(os.environ.get("HF_HUB_CACHE") or home / "hub")
     repository = hub / f"models--{name.replace('/', '--')}"
     try:
         snapshot = repository / "snapshots" / (repository / "refs" / "main").read_text(encoding="utf-8").strip()

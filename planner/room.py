@@ -7,6 +7,7 @@ import math
 import struct
 from pathlib import Path
 
+from presets.home import expanded
 from trainer.disk import bytes_to_write, require_room
 from trainer.job import Job
 
@@ -32,7 +33,7 @@ def least_trainable(job: Job) -> int:
     """
     if job.preset.adapter == "lora":
         return 0
-    return sum(_values_in(file) for file in Path(job.model).expanduser().glob("*.safetensors"))
+    return sum(_values_in(file) for file in expanded(job.model).glob("*.safetensors"))
 
 
 def _values_in(file: Path) -> int:

@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
+from presets.home import expanded
+
 PREFIX = ".plan-scratch-"
 OLD_SECONDS = 86_400.0  # no measurement lasts so long: an older scratch folder is left from one that was killed
 MOUNTS = Path("/proc/self/mountinfo")
@@ -46,7 +48,7 @@ def place_for(output: Path | None) -> Place:
     Args:
         output: the run folder; None: one in runs/.
     """
-    run = Path(os.path.expanduser(output or Path("runs") / "run")).absolute()
+    run = expanded(output or Path("runs") / "run").absolute()
     above = run.parent
     while not os.path.isdir(above) and above != above.parent:  # Path.is_dir() fails where it may not look
         above = above.parent

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from presets.errors import PresetError, did_you_mean
+from presets.home import expanded
 from presets.schema import Preset, load_preset, parse_preset, preset_names
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,49}")
@@ -19,7 +20,7 @@ def user_folder() -> Path:
     """Where a user's presets lie: `PLAN_HOME`/presets, or the platform's folder for a user's settings. Not created."""
     home = os.environ.get("PLAN_HOME")
     if home:
-        return Path(home).expanduser() / "presets"
+        return expanded(home) / "presets"
     import platformdirs
 
     return Path(platformdirs.user_config_dir("training-planner")) / "presets"
@@ -29,7 +30,10 @@ def all_names() -> list[str]:
     """Names of the bundled presets, then of the user's own; a bundled name cannot be taken."""
     bundled = preset_names()
     folder = user_folder()
-    own = sorted(path.stem for path in folder.glob("*.toml")) if folder.is_dir() else []
+    try:
+        own = sorted(path.stem for path in folder.iterdir() if path.suffix == ".toml")
+    except OSError:  # none is there, or it may not be read: the bundled ones are
+        own = []
     taken = (*bundled, *RESERVED)
     return [*bundled, *(name for name in own if name not in taken and NAME.fullmatch(name))]
 
@@ -99,7 +103,7 @@ def new_preset(name: str, source: str) -> Path:
 
 def _read(name: str) -> tuple[Path, str]:
     try:
-        path = Path(name).expanduser() if is_path(name) else user_folder() / f"{name}.toml"
+        path = expanded(name) if is_path(name) else user_folder() / f"{name}.toml"
     except RuntimeError as reason:  # ~somebody, who is not known here
         raise PresetError(f"preset '{name}': cannot be read ({reason}).") from None
     try:

@@ -20,6 +20,7 @@ import pytest
 from planned import NOW, Bench, past_run
 from test_cli import PYTHON, plan, refused
 
+from planner.doctor import _free_disk
 from planner.history import (
     _SCHEMA,
     APPLICATION_ID,
@@ -31,7 +32,14 @@ from planner.history import (
     _identity,
 )
 from planner.past import accuracy, accuracy_text, runs_json, runs_text, wilson
+from presets.demo import demo_folder
+from presets.errors import DataError, SettingsError
+from presets.home import plan_home
+from presets.user import all_names
+from trainer.data import prepare_data
+from trainer.job import DataSpec
 from trainer.record import Actual, Predicted, RunRecord
+from trainer.sources import open_source
 
 # --- the file ---------------------------------------------------------------------------------------------------------
 
@@ -478,6 +486,36 @@ def test_measure_once_then_plan_without_torch_and_run_from_the_measurement(
     (Path(os.environ["PLAN_HOME"]) / FILE_NAME).unlink()
     assert plan("--resume", "run", cwd=tmp_path).returncode == 0
     assert json.loads(plan("history", "--json", cwd=tmp_path).stdout)["runs"] == [entry]
+
+
+@pytest.mark.parametrize("home", ["x" * 300, "closed/in"])
+def test_a_home_that_cannot_be_opened_is_said_and_nothing_else_is_lost(
+    tmp_path: Path, home: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if home == "closed/in":
+        (tmp_path / "closed").mkdir(mode=0)
+        if os.access(tmp_path / "closed", os.X_OK):
+            pytest.skip("whoever runs the tests may search any folder")
+    monkeypatch.setenv("PLAN_HOME", str(tmp_path / home))
+    said: list[str] = []
+    history = History(say=said.append)
+    assert history.runs() == []
+    assert history.measurements(["a"]) == {}
+    history.keep_measurements({"a": "b"})
+    assert len(said) >= 1
+    assert all("cannot be used" in one for one in said)
+    assert all_names()[0] == "baseline"
+    assert _free_disk(plan_home()) is None
+    data = prepare_data(DataSpec(source="bundled", limit=20), model=str(demo_folder()), max_length=64)
+    assert "could not be kept" in " ".join(data.report.notes)
+
+
+def test_a_home_of_nobody_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLAN_HOME", "~nobody-of-that-name/x")
+    with pytest.raises(SettingsError, match="there is no such user"):
+        plan_home()
+    with pytest.raises(DataError, match="no such file"):
+        open_source("~nobody-of-that-name/x.jsonl")
 
 
 PLAN_ROOT = str(Path(__file__).resolve().parent.parent)

@@ -68,6 +68,15 @@ def test_timing_that_stops_before_the_budget_says_how_narrow_the_range_is() -> N
     assert any("narrower than the ±2.0% asked for" in note for note in found.notes)
 
 
+def test_timing_that_ends_with_the_last_round_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("planner.measure.MOST_ROUNDS", 7)
+    device = FakeDevice(LENGTHS, noise=0.05)
+    found = measure([make_row(make_job(), DATA)], DATA, device.factory, 600.0, clock=device.clock)
+    assert found.measurements[0].ended_by == "rounds"
+    (note,) = (note for note in found.notes if "rounds" in note)
+    assert "s of the 600 s, until 7 rounds were done" in note
+
+
 def test_timing_stops_at_the_budget_and_warns_of_the_wide_range() -> None:
     device = FakeDevice(LENGTHS, noise=0.5, base=0.1)
     found = measure([make_row(make_job(), DATA)], DATA, device.factory, budget_seconds=20, clock=device.clock)
@@ -324,9 +333,15 @@ def test_what_a_round_will_take_is_guessed_from_each_signature_s_own_kinds() -> 
     assert sum(one.seconds_spent for one in found.measurements) < 1.1 * 12
 
 
-@pytest.mark.parametrize(("loss", "is_run"), [("plain", True), ("lean", False)])
-def test_memory_is_probed_where_most_tokens_are_learnt_from_too(loss: str, is_run: bool) -> None:
-    """The longest are prompts with short answers; the logits of a shorter text, learnt from as a whole, are larger."""
+@pytest.mark.parametrize(
+    ("loss", "thorough", "is_run"),
+    [("plain", True, True), ("plain", False, True), ("lean", True, True), ("lean", False, False)],
+)
+def test_memory_is_probed_where_most_tokens_are_learnt_from_too(loss: str, thorough: bool, is_run: bool) -> None:
+    """The longest are prompts with short answers; the logits of a shorter text, learnt from as a whole, are larger.
+
+    With the lean loss too, since a model may refuse it; a search, which measures again in the end, does without.
+    """
     lengths = np.array([400] * 60 + [300] + [400] * 59)
     data = make_data(lengths)
     supervised = data.supervised.copy()
@@ -344,7 +359,7 @@ def test_memory_is_probed_where_most_tokens_are_learnt_from_too(loss: str, is_ru
     rows = [make_row(make_job(device="cuda", precision="fp16", loss=loss), data)]
     learnt = int(np.flatnonzero(lengths == 300)[0])
     assert learnt in rows[0].plan.order
-    measure(rows, data, lambda job: Recording(device, job), 5, clock=device.clock)
+    measure(rows, data, lambda job: Recording(device, job), 5, clock=device.clock, with_fixed=thorough)
     assert (learnt in probed) is is_run
 
 

@@ -261,7 +261,7 @@ def _digest_of_tokenizer(model: str, tokenizer: Any) -> str:
 
 def _open_entry(entry: Path) -> TokenizedDataset | None:
     """The stored data set, or None where there is none or it is damaged."""
-    if not entry.is_dir():
+    if not os.path.isdir(entry):  # pathlib's raises where the folder above may not be searched
         return None
     try:
         data = TokenizedDataset.load(entry)

@@ -9,6 +9,7 @@ from typing import Any
 
 from presets import jsonio
 from presets.errors import SLIP, ModelError, did_you_mean
+from presets.home import expanded
 from trainer.job import Job
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")  # files of weights that torch would unpickle
@@ -60,7 +61,7 @@ def inspect_model(name: str) -> ModelFiles:
     Raises:
         ModelError: a folder without config.json, or one whose weights are pickled.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not folder.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ModelError(f"model '{name}': no such folder. Give a folder with a config.json, or a hub name.")

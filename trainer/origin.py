@@ -10,6 +10,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from presets.home import expanded
 from trainer.batching import BatchPlan
 from trainer.tokens import TokenizedDataset
 
@@ -81,7 +82,7 @@ def config_digest(model: str) -> str | None:
     Args:
         model: folder or hub name; of the latter the file in the cache.
     """
-    path = Path(model).expanduser() / CONFIG
+    path = expanded(model) / CONFIG
     if not path.is_file():
         found = _cached(model, CONFIG)
         if found is None:
@@ -109,7 +110,7 @@ def way_back(model: str, digest: Callable[[str], str | None], kept: str) -> str:
         digest: of a base, one of those above.
         kept: the digest of what the run was started with.
     """
-    cached = None if Path(model).expanduser().is_dir() else _cached(model, CONFIG)
+    cached = None if expanded(model).is_dir() else _cached(model, CONFIG)
     if cached is None:
         return "Put it back as it was, or start a new run."
     revision, snapshots = cached.parent.name, cached.parent.parent
@@ -142,7 +143,7 @@ def _cached(model: str, name: str) -> Path | None:
 
 def _weight_files(model: str) -> list[Path]:
     """The safetensors files that transformers loads, in the order of their names."""
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     if not folder.is_dir():
         known = [path for path in (_cached(model, name) for name in (WEIGHTS, INDEX)) if path is not None]
         if not known:

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from presets import jsonio
 from presets.errors import SLIP, DataError, did_you_mean
+from presets.home import expanded
 
 FILE_KINDS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
@@ -82,7 +83,7 @@ def open_source(name: str) -> Source:
     Raises:
         DataError: there is no such file, it is not of a known kind, or the data set cannot be loaded.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return _open_saved_folder(name, path)
     if path.exists():
