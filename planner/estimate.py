@@ -207,7 +207,10 @@ def estimate(
     if tight:
         warnings.append(tight)
     if row.plan.num_devices > 1:
-        notes.append("the exchange of gradients between devices is not in the figure")
+        warnings.append(
+            f"one of {row.plan.num_devices} processes was timed, alone: what they exchange, and wait for each other, "
+            "is not in the figure. Three runs on this machine correct it."
+        )
     if measurement.load is not None and measurement.load.compile_refused is not None:
         notes.append(f"the layers are not compiled: {measurement.load.compile_refused}")
     if measurement.load is not None and measurement.load.lean_refused is not None:
@@ -260,6 +263,7 @@ def estimate(
         and steadiness.can_tell
         and conditions.is_calibrated
         and found.busier is None
+        and row.plan.num_devices == 1  # what they wait for each other was not timed
         and len(measurement.rounds) > 1,
         notes=tuple(notes),
         warnings=tuple(warnings),
@@ -364,14 +368,14 @@ def fixed_seconds(
         training = np.setdiff1d(np.arange(works.num_examples), row.plan.evaluation)
         known = data_seconds is not None and samples.evaluation
         data_seconds = (data_seconds or 0.0) + _forward_seconds(works, row, training, samples) if known else None
-    answers = None
-    if spec.num_samples == 0 or len(row.plan.evaluation) == 0:
+    answers, num_answers = None, works.num_answers(row.plan.evaluation, spec.num_samples)
+    if num_answers == 0:
         answers = 0.0
     elif samples.answer_seconds is not None and samples.answer_tokens:
         first = min(samples.first_token_seconds, samples.answer_seconds)
         per_token = (samples.answer_seconds - first) / max(1, samples.answer_tokens - 1)
         per_answer = first + per_token * (spec.max_new_tokens - 1)
-        answers = 2 * spec.num_samples * per_answer  # before and after
+        answers = 2 * num_answers * per_answer  # before and after
     return FixedSeconds(
         start=None if load is None else load.start_seconds + load.import_seconds,
         load=None if load is None else load.load_seconds,

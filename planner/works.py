@@ -11,7 +11,7 @@ from planner.estimator import PlanWork, plan_work
 from planner.measurement import PlannedRow
 from planner.strata import Kind, Strata, keys
 from trainer.batching import BatchPlan, MicroShapes
-from trainer.evaluate import evaluation_batches
+from trainer.evaluate import answerable, evaluation_batches
 from trainer.tokens import IntArray, TokenizedDataset
 from trainer.widths import shared_width
 
@@ -107,6 +107,10 @@ class Works:
             shares = [each[first::num_devices] for first in range(num_devices)]
             self._evaluations[key] = np.array(max(shares, key=sum), dtype=np.int64)
         return self._evaluations[key]
+
+    def num_answers(self, examples: IntArray, most: int) -> int:
+        """How many of some examples, at most so many, a run writes answers to: those with a prompt to be read."""
+        return len(answerable(self._data, examples, most))
 
     def supervised_share(self, plan: BatchPlan) -> float:
         """Of the tokens in a plan, those that are learnt from, 0 to 1."""

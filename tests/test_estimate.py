@@ -23,12 +23,12 @@ from planner.estimate import (
 )
 from planner.estimator import Estimator, fit_cost
 from planner.measure import measure, with_references
-from planner.measurement import MicroSample, PlannedRow, Round
+from planner.measurement import FixedSamples, MicroSample, PlannedRow, Round
 from planner.resolve import Options, resolve_job
 from planner.steadiness import HAS_TO_SHOW
 from presets.env import Settings
 from presets.schema import load_preset
-from trainer.job import DataSpec
+from trainer.job import DataSpec, EvaluationSpec
 from trainer.planning import CHECKPOINT_SECONDS, CHECKPOINT_SHARE, with_checkpoint_interval
 from trainer.record import CostModel
 from trainer.tokens import TokenizedDataset
@@ -189,7 +189,7 @@ def test_fixed_parts_are_counted_as_often_as_the_run_does_them() -> None:
     assert one.fixed.checkpoints == pytest.approx(0.2 * checkpoints + 0.03 * (checkpoints - 2))
     assert one.fixed.evaluation is not None
     assert one.fixed.data is None
-    assert one.fixed.samples is None  # no tokenizer: unknown, not nothing
+    assert one.fixed.samples == 0.0  # there is no prompt to answer
 
 
 def test_a_long_run_s_checkpoints_are_counted_every_ten_minutes_as_it_writes_them() -> None:
@@ -248,7 +248,26 @@ def test_several_devices_wait_for_the_slowest() -> None:
     (one,) = estimates(device, [row])
     slowest = device.true_micro_seconds(row.plan).reshape(-1, 2).max(axis=1).sum()
     assert one.train_seconds == pytest.approx(slowest + row.plan.num_steps * device.optimizer, rel=0.01)
-    assert any("gradients between devices" in note for note in one.notes)
+    assert not one.calibrated
+    assert any("one of 2 processes was timed, alone" in warning for warning in one.warnings)
+
+
+@pytest.mark.parametrize(("asked", "held_out", "readable", "written"), [(4, 10, 10, 4), (100, 1, 1, 1), (4, 3, 0, 0)])
+def test_as_many_answers_count_as_there_are_to_write(asked: int, held_out: int, readable: int, written: int) -> None:
+    """A hundred were asked for of one example, and counted: 128 s of a run of 14."""
+    data = make_data(np.full(200, 600))
+    places = np.arange(len(data.token_ids)) % 600
+    data = replace(data, supervised=places >= (300 if readable else 550))  # a prompt of over 512 tokens is not read
+    evaluation = EvaluationSpec(minimum=held_out, maximum=held_out, num_samples=asked, max_new_tokens=11)
+    row = make_row(make_job(evaluation=evaluation), data)
+    assert len(row.plan.evaluation) == held_out
+    device = FakeDevice(data.lengths)
+    found = measure([row], data, device.factory, clock=device.clock)
+    fixed = FixedSamples(answer_seconds=1.1, answer_tokens=11, first_token_seconds=0.1)
+    assert estimate(row, data, found).fixed.samples == (None if written else 0.0)  # no tokenizer: not known
+    (one,) = found.measurements
+    found = replace(found, measurements=(replace(one, fixed=replace(fixed, save=one.fixed.save)),))
+    assert estimate(row, data, found).fixed.samples == pytest.approx(2 * written * 1.1)
 
 
 def test_windows_that_take_longer_than_their_parts_widen_the_range_and_warn() -> None:

@@ -54,6 +54,15 @@ def test_the_drift_against_the_plan_and_the_time_of_day_are_said(
     assert {f"{at - timedelta(seconds=60):%H:%M}", f"{at:%H:%M}"} & set(re.findall(r"\d\d:\d\d", line))
 
 
+def test_a_run_of_weeks_is_told_with_the_date_of_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monitor = Monitor(tmp_path, "baseline", PLANNED * 5000, is_time=True, done=0)
+    monitor.last_line = -1e9
+    monitor.step(1, float(PLANNED[0] * 5000), {"loss": 1.0, "tokens_per_second": 1.0, "memory_bytes": None})
+    monitor.close()
+    at = datetime.now() + timedelta(seconds=440 * 5000)
+    assert re.search(rf"611 h 06 min left, done \w{{3}} {at:%d %b} \d\d:\d\d", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(("seconds", "said"), [(1e12, "277777777 h 54 min left"), (float("inf"), None)])
 def test_a_time_left_that_no_calendar_holds_ends_no_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], seconds: float, said: str | None

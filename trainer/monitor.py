@@ -155,7 +155,7 @@ class Monitor:
         left = self.seconds_left(done)
         if left is not None and np.isfinite(left) and (done < self.total or left >= 0.5):
             # A damaged estimate or evaluation may say anything.
-            done_at = f", done {datetime.now() + timedelta(seconds=left):%a %H:%M}" if abs(left) < LONGEST else ""
+            done_at = f", done {_moment(timedelta(seconds=left))}" if abs(left) < LONGEST else ""
             parts.append(f"{_short(left)} left{done_at}")
         drift = self.drift(done)
         if drift is not None:
@@ -242,3 +242,9 @@ def _forget_after(path: Path, done: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     jsonio.write_atomically(path, "".join(line + "\n" for line in kept))
+
+
+def _moment(ahead: timedelta) -> str:
+    """A moment ahead as "Mon 12:05"; with its date where the weekday alone would mean two days."""
+    moment = datetime.now() + ahead
+    return f"{moment:%a %H:%M}" if ahead <= timedelta(days=6) else f"{moment:%a %d %b %H:%M}"
