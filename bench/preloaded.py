@@ -165,6 +165,7 @@ def _adopt(server: int) -> None:
     import psutil
 
     from planner import meter
+    from trainer import company
 
     def family(of: psutil.Process) -> list[psutil.Process]:
         try:
@@ -172,7 +173,7 @@ def _adopt(server: int) -> None:
         except psutil.Error:  # one of them has just left
             return [of]
 
-    meter._family = family  # type: ignore[assignment]
+    company.family = meter.family = family  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import functools
 import shlex
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
@@ -29,6 +30,7 @@ from planner.hardware import DeviceFacts, detect_device
 from planner.history import History
 from planner.measurement import Measurements
 from planner.prober import ProberMaker, ProcessProber
+from planner.remember import settle
 from planner.report import (
     PlanReport,
 )
@@ -129,12 +131,13 @@ def compare(
     signature_keys: dict[str, str] = {}
     corrections: dict[str, Correction] = {}
     if history is not None:
+        settle(history)
         for candidate in candidates:
             key = keys.of_runs(candidate.planned.job) if candidate.planned is not None else None
             if candidate.planned is None or key is None:
                 continue
             signature_keys[candidate.planned.name] = key
-            by = past_correction(history, key)
+            by = past_correction(history, key, raw[candidate.planned.name].measured_as)
             if by is not None:
                 corrections[candidate.planned.name] = by
     estimates = {name: corrected(one, corrections[name]) if name in corrections else one for name, one in raw.items()}
@@ -240,6 +243,7 @@ def _measure_all(
                 progress=bar,
                 meter=ConditionsMeter(is_gpu=rows[0].job.device == "cuda"),
             )
+            measured = replace(measured, call=uuid.uuid4().hex)
             disk = scratch.disk
         if history is not None:
             keep(history, keys, rows, data, measured, asked, now, disk)
@@ -249,9 +253,13 @@ def _measure_all(
 
 def watch_others(device: Device) -> Callable[[], float | None]:
     """Tells what share of the CPU's time others took from here on, or that no others are on the GPU."""
-    from planner.meter import Company, nobody_on_gpu
+    if device == "cpu":
+        from trainer.company import Company
 
-    return Company() if device == "cpu" else nobody_on_gpu
+        return Company()
+    from planner.meter import nobody_on_gpu
+
+    return nobody_on_gpu
 
 
 def _noted(found: Measurements, place: Place) -> Measurements:
@@ -299,6 +307,8 @@ def predicted_of(comparison: Comparison, candidate: Candidate) -> Predicted:
         raw_seconds_low=raw.seconds_low,
         raw_seconds_high=raw.seconds_high,
         raw_train_seconds=raw.train_seconds,
+        measured_as=raw.measured_as,
+        others_share=raw.others_share,
         correction_factor=None if by is None else by.factor,
         correction_runs=None if by is None else by.num_runs,
         signature_key=past.signature_keys.get(name),

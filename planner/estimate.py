@@ -108,6 +108,8 @@ class Estimate:
     calibrated: bool = True  # False: its speed changed while timed, or too little was timed to tell; no 90 % range
     window_ratio: float | None = None  # whole windows as timed / as summed from their parts
     notes: tuple[str, ...] = ()
+    measured_as: str | None = None  # the measurement that it comes from
+    others_share: float | None = None  # of the CPU's time, taken by others while it was timed; None beside a GPU
     warnings: tuple[str, ...] = ()
 
 
@@ -192,10 +194,8 @@ def estimate(
     unsure = too_few(steadiness, budget_shares * sum(one.seconds_spent for one in found.measurements))
     if unsure:
         warnings.append(unsure)
-    conditions = summarise(
-        [one.conditions for one in measurement.rounds if one.conditions is not None],
-        on_cpu=row.job.device == "cpu",
-    )
+    readings = [one.conditions for one in measurement.rounds if one.conditions is not None]
+    conditions = summarise(readings, on_cpu=row.job.device == "cpu")
     low, high = min(low, total.seconds * conditions.fastest), max(high, total.seconds * conditions.slowest)
     warnings += conditions.warnings
     if found.busier is not None:
@@ -265,6 +265,8 @@ def estimate(
         and found.busier is None
         and row.plan.num_devices == 1  # what they wait for each other was not timed
         and len(measurement.rounds) > 1,
+        measured_as=found.call,
+        others_share=conditions.disturbed if row.job.device == "cpu" and readings else None,
         notes=tuple(notes),
         warnings=tuple(warnings),
     )

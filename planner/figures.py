@@ -9,6 +9,7 @@ UNKNOWN = "unknown"
 NOT_APPLICABLE = "–"
 DOUBT = "? after a range: not a 90 % range, but what was seen or feared"  # what "?" says
 GIB = 1024**3
+MOST_SECONDS = 1e15  # 30 million years; what is longer comes from a damaged file
 MOST_BYTES = 1e300
 WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -27,7 +28,7 @@ def finish_at(now: datetime, seconds: float | None) -> str | None:
 
 def duration(seconds: float | None, *, short: bool = False) -> str:
     """Seconds as text: "0.4 s", "45 s", "12 min 05 s", "2 h 05 min", from 48 h on "3 d 04 h". Short: no last unit."""
-    if seconds is None or not math.isfinite(seconds) or seconds < 0:
+    if seconds is None or not 0 <= seconds < MOST_SECONDS:  # nor what is not a number
         return UNKNOWN
     if seconds < 9.95:
         return f"{seconds:.1f} s"
@@ -108,3 +109,12 @@ def figure(value: float | None) -> str:
         if abs(value) < limit:
             return f"{value:.{digits}g}" if limit < 1 else f"{value:.{digits}f}"
     return f"{value:,.0f}"
+
+
+def off_by(error: float, *, sign: str = "+") -> str:
+    """Actual / predicted, less 1, as "+4.2%"; what is ten times off and more need not be told to the digit.
+
+    Args:
+        sign: "+" or "-" as in a format: whether a plus is shown.
+    """
+    return f">{sign.strip('-')}999%" if error >= 10 else f"{error:{sign}.1%}"

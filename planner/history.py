@@ -33,6 +33,9 @@ SCHEMA_VERSION = 1
 TRIES = 3  # again once a damaged file is out of the way, or what passes has passed
 # Another process has just removed the journal, or put another file in this one's place. Each action can be done twice.
 PASSING = ("SQLITE_IOERR_DELETE_NOENT", "SQLITE_READONLY_DBMOVED")
+# Of a CPU's time: where others took so much more or less of it while a run trained than while it was timed, their
+# ratio says more of them than of the prediction.
+OTHER_COMPANY = 0.2
 BUSY_SECONDS = 10.0  # waited for another process; a transaction takes milliseconds
 RUNNING = "running"
 PAUSED = "stood still in between: the clock ran on"
@@ -73,6 +76,7 @@ class PastRun:
     not_counted: str | None = None  # why later estimates are not corrected by it; None: they are
     versions: str = ""  # "torch 2.13.0, peft 0.19.0"
     calibrated: bool | None = None  # False: the predicted range was no 90 % range; None: not kept, by earlier versions
+    measured_as: str | None = None  # the measurement that it was predicted from; None: not kept, by earlier versions
 
     @classmethod
     def of(cls, record: RunRecord, folder: Path, ended_at: datetime) -> PastRun:
@@ -104,6 +108,7 @@ class PastRun:
             not_counted=_why_not_counted(record),
             versions=", ".join(f"{name} {version}" for name, version in sorted(record.versions.items())),
             calibrated=predicted.calibrated,
+            measured_as=predicted.measured_as,
         )
 
     @property
@@ -120,7 +125,9 @@ class PastRun:
     @property
     def error(self) -> float | None:
         """Actual / predicted seconds of the whole run, less 1; None where they cannot be compared."""
-        if not self.is_uninterrupted or not self.seconds or self.seconds < 0 or self.actual_seconds is None:
+        if not self.is_uninterrupted or not self.seconds or self.actual_seconds is None:
+            return None
+        if self.seconds <= 0 or self.actual_seconds <= 0:  # a damaged entry
             return None
         error = self.actual_seconds / self.seconds - 1
         return error if math.isfinite(error) else None
@@ -129,6 +136,8 @@ class PastRun:
     def is_inside(self) -> bool | None:
         """Whether the predicted range held the actual time; None where they cannot be compared."""
         if self.error is None or self.seconds_low is None or self.seconds_high is None or self.actual_seconds is None:
+            return None
+        if self.seconds_low > self.seconds_high:  # a damaged entry
             return None
         return self.seconds_low <= self.actual_seconds <= self.seconds_high
 
@@ -152,6 +161,9 @@ def _why_not_counted(record: RunRecord) -> str | None:
         return "memory ran out: micro-batches ran in parts"
     if record.actual.paused_seconds:
         return PAUSED
+    then, now = record.predicted.others_share, record.actual.others_share
+    if then is not None and now is not None and abs(now - then) > OTHER_COMPANY:
+        return f"other programs took {now:.0%} of the CPU's time, and {then:.0%} while it was timed"
     if needs_loss(record.job.preset):
         return "the model's loss chose other examples than were predicted"
     return None
@@ -247,6 +259,10 @@ class History:
         """Runs, newest first."""
         query = "SELECT * FROM runs ORDER BY ended_at DESC, rowid DESC"
         return self._runs(query, (), limit)
+
+    def unended_runs(self) -> list[PastRun]:
+        """Runs that nobody told the end of."""
+        return self._runs("SELECT * FROM runs WHERE status = ?", (RUNNING,), None)
 
     def counted_runs(self, signature_key: str, limit: int) -> list[PastRun]:
         """The latest runs by which estimates of this signature are corrected, newest first."""

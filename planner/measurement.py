@@ -204,6 +204,7 @@ class Measurements:
     measurements: tuple[Measurement, ...]
     rows: tuple[RowVerdict, ...]
     in_turns: bool  # the signatures were on the device together
+    call: str | None = None  # tells it from every other measurement
     busier: float | None = None  # of an earlier one: others' share of the CPU's time now, where it is plainly larger
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from planner.figures import UNKNOWN, duration, duration_range, gib
+from planner.history import OTHER_COMPANY
 from presets.text import printable
 from trainer.job import Job
 from trainer.record import RunRecord
@@ -40,6 +41,8 @@ def outcome_text(record: RunRecord, folder: Path) -> str:
             verdict = (
                 f"Stopped and resumed {actual.num_resumes} time(s): its time says little of the prediction ({spread})."
             )
+        else:
+            verdict += _company(predicted.others_share, actual.others_share)
         lines.append(verdict)
     if actual.eval_loss_before and actual.eval_loss_after is not None:
         change = actual.eval_loss_after / actual.eval_loss_before - 1
@@ -53,6 +56,16 @@ def outcome_text(record: RunRecord, folder: Path) -> str:
     merge = f", plan merge {run}" if kind == "adapter" else ""
     lines.append(f"Next: plan check {run}, plan chat {run}, plan report {run}{merge}")
     return "\n".join(lines)
+
+
+def _company(then: float | None, now: float | None) -> str:
+    """Who else was there, where that explains why a run took another time than was predicted."""
+    if then is None or now is None or abs(now - then) <= OTHER_COMPANY:
+        return ""
+    return (
+        f" Other programs took {now:.0%} of the CPU's time while it ran, and {then:.0%} while it was timed: later "
+        "estimates are not corrected by it."
+    )
 
 
 def _outcome(

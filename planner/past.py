@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from planner.figures import DOUBT, NOT_APPLICABLE, UNKNOWN, clock, duration, promised_range
+from planner.figures import DOUBT, NOT_APPLICABLE, UNKNOWN, clock, duration, off_by, promised_range
 from planner.history import RUNNING, PastRun
 from presets import jsonio
 from presets.text import printable
@@ -82,10 +82,10 @@ def accuracy_text(found: Accuracy | None) -> str:
         return NO_RUNS
     lines = [
         f"Predicted against actual wall-clock of {found.num_runs:,} run(s) that finished without interruption:",
-        f"  median error (absolute)   {found.median_absolute:.1%}",
-        f"  90th percentile           {found.percentile_90_absolute:.1%}",
-        f"  worst                     {found.worst:+.1%}",
-        f"  median error (signed)     {found.median:+.1%}   above 0: runs took longer than predicted",
+        f"  median error (absolute)   {off_by(found.median_absolute).replace('+', '')}",
+        f"  90th percentile           {off_by(found.percentile_90_absolute).replace('+', '')}",
+        f"  worst                     {off_by(found.worst)}",
+        f"  median error (signed)     {off_by(found.median)}   above 0: runs took longer than predicted",
     ]
     if found.num_with_range and found.inside_low is not None and found.inside_high is not None:
         lines.append(
@@ -155,7 +155,7 @@ def _cells(run: PastRun, now: datetime) -> tuple[str, ...]:
         UNKNOWN if run.num_examples is None else f"{run.num_examples:,}",
         predicted,
         duration(run.actual_seconds),
-        NOT_APPLICABLE if run.error is None else f"{run.error:+.1%}",
+        NOT_APPLICABLE if run.error is None else off_by(run.error),
         NOT_APPLICABLE if inside is None else "yes" if inside else "NO",
         printable(run.status) + resumed,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from planner.figures import UNKNOWN
-from planner.history import RUNNING, PastRun
+from planner.history import RUNNING, History, PastRun
 from planner.terminal import open_history, say
 from presets.errors import PlanError
 
@@ -41,6 +41,14 @@ def ended(folder: Path, job: Job, record: RunRecord | None, code: int) -> None:
 def remember(record: RunRecord, folder: Path) -> None:
     """The run in the history, as of when its record was written: told twice, it is the same entry."""
     open_history(say).add_run(_of_record(record, folder))
+
+
+def settle(history: History) -> None:
+    """Runs whose trainer ended after its planner was killed, as their records have them: later estimates count them."""
+    for run in history.unended_runs():
+        found = _as_it_stands(run)
+        if found.status not in (RUNNING, KILLED, UNKNOWN) and (Path(run.folder) / "record.json").is_file():
+            history.add_run(found)
 
 
 def as_they_stand(runs: Sequence[PastRun]) -> list[PastRun]:

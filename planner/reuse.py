@@ -264,7 +264,7 @@ def keep(
     """Store what was measured, under a key of step signature, disk and data; what failed is left to be tried again."""
     contents, of_data = {}, made.of_data(data)
     works = Works(data)
-    call = uuid.uuid4().hex
+    call = found.call or uuid.uuid4().hex
     for measurement in found.measurements:
         members = [row for row in rows if StepSignature.of(row.job) == measurement.signature]
         others = {row.name for row in rows} - {row.name for row in members}
@@ -431,6 +431,7 @@ def _checked(
             measurements=tuple(replace(entry.measurement, signature=signature) for signature, entry in entries.items()),
             rows=tuple(verdicts),
             in_turns=first.in_turns,
+            call=first.call,
             busier=busier,
             notes=tuple(dict.fromkeys(notes)),
             warnings=tuple(dict.fromkeys(warnings)),

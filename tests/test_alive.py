@@ -268,6 +268,8 @@ def test_a_run_is_in_the_history_from_its_start_and_one_that_was_killed_stays_th
 ) -> None:
     remember.begun(folder, look_at(folder).job)
     assert listed(folder)[0] == "running"
+    remember.settle(History())
+    assert History().runs()[0].status == RUNNING, "it has not ended"
     table = CliRunner().invoke(cli, ["history"]).stdout.splitlines()[-1].split()
     assert (table[0], table[-1]) == ("–", "running")
     long_ago = time.time() - 86_400
@@ -299,6 +301,11 @@ def test_a_run_whose_plan_was_ended_before_it_is_listed_by_its_record(folder: Pa
     end(folder)
     (one,) = remember.as_they_stand(History().runs())
     assert (one.status, one.actual_seconds) == ("finished", 120.0)
+    assert History().runs()[0].status == RUNNING, "looking at it writes nothing"
+    remember.settle(History())  # an estimate does: the run is to correct it
+    (stored,) = History().runs()
+    assert (stored.status, stored.actual_seconds, stored.not_counted) == ("finished", 120.0, None)
+    remember.begun(folder, look_at(folder).job)
     (folder / "record.json").unlink()
     (folder / "job.json").unlink()
     assert listed(folder)[0] == UNKNOWN

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,8 @@ from planner.conditions import summarise, throttle_reasons
 from planner.estimate import estimate
 from planner.measure import measure
 from planner.measurement import Conditions, GpuConditions
-from planner.meter import Company, ConditionsMeter, _own_cpu_seconds
+from planner.meter import ConditionsMeter
+from trainer.company import Company, MachineSeconds, machine_seconds, own_cpu_seconds
 
 LENGTHS = chat_lengths(2000)
 DATA = make_data(LENGTHS)
@@ -139,7 +141,7 @@ def test_a_stranger_s_process_counts_as_other_and_a_child_of_ours_does_not() -> 
     child = subprocess.Popen([sys.executable, "-c", burn])
     time.sleep(1.5)
     ours = read()
-    used = _own_cpu_seconds(psutil.Process()) - begun
+    used = own_cpu_seconds(psutil.Process()) - begun
     child.kill()
     child.wait()
     assert used > 0.1  # the child's seconds are ours
@@ -155,6 +157,22 @@ def test_a_stranger_s_process_counts_as_other_and_a_child_of_ours_does_not() -> 
     share = company()
     assert share is not None
     assert share > 0.05
+
+
+def test_only_the_cores_that_we_may_use_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 cores, others may be busy on 60 without taking anything from the four of this process."""
+    times = namedtuple("times", "user idle steal")  # as psutil's, of which there is no class to import
+    busy, idle = times(90.0, 8.0, 2.0), times(10.0, 90.0, 0.0)
+    cores = [busy, idle, busy, idle]
+    monkeypatch.setattr(os, "cpu_count", lambda: len(cores))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 3}, raising=False)
+    whole = times(*map(sum, zip(*cores, strict=True)))
+    monkeypatch.setattr(psutil, "cpu_times", lambda percpu=False: cores if percpu else whole)
+    assert machine_seconds() == MachineSeconds(busy=20.0, steal=0.0, total=200.0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    assert machine_seconds() == MachineSeconds(busy=200.0, steal=4.0, total=400.0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5}, raising=False)  # a core was switched off
+    assert machine_seconds().total == 400.0
 
 
 def test_readings_closer_than_half_a_second_are_one() -> None:

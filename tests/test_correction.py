@@ -169,6 +169,77 @@ def test_the_corrected_range_holds_the_next_run_as_often_as_it_says() -> None:
         assert 0.80 < held / 1000 < 0.97, runs
 
 
+def test_runs_from_one_measurement_say_less_of_another() -> None:
+    """Five runs that were predicted 10 % too long from one profile: the next profile need not be so."""
+    ratios, calls = [0.90, 0.91, 0.90, 0.89, 0.90], ["a"] * 5
+    same, other, each = correction(ratios, calls, "a"), correction(ratios, calls, "b"), correction(ratios)
+    assert same is not None
+    assert other is not None
+    assert each is not None
+    assert same == each  # its own profile is off by what they were
+    assert same.shared == 0.0
+    assert each == correction(ratios, list("abcde"), "f")
+    assert abs(math.log(other.factor)) < abs(math.log(same.factor))
+    assert other.shared > 0.05
+    raw = Estimate(
+        name="x", fits=True, train_seconds=100.0, train_seconds_low=97.0, train_seconds_high=103.0,
+        seconds=100.0, seconds_low=97.0, seconds_high=103.0,
+    )  # fmt: skip
+    high = corrected(raw, other).train_seconds_high
+    assert high is not None
+    assert high > 99.0
+    mixed = correction([*ratios, 1.0, 1.0, 1.0], [*calls, "b", "b", "b"], "b")
+    assert mixed is not None
+    assert (mixed.num_runs, mixed.factor) == (3, 1.0)  # those of the present profile alone
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_the_range_holds_the_next_run_whichever_measurement_served_the_past(fresh: bool) -> None:
+    """A machine of any ratio, profiles off by 5 %, runs that differ by 2 %; several runs from one profile."""
+    draw, held, forgetful, trials = random.Random(5), 0, 0, 1500
+
+    def holds(by: Correction | None, profile: float, actual: float) -> bool:
+        width = 1.645 * math.hypot(0.05, 0.02)
+        raw = Estimate(
+            name="x", fits=True, train_seconds=profile, train_seconds_low=profile * math.exp(-width),
+            train_seconds_high=profile * math.exp(width), seconds=1.0, seconds_low=1.0, seconds_high=1.0,
+        )  # fmt: skip
+        assert by is not None
+        found = corrected(raw, by)
+        assert found.train_seconds_low is not None
+        assert found.train_seconds_high is not None
+        return found.train_seconds_low <= actual <= found.train_seconds_high
+
+    for _ in range(trials):
+        machine, old = math.exp(draw.gauss(0, 0.15)), math.exp(draw.gauss(0, 0.05))
+        new = math.exp(draw.gauss(0, 0.05)) if fresh else old
+        ratios = [machine / old * math.exp(draw.gauss(0, 0.02)) for _ in range(5)]
+        actual = machine * math.exp(draw.gauss(0, 0.02))
+        held += holds(correction(ratios, ["old"] * 5, "new" if fresh else "old"), new, actual)
+        forgetful += holds(correction(ratios), new, actual)
+    assert held / trials > 0.86
+    assert (forgetful / trials < 0.86) is fresh
+
+
+def test_a_run_beside_others_than_its_measurement_corrects_nothing() -> None:
+    def entry(then: float | None, now: float | None) -> PastRun:
+        record = RunRecord(
+            status="finished",
+            job=fakes.make_job(),
+            predicted=Predicted(seconds=80.0, raw_train_seconds=80.0, measured_as="a", others_share=then),
+            actual=Actual(seconds=200.0, train_seconds=200.0, others_share=now),
+            versions={},
+        )
+        return PastRun.of(record, Path("/runs/one"), NOW)
+
+    told = "other programs took 60% of the CPU's time, and 2% while it was timed"
+    assert entry(0.02, 0.6).not_counted == told
+    assert entry(0.6, 0.02).not_counted is not None
+    for then, now in ((0.02, 0.15), (0.5, 0.6), (None, 0.6), (0.6, None)):
+        assert entry(then, now).not_counted is None
+    assert entry(0.0, 0.0).measured_as == "a"
+
+
 def test_a_correction_keeps_a_wider_measured_range_and_the_fixed_parts() -> None:
     raw = fakes_estimate()
     by = Correction(num_runs=4, mean=math.log(1.5), weight=0.5, half_width=0.01)

@@ -488,6 +488,23 @@ def test_measure_once_then_plan_without_torch_and_run_from_the_measurement(
     assert json.loads(plan("history", "--json", cwd=tmp_path).stdout)["runs"] == [entry]
 
 
+def test_a_damaged_entry_is_neither_an_error_of_minus_a_hundred_per_cent_nor_three_hundred_digits_wide() -> None:
+    odd = [
+        past_run(1, actual_seconds=0.0),
+        past_run(2, actual_seconds=-50.0),
+        past_run(3, seconds=-100.0),
+        past_run(4, actual_seconds=1e300),
+        past_run(5, seconds_low=110.0, seconds_high=90.0),
+    ]
+    assert [run.error is None for run in odd] == [True, True, True, False, False]
+    assert odd[4].is_inside is None
+    table, told = runs_text(odd, NOW, width=120), accuracy_text(accuracy(odd))
+    assert ">+999%" in table
+    assert ">+999%" in told
+    assert max(map(len, (table + "\n" + told).splitlines())) <= 120
+    assert "median error (absolute)   >999%" in accuracy_text(accuracy([odd[3]]))
+
+
 @pytest.mark.parametrize("home", ["x" * 300, "closed/in"])
 def test_a_home_that_cannot_be_opened_is_said_and_nothing_else_is_lost(
     tmp_path: Path, home: str, monkeypatch: pytest.MonkeyPatch

@@ -29,11 +29,11 @@ from planner.estimate import HEAP_GROWTH, estimate
 from planner.figures import ago
 from planner.measure import measure
 from planner.measurement import Conditions, GpuConditions
-from planner.meter import Company
 from planner.scratch import place_for
 from planner.table import measured_text
 from presets.schema import parse_preset
 from trainer.batching import BatchPlan
+from trainer.company import Company
 from trainer.tokens import TokenizedDataset
 
 DISK = "a disk"
@@ -357,7 +357,7 @@ def test_what_others_take_leaves_out_ourselves() -> None:
     assert found is None or 0 <= found <= 1
     family = [1000.0, 1000.0 + (os.cpu_count() or 1) * 3600]  # as if all that was taken since were ours
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("planner.meter._own_cpu_seconds", lambda of: family.pop(0))
+        patched.setattr("trainer.company.own_cpu_seconds", lambda of: family.pop(0))
         company = Company()
         found = company(0.05)
     assert found in (None, 0.0)

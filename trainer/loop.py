@@ -24,6 +24,7 @@ from trainer.agreement import NO_COMPANY, settle_packing
 from trainer.ahead import Ahead, earlier_evaluations
 from trainer.alive import note_process
 from trainer.batching import BatchPlan
+from trainer.company import Company
 from trainer.compiled import compile_layers
 from trainer.data import load_tokenizer, prepare_data
 from trainer.disk import bytes_to_write, require_room, told_in_one_line
@@ -217,6 +218,7 @@ def _prepare(folder: Path, resume: bool) -> Run:
         notes=[*data.report.notes, *notes],
         largest=largest,
         longest_row=longest_row,
+        company=Company() if job.device == "cpu" and job.num_devices == 1 else None,
     )
     if resume:
         _restore(run)

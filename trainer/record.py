@@ -76,6 +76,8 @@ class Predicted:
     # earlier versions.
     calibrated: bool | None = None
     is_tuned: bool = False  # the run is of the preset's tuned twin
+    measured_as: str | None = None  # the measurement it comes from: predictions from the same one share its error
+    others_share: float | None = None  # of the CPU's time, taken by others and the host while it was timed
 
     def window_seconds(self, plan: BatchPlan, lengths: IntArray) -> FloatArray:
         """Planned seconds of each window, (num_windows,), which add up to `train_seconds`; tokens where none are known.
@@ -111,6 +113,7 @@ class Actual:
     micro_batch_split: int | None = None  # above 1: memory ran out and micro-batches were executed in parts
     num_resumes: int | None = None
     breakdown: Breakdown | None = None
+    others_share: float | None = None  # of the CPU's time, taken by others and the host; where one process trains on it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

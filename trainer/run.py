@@ -12,6 +12,7 @@ from typing import Any
 from trainer.batching import BatchPlan
 from trainer.checkpoint import Progress
 from trainer.collate import MicroBatch
+from trainer.company import Company
 from trainer.job import Job
 from trainer.monitor import Monitor
 from trainer.record import Predicted
@@ -65,6 +66,7 @@ class Run:
     largest: int = 0  # padded tokens of the plan's largest micro-batch; on a CPU nobody asks, nor for the next
     longest_row: int = 0  # tokens in its longest packed row; 0: rows are not packed
     monitor: Monitor | None = None
+    company: Company | None = None  # where one process trains on a CPU
     num_resumes: int = 0
     wall_before: float = 0.0
     paused_seconds: float = 0.0  # in which this process, or the machine, stood still
