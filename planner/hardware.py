@@ -13,7 +13,7 @@ from typing import Any
 from presets.errors import SettingsError
 from presets.schema import BasePrecision, Precision, Preset
 from trainer.job import Device
-from trainer.nvml import visible_devices
+from trainer.nvml import is_order_known, visible_devices
 
 AMPERE = (8, 0)  # the first compute capability with bf16 and TF32 units; below it torch only emulates bf16
 
@@ -163,6 +163,8 @@ def _cuda_by_nvml() -> DeviceFacts | None:
         visible = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), nvml.nvmlDeviceGetCount())
         if not visible:
             return None
+        if not is_order_known(nvml, visible):
+            return _cuda_by_torch()
         first = visible[0]
         handle = (
             nvml.nvmlDeviceGetHandleByIndex(first) if isinstance(first, int) else nvml.nvmlDeviceGetHandleByUUID(first)

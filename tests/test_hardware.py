@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -11,7 +14,7 @@ from planner import hardware
 from planner.hardware import DeviceFacts, detect_device, resolve_base_precision, resolve_precision
 from presets.errors import SettingsError
 from presets.schema import load_preset
-from trainer.nvml import visible_devices
+from trainer.nvml import VisibleGpu, visible_devices
 
 CPU = DeviceFacts(name="cpu", kind="cpu", memory_bytes=1, free_bytes=1)
 CPU_BF16 = replace(CPU, supports_bf16=True)
@@ -89,6 +92,62 @@ def test_a_missing_gpu_is_an_error_that_says_why(monkeypatch: pytest.MonkeyPatch
 )
 def test_cuda_visible_devices_is_read_as_cuda_does(setting: str | None, visible: list[int | str]) -> None:
     assert visible_devices(setting, 3) == visible
+
+
+class FakeNvml:
+    """A machine with these cards, by slot."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, *names: str) -> None:
+        self.names, self.asked = names, ""
+
+    def __getattr__(self, name: str) -> Any:
+        found = {
+            "nvmlInit": lambda: None,
+            "nvmlShutdown": lambda: None,
+            "nvmlDeviceGetCount": lambda: len(self.names),
+            "nvmlDeviceGetHandleByIndex": lambda number: self.names[number],
+            "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
+            "nvmlDeviceGetName": lambda handle: handle,
+            "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=2, free=1, used=1),
+            "nvmlDeviceGetCudaComputeCapability": lambda handle: (8, 0),
+            "nvmlSystemGetDriverVersion": lambda: "1",
+        }
+        return found[name]
+
+
+@pytest.mark.parametrize(
+    ("cards", "order", "visible", "is_known"),
+    [
+        (("GT 710", "RTX 4090"), None, None, False),  # CUDA's first is the 4090, NVML's the card in the first slot
+        (("GT 710", "RTX 4090"), "FASTEST_FIRST", "0,1", False),
+        (("GT 710", "RTX 4090"), "PCI_BUS_ID", None, True),
+        (("GT 710", "RTX 4090"), None, "GPU-ab", True),
+        (("H100", "H100"), None, None, True),
+        (("RTX 2080 Ti",), None, None, True),
+    ],
+)
+def test_a_card_is_not_taken_for_another_where_nvml_and_cuda_count_differently(
+    monkeypatch: pytest.MonkeyPatch, cards: tuple[str, ...], order: str | None, visible: str | None, is_known: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(*cards))
+    monkeypatch.setattr(hardware, "torch_cuda_version", lambda: "12.8")
+    of_torch = hardware.DeviceFacts(name="as torch says", kind="cuda", memory_bytes=2, free_bytes=1)
+    monkeypatch.setattr(hardware, "_cuda_by_torch", lambda: of_torch)
+    for name, value in (("CUDA_DEVICE_ORDER", order), ("CUDA_VISIBLE_DEVICES", visible)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    first = visible if visible == "GPU-ab" else cards[0]
+    assert detect_device("cuda").name == (first if is_known else "as torch says")
+    assert VisibleGpu().ask("nvmlDeviceGetName") == (first if is_known else None)
+    cuda = SimpleNamespace(
+        is_initialized=lambda: True, get_device_properties=lambda number: SimpleNamespace(uuid="12-34")
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))  # where it runs, it knows
+    assert VisibleGpu().ask("nvmlDeviceGetName") == (first if is_known else "GPU-12-34")
 
 
 def test_a_container_s_memory_limit_counts_without_its_page_cache(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -25,6 +26,22 @@ def visible_devices(setting: str | None, count: int) -> list[int | str]:
     return found
 
 
+def is_order_known(nvml: Any, visible: list[int | str]) -> bool:
+    """Whether NVML's numbers are CUDA's. NVML counts by slot; CUDA puts the fastest first, unless it is told not to."""
+    if not visible or not isinstance(visible[0], int) or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
+        return True
+    handles = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
+    return len(handles) == 1 or len({nvml.nvmlDeviceGetName(handle) for handle in handles}) == 1
+
+
+def _by_torch() -> str | None:
+    """The UUID of torch's first GPU, where torch has opened it already."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+
+
 class VisibleGpu:
     """A handle on the first visible GPU; what it cannot say is None. `nvml` is the library, None without a GPU."""
 
@@ -38,8 +55,9 @@ class VisibleGpu:
         with suppress(pynvml.NVMLError):
             pynvml.nvmlInit()
             visible = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), pynvml.nvmlDeviceGetCount())
-            if visible:
-                first = visible[0]
+            known = is_order_known(pynvml, visible)
+            first = (visible[0] if known else _by_torch()) if visible else None
+            if first is not None:
                 by = pynvml.nvmlDeviceGetHandleByIndex if isinstance(first, int) else pynvml.nvmlDeviceGetHandleByUUID
                 self._handle = by(first)
                 self.nvml = pynvml
