@@ -371,15 +371,17 @@ class _Measuring:
         started = self.clock()
         on_gpu = group.signature.device != "cpu"
         # On a GPU twice, the second time in another order, and that time counts.
-        seconds, is_new = self._run(group, prober, drawn, list(range(len(drawn))))
+        seconds, is_new, places = self._run(group, prober, drawn, list(range(len(drawn))))
         if on_gpu:
             first = seconds
-            seconds, _ = self._run(group, prober, drawn, self.random.permutation(len(drawn)).tolist())
+            seconds, _, places = self._run(group, prober, drawn, self.random.permutation(len(drawn)).tolist())
             each = zip(first, seconds, is_new, drawn, strict=True)
             group.first_times.add([First(before, again, new, one.sample.stratum) for before, again, new, one in each])
         optimizer = prober.optimizer(1)
         group.round_seconds = self._spend(group, started)
-        samples = tuple(replace(one.sample, seconds=seconds[number]) for number, one in enumerate(drawn))
+        # In the order of time, in which a machine that changes shows.
+        in_order = sorted(range(len(drawn)), key=places.__getitem__)
+        samples = tuple(replace(drawn[number].sample, seconds=seconds[number]) for number in in_order)
         group.rounds.append(
             Round(
                 started=started,
@@ -391,8 +393,8 @@ class _Measuring:
 
     def _run(
         self, group: Group, prober: Prober, drawn: list[Drawn], order: list[int]
-    ) -> tuple[list[float], list[bool]]:
-        """Seconds of each of what was drawn, run in an order, and whether its shape was new to the process."""
+    ) -> tuple[list[float], list[bool], list[int]]:
+        """Of each of what was drawn, run in an order: seconds, whether its shape was new to the process, its place."""
         asked = sequence(
             drawn,
             order,
@@ -402,7 +404,7 @@ class _Measuring:
         )
         taken = prober.run(asked.micro_batches, asked.begins, asked.longest_rows)
         is_new = group.first_times.meet(asked.shapes)
-        return [taken[place] for place in asked.places], [is_new[place] for place in asked.places]
+        return [taken[place] for place in asked.places], [is_new[place] for place in asked.places], asked.places
 
     def _window(self, group: Group, left: float) -> None:
         """Time one window as a whole, where it takes no more than its share of what is left of the budget."""

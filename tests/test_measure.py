@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -66,6 +67,25 @@ def test_timing_that_stops_before_the_budget_says_how_narrow_the_range_is() -> N
     found = measure([make_row(make_job(), DATA)], DATA, device.factory, clock=device.clock)
     assert found.measurements[0].ended_by == "precision"
     assert any("narrower than the ±2.0% asked for" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("device_name", ["cpu", "cuda"])
+def test_timings_of_a_round_stand_in_the_order_of_time(device_name: str) -> None:
+    """On a GPU the second pass, which counts, has an order of its own; a machine that changes shows only in time's."""
+    device, count = FakeDevice(LENGTHS), itertools.count(1)
+
+    class Slowing(FakeProber):
+        def run(self, micro_batches: list[MicroRows], begins: list[int], longest_rows: list[int]) -> list[float]:
+            super().run(micro_batches, begins, longest_rows)
+            return [0.1 + next(count) * 1e-6 for _ in micro_batches]
+
+    row = make_row(make_job(device=device_name), DATA)
+    found = measure([row], DATA, lambda job: Slowing(device, job), clock=device.clock)
+    (one,) = found.measurements
+    assert len(one.rounds) > 3
+    for done in one.rounds:
+        seconds = [sample.seconds for sample in done.samples]
+        assert seconds == sorted(seconds, key=lambda value: value or 0.0)
 
 
 def test_timing_that_ends_with_the_last_round_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
