@@ -19,7 +19,8 @@ Each cell (distribution x preset x kind of noise) is judged for itself:
 
 Written after each cell; a second call with the same --out goes on where the first stopped. `--check` takes other noise
 than the figures that the thresholds were chosen with (see NOISE and CHECK_NOISE). The truth is one run, with noise of
-its own in every step: a short one scatters, and the interval has to hold that too.
+its own in every step: a short one scatters, and the interval has to hold that too. What is judged is the interval that
+sampling gives: `plan` adds what one run differs from the next (planner.estimate.BETWEEN_RUNS); a fake device's do not.
 """
 
 from __future__ import annotations

@@ -447,7 +447,7 @@ def _company(entries: Sequence[CachedMeasurement], look: Callable[[], float | No
     """
     readings = [one.conditions for entry in entries for one in entry.measurement.rounds if one.conditions is not None]
     then, now = summarise(readings, on_cpu=on_cpu).disturbed, look()
-    if now is None:
+    if now is None or not readings:
         return None
     if then > UNCALIBRATED and now < GONE * then:
         of = "CPU" if on_cpu else "GPU"

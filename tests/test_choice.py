@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from planned import forget_company
 
 import planner
 from planner import cli as cli_module
@@ -43,6 +44,8 @@ def plan(home: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[
 def measured(home: Path, preloaded: None) -> dict[str, Any]:
     """The table of three presets, measured once; what follows in this module is answered from it."""
     names = ("--preset", "baseline", "--preset", "recommended", "--preset", "aggressive")
+    plan(home, *COMMON, *names)
+    forget_company(home / "plan-home")
     return dict(json.loads(plan(home, *COMMON, *names, "--json").stdout))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sqlite3
@@ -17,7 +16,7 @@ from typing import Any
 
 import fakes
 import pytest
-from planned import NOW, Bench, past_run
+from planned import NOW, Bench, forget_company, past_run
 from test_cli import PYTHON, plan, refused
 
 from planner.doctor import _free_disk
@@ -456,7 +455,7 @@ def test_measure_once_then_plan_without_torch_and_run_from_the_measurement(
     assert first.returncode == 0, first.stderr
     rows = {row["name"]: row for row in json.loads(first.stdout)["rows"]}
     assert {row["basis"] for row in rows.values()} == {"measured"}
-    forget_company()
+    forget_company(Path(os.environ["PLAN_HOME"]))
     result = subprocess.run(
         [PYTHON, "-P", "-c", WITHOUT_TORCH, *options, *timing],
         cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": PLAN_ROOT},
@@ -536,16 +535,6 @@ def test_a_home_of_nobody_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 PLAN_ROOT = str(Path(__file__).resolve().parent.parent)
-
-
-def forget_company() -> None:
-    """Tests run beside each other, now more and now fewer: what others took while it was timed is not to matter."""
-    with contextlib.closing(sqlite3.connect(Path(os.environ["PLAN_HOME"]) / FILE_NAME)) as database, database:
-        for key, content in database.execute("SELECT key, content FROM measurements").fetchall():
-            found = json.loads(content)
-            for one in found["measurement"]["rounds"]:
-                one["conditions"] = None
-            database.execute("UPDATE measurements SET content = ? WHERE key = ?", (json.dumps(found), key))
 
 
 def re_measured(stderr: str) -> bool:

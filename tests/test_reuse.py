@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sqlite3
 import subprocess
 import sys
-import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fakes
@@ -33,7 +33,7 @@ from planner.scratch import place_for
 from planner.table import measured_text
 from presets.schema import parse_preset
 from trainer.batching import BatchPlan
-from trainer.company import Company
+from trainer.company import Company, MachineSeconds
 from trainer.tokens import TokenizedDataset
 
 DISK = "a disk"
@@ -348,19 +348,37 @@ def test_what_is_said_of_a_row_is_said_of_the_row_that_stands_there_now(bench: B
     assert both.measurements.warnings == found.warnings
 
 
-def test_what_others_take_leaves_out_ourselves() -> None:
-    company = Company()
-    end = time.monotonic() + 0.3
-    while time.monotonic() < end:
-        pass
-    found = company()
-    assert found is None or 0 <= found <= 1
-    family = [1000.0, 1000.0 + (os.cpu_count() or 1) * 3600]  # as if all that was taken since were ours
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("trainer.company.own_cpu_seconds", lambda of: family.pop(0))
-        company = Company()
-        found = company(0.05)
-    assert found in (None, 0.0)
+def test_what_others_take_leaves_out_ourselves_and_is_looked_at_twice_where_there_is_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("trainer.company.time", SimpleNamespace(monotonic=lambda: now[0], sleep=pass_time(now)))
+
+    def share(*, ours: float, others_at: Callable[[float], float]) -> float | None:
+        """Two cores, of which we take `ours`, and others so many seconds in all up to a moment."""
+        begun = now[0]
+
+        def seconds() -> MachineSeconds:
+            at = now[0] - begun
+            return MachineSeconds(busy=ours * at + others_at(at), steal=0.0, total=2 * at)
+
+        monkeypatch.setattr("trainer.company.machine_seconds", seconds)
+        monkeypatch.setattr("trainer.company.own_cpu_seconds", lambda of: ours * (now[0] - begun))
+        return Company()()
+
+    assert share(ours=1.5, others_at=lambda at: 0.0) == 0.0
+    assert now[0] == pytest.approx(0.1)
+    assert share(ours=1.0, others_at=lambda at: at) == pytest.approx(0.5)
+    assert now[0] == pytest.approx(0.1 + 0.7)
+    # A burst of a tenth of a second is not taken for what a run will have beside it.
+    assert share(ours=0.0, others_at=lambda at: min(at, 0.1)) == pytest.approx(0.1 / 1.4)
+
+
+def pass_time(now: list[float]) -> Callable[[float], None]:
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    return sleep
 
 
 def test_packed_rows_that_share_another_beginning_are_measured(bench: Bench) -> None:

@@ -11,6 +11,9 @@ from typing import Any
 
 import psutil
 
+GLANCE, LOOK = 0.1, 0.7  # seconds
+SEEN = 0.1  # of the CPU's time, taken by others
+
 
 @dataclass(frozen=True, slots=True)
 class MachineSeconds:
@@ -69,13 +72,16 @@ class Company:
         self._own = own_cpu_seconds(psutil.Process())
         self._before = machine_seconds()
 
-    def __call__(self, least: float = 0.1) -> float | None:
+    def __call__(self) -> float | None:
         """The share; None where nothing can be read.
 
-        Args:
-            least: seconds to look for, waited for where they are not yet over. The kernel counts in hundredths of a
-                second, so that 0.1 s of two cores tell it to a tenth: what a table from the history can spare.
+        It looks for a tenth of a second at the least, what a table from the history can spare: the kernel counts in
+        hundredths, so that two cores tell it to a tenth. Where others seem to be there, for longer: they may be gone.
         """
+        share = self._since(GLANCE)
+        return self._since(LOOK) if share is not None and share > SEEN else share
+
+    def _since(self, least: float) -> float | None:
         time.sleep(max(0.0, least - (time.monotonic() - self._begun)))
         after, own = machine_seconds(), own_cpu_seconds(psutil.Process())
         total = after.total - self._before.total
