@@ -101,7 +101,7 @@ def compare(
     model, spec, candidates = prepare(options, settings, facts, names=names, running=running, say=say, force=force)
     now = now or datetime.now().astimezone()
     keys = Keys(facts)
-    look = watch_others(facts.kind) if history is not None else lambda: None
+    look = watch_others(facts.kind) if history is not None else lambda seconds: None
     if tuned or (history is not None and not running):
         baseline = functools.partial(baseline_job, options, settings, facts, spec)
         search = Search(measuring, say, shown, factory, history, keys, now, clock)
@@ -198,7 +198,7 @@ def _measure_all(
     now: datetime,
     clock: Callable[[], float],
     place: Place,
-    look: Callable[[], float | None],
+    look: Callable[[float], float | None],
 ) -> tuple[dict[int, Measurements], dict[int, datetime]]:
     """Measurements by maximum length, and when those were made that were not made now.
 
@@ -246,12 +246,12 @@ def _measure_all(
             measured = replace(measured, call=uuid.uuid4().hex)
             disk = scratch.disk
         if history is not None:
-            keep(history, keys, rows, data, measured, asked, now, disk)
+            keep(history, keys, rows, data, measured, asked, now, disk, works[length])
         found[length] = _noted(measured, scratch)  # not kept: it is said where it is true
     return found, measured_at
 
 
-def watch_others(device: Device) -> Callable[[], float | None]:
+def watch_others(device: Device) -> Callable[[float], float | None]:
     """Tells what share of the CPU's time others took from here on, or that no others are on the GPU."""
     if device == "cpu":
         from trainer.company import Company

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from planner.figures import GIB
-from planner.measurement import Conditions, GpuConditions
+from planner.measurement import Busier, Conditions, GpuConditions
 
 STEAL = 0.02  # of the machine's CPU time, taken by the host: above it a warning
 OTHERS = 0.10  # of the machine's CPU time, used by other processes
@@ -110,7 +110,8 @@ def _gpu(readings: list[tuple[float, GpuConditions]]) -> Summary:
             f"the GPU's clock went between {min(clocks)} and {max(clocks)} MHz while it was timed, more than "
             f"{CLOCK_DROP:.0%} apart: a long run settles at the lower end. Measure again with a longer --budget."
         )
-        slowed = max(slowed, 1 - min(clocks) / max(clocks))
+        if 1 - min(clocks) / max(clocks) > UNCALIBRATED:  # cards at their power limit move by less all the time
+            slowed = max(slowed, 1 - min(clocks) / max(clocks))
         fastest, slowest = min(fastest, mean_clock / max(clocks)), max(slowest, mean_clock / min(clocks))
     others = _others_on_gpu(readings, warnings)
     return Summary(
@@ -140,9 +141,23 @@ def _others_on_gpu(readings: list[tuple[float, GpuConditions]], warnings: list[s
     return taken if taken > OTHERS else 0.0
 
 
-def busier_now(share: float) -> str:
+def is_told(readings: list[Conditions]) -> bool:
+    """Whether any reading says what others took of the CPU's time."""
+    return any(one.others is not None and one.seconds > 0 for one in readings)
+
+
+def beside_ours(demand: float) -> float:
+    """The share of the CPU's time that others get beside a training, from what they take while nothing else runs.
+
+    With a thread of ours on each core, a scheduler that is fair to threads leaves them demand / (1 + demand).
+    """
+    return demand / (1 + demand)
+
+
+def busier_now(found: Busier) -> str:
     """Said of an earlier measurement, beside which others took less of the CPU's time than they do now."""
     return (
-        f"other programs take {share:.0%} of this machine's CPU time just now, far more than while it was timed: a run "
-        "takes so much longer as long as they do. Close them before training, or measure beside them with --fresh."
+        f"other programs take {found.share:.0%} of this machine's CPU time just now, far more than while it was timed: "
+        f"beside them a run takes about {found.slower:.1f} x as long. Close them before training, or measure beside "
+        "them with --fresh."
     )

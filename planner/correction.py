@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from planner.estimate import Estimate, whole_run
+from planner.estimate import EXCHANGE, Estimate, whole_run
 from planner.estimator import Z_90
 from planner.history import History
 from planner.student import t_quantile
@@ -151,5 +151,7 @@ def corrected(raw: Estimate, by: Correction) -> Estimate:
             per_token_width=cost.per_token_width * factor,
             optimizer=cost.optimizer * factor,
         ),
+        calibrated=raw.calibrated or raw.is_but_for_exchange,
+        warnings=tuple(text for text in raw.warnings if text != EXCHANGE),
         notes=(*raw.notes, by.text),
     )

@@ -13,7 +13,7 @@ from typing import Any
 from presets.errors import SettingsError
 from presets.schema import BasePrecision, Precision, Preset
 from trainer.job import Device
-from trainer.nvml import is_order_known, visible_devices
+from trainer.nvml import first_gpu, visible_devices
 
 AMPERE = (8, 0)  # the first compute capability with bf16 and TF32 units; below it torch only emulates bf16
 
@@ -163,9 +163,9 @@ def _cuda_by_nvml() -> DeviceFacts | None:
         visible = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), nvml.nvmlDeviceGetCount())
         if not visible:
             return None
-        if not is_order_known(nvml, visible):
-            return _cuda_by_torch()
-        first = visible[0]
+        first = first_gpu(nvml)
+        if first is None:
+            return _cuda_by_torch(_text(nvml.nvmlSystemGetDriverVersion()))
         handle = (
             nvml.nvmlDeviceGetHandleByIndex(first) if isinstance(first, int) else nvml.nvmlDeviceGetHandleByUUID(first)
         )
@@ -185,7 +185,7 @@ def _cuda_by_nvml() -> DeviceFacts | None:
         nvml.nvmlShutdown()
 
 
-def _cuda_by_torch() -> DeviceFacts | None:
+def _cuda_by_torch(driver: str | None = None) -> DeviceFacts | None:
     if torch_version() is None:
         return None
     import torch
@@ -200,7 +200,7 @@ def _cuda_by_torch() -> DeviceFacts | None:
         free=free,
         capability=(major, minor),
         num_devices=torch.cuda.device_count(),
-        driver=None,
+        driver=driver,
     )
 
 

@@ -163,7 +163,7 @@ def _why_not_counted(record: RunRecord) -> str | None:
         return PAUSED
     then, now = record.predicted.others_share, record.actual.others_share
     if then is not None and now is not None and abs(now - then) > OTHER_COMPANY:
-        return f"other programs took {now:.0%} of the CPU's time, and {then:.0%} while it was timed"
+        return f"others took {now:.0%} of the CPU's time, and {then:.0%} while it was timed"
     if needs_loss(record.job.preset):
         return "the model's loss chose other examples than were predicted"
     return None

@@ -197,6 +197,14 @@ class RowVerdict:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Busier:
+    """Others take more of the CPU's time now than while it was timed."""
+
+    share: float  # that they take now, while nothing is timed
+    slower: float  # seconds of a run beside them over those measured
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Measurements:
     """What one call of `measure` found."""
 
@@ -205,7 +213,7 @@ class Measurements:
     rows: tuple[RowVerdict, ...]
     in_turns: bool  # the signatures were on the device together
     call: str | None = None  # tells it from every other measurement
-    busier: float | None = None  # of an earlier one: others' share of the CPU's time now, where it is plainly larger
+    busier: Busier | None = None  # of an earlier one: others take plainly more of the CPU's time now
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 

@@ -51,8 +51,8 @@ class ConditionsMeter:
         return self._last
 
 
-def nobody_on_gpu() -> float | None:
-    """0.0 where no other process is on the first visible GPU; None where one is, or nobody tells."""
+def nobody_on_gpu(seconds: float) -> float | None:
+    """0.0 where no other process is on the first visible GPU; None where one is, or nobody tells. A look is enough."""
     found = NvmlGpu().read({process.pid for process in family(psutil.Process())})
     return 0.0 if found is not None and found.other_processes == 0 else None
 
@@ -69,7 +69,7 @@ class NvmlGpu:
 
     def __init__(self) -> None:
         self._gpu = VisibleGpu()
-        self._seen = 0  # microseconds: the newest sample of what processes used
+        self._seen = int(time.time() * 1e6)  # microseconds: the newest sample of what processes used
 
     def read(self, own: set[int]) -> GpuConditions | None:
         """How it is now, `own` being the processes that are not others'; None where there is none."""
@@ -103,5 +103,7 @@ class NvmlGpu:
         by_process: dict[int, list[float]] = {}
         for one in samples:
             by_process.setdefault(one.pid, []).append(one.smUtil / 100)
-        shares = [sum(found) / len(found) for pid, found in by_process.items() if pid not in own]
+        # One that has left since may have been a worker of ours.
+        others = [pid for pid in by_process if pid not in own and psutil.pid_exists(pid)]
+        shares = [sum(by_process[pid]) / len(by_process[pid]) for pid in others]
         return min(1.0, sum(shares))

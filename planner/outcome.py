@@ -63,8 +63,8 @@ def _company(then: float | None, now: float | None) -> str:
     if then is None or now is None or abs(now - then) <= OTHER_COMPANY:
         return ""
     return (
-        f" Other programs took {now:.0%} of the CPU's time while it ran, and {then:.0%} while it was timed: later "
-        "estimates are not corrected by it."
+        f" Others (programs, or this machine's host) took {now:.0%} of the CPU's time while it ran, and {then:.0%} "
+        "while it was timed: later estimates are not corrected by it."
     )
 
 

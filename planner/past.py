@@ -82,8 +82,8 @@ def accuracy_text(found: Accuracy | None) -> str:
         return NO_RUNS
     lines = [
         f"Predicted against actual wall-clock of {found.num_runs:,} run(s) that finished without interruption:",
-        f"  median error (absolute)   {off_by(found.median_absolute).replace('+', '')}",
-        f"  90th percentile           {off_by(found.percentile_90_absolute).replace('+', '')}",
+        f"  median error (absolute)   {off_by(found.median_absolute, sign='-')}",
+        f"  90th percentile           {off_by(found.percentile_90_absolute, sign='-')}",
         f"  worst                     {off_by(found.worst)}",
         f"  median error (signed)     {off_by(found.median)}   above 0: runs took longer than predicted",
     ]

@@ -44,11 +44,19 @@ def remember(record: RunRecord, folder: Path) -> None:
 
 
 def settle(history: History) -> None:
-    """Runs whose trainer ended after its planner was killed, as their records have them: later estimates count them."""
+    """Take in runs whose trainer ended after its planner was killed, by their records: later estimates count them."""
+    from trainer.alive import still_there
+    from trainer.record import RunRecord
+
     for run in history.unended_runs():
-        found = _as_it_stands(run)
-        if found.status not in (RUNNING, KILLED, UNKNOWN) and (Path(run.folder) / "record.json").is_file():
-            history.add_run(found)
+        folder = Path(run.folder)
+        try:
+            written = (folder / "record.json").stat().st_mtime
+            # An older one is of the stop that this run went on from: the trainer removes it, but a moment later.
+            if written >= datetime.fromisoformat(run.ended_at).timestamp() and not still_there(folder):
+                history.add_run(_of_record(RunRecord.read(folder / "record.json"), folder))
+        except (PlanError, OSError, ValueError, OverflowError):  # it was killed, or is gone, moved or damaged
+            continue
 
 
 def as_they_stand(runs: Sequence[PastRun]) -> list[PastRun]:

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from planner.conditions import UNCALIBRATED, summarise
+from planner.conditions import UNCALIBRATED, beside_ours, is_told, summarise
 from planner.estimate import of_a_run
 from planner.hardware import DeviceFacts, cpu_name
 from planner.history import History
-from planner.measurement import Measurement, Measurements, PlannedRow, RowVerdict, StepSignature
+from planner.measurement import Busier, Measurement, Measurements, PlannedRow, RowVerdict, StepSignature
 from planner.strata import Strata
 from planner.supervised import is_near
 from planner.works import Extremes, Works
@@ -68,7 +68,10 @@ LIKE = 2.0  # a class of micro-batches may lie on average this factor from those
 MOST_OF_DATA = 0.25  # of the peak: data that are larger or smaller by more are measured with anew
 SMALL_SHARE = 0.02  # of the plan's padded tokens: a class below it moves the sum too little to ask for that
 GONE = 0.5  # of what others took of a CPU while it was timed: below it they are as good as gone
-BUSIER = 0.2  # of a CPU's time: by so much more than then, others slow a run that starts now
+BUSIER = 0.15  # of a CPU's time: by so much more than then, others slow a run that starts now
+# Seconds of looking at others. The kernel counts in hundredths: a glance tells two cores to a tenth, and is what a
+# table from the history can spare.
+GLANCE, LOOK = 0.1, 0.7
 FEW_MORE = 1.05  # times the tokens learnt from in one micro-batch: a shuffle brings others together
 NEAR = 0.95  # of the micro-batch whose memory is shown: below it, a note says so
 
@@ -78,7 +81,7 @@ class CachedRow:
     """How a row was judged, and what a later row is compared with."""
 
     micro_batch_size: int
-    packing: bool
+    layout: str  # of packed rows; others have none
     accumulates: bool  # gradients were held while its memory was measured
     most_learnt: int  # see planner.works.Extremes
     most_spread: int
@@ -137,21 +140,15 @@ class Keys:
             return None
         return _digest({**parts, "packing": job.packing, "estimate": _source_digest(ESTIMATED_SOURCES)})
 
-    def of_measurement(self, jobs: Sequence[Job], data: TokenizedDataset, disk: str | None = None) -> str | None:
+    def of_measurement(self, job: Job, disk: str | None = None) -> str | None:
         """A measurement stands for jobs with the same key, as far as their batches allow; None as for `of_runs`.
 
         Args:
-            jobs: those of one step signature, timed together.
-            data: of which only what its packed rows begin with in common counts here.
+            job: any one of a step signature: how it forms its rows is compared row by row.
             disk: on which a checkpoint was or would be timed; None where none is.
         """
-        job = jobs[0]
         parts = self._parts(job)
-        if parts is None:
-            return None
-        if data.beginnings is not None and any(one.packing and one.shares_beginnings for one in jobs):
-            parts["beginnings"] = data.beginnings.sizes.tolist()
-        return _digest({**parts, "max_length": job.preset.max_length, "packed_length": job.packed_length, "disk": disk})
+        return None if parts is None else _digest({**parts, "max_length": job.preset.max_length, "disk": disk})
 
     def of_data(self, data: TokenizedDataset) -> str:
         """Data with the same key takes the same time: lengths, how much of each is learnt from, what examples share."""
@@ -260,21 +257,22 @@ def keep(
     asked: Sharpness,
     now: datetime,
     disk: str,
+    works: Works | None = None,
 ) -> None:
     """Store what was measured, under a key of step signature, disk and data; what failed is left to be tried again."""
     contents, of_data = {}, made.of_data(data)
-    works = Works(data)
+    works = works or Works(data)
     call = found.call or uuid.uuid4().hex
     for measurement in found.measurements:
         members = [row for row in rows if StepSignature.of(row.job) == measurement.signature]
         others = {row.name for row in rows} - {row.name for row in members}
         verdicts = [found.verdict(row.name) for row in members]
         judged = [
-            _cached_row(row, verdict, works.extremes(row.plan))
+            _cached_row(row, verdict, works, data)
             for row, verdict in zip(members, verdicts, strict=True)
             if verdict is not None and verdict.fits is not None
         ]
-        key = made.of_measurement([row.job for row in members], data, disk) if members else None
+        key = made.of_measurement(members[0].job, disk) if members else None
         timed = measurement.rounds or not any(row.verdict.fits for row in judged)
         if key is None or measurement.error is not None or not judged or not timed:
             continue
@@ -301,25 +299,45 @@ def keep(
         history.keep_measurements(contents)
 
 
-def _cached_row(row: PlannedRow, verdict: RowVerdict, extremes: Extremes) -> CachedRow:
+def _layout(row: PlannedRow, data: TokenizedDataset) -> str:
+    """What rows of several examples have in common: their length, and what they share of beginnings."""
+    if not row.job.packing:
+        return ""
+    shares = data.beginnings is not None and row.job.shares_beginnings
+    sizes = data.beginnings.sizes.tolist() if shares and data.beginnings is not None else []
+    return f"{row.job.row_length} {sizes}"
+
+
+def _cached_row(row: PlannedRow, verdict: RowVerdict, works: Works, data: TokenizedDataset) -> CachedRow:
     return CachedRow(
         micro_batch_size=row.job.micro_batch_size,
-        packing=row.job.packing,
+        layout=_layout(row, data),
         accumulates=_accumulates(row.plan),
-        most_learnt=extremes.most_learnt,
-        most_spread=extremes.most_spread,
+        most_learnt=works.most_learnt(row.plan),
+        most_spread=works.most_spread(row.plan),
         verdict=verdict,
     )
 
 
-def _is_about(names: set[str], text: str) -> bool:
-    """Whether a note begins with some of these names: "baseline: ..." or "baseline, today: ..."."""
-    head, colon, _ = text.partition(": ")
-    return bool(colon) and names.issuperset(head.split(", "))
+def _named(names: set[str], text: str) -> tuple[list[str], str] | None:
+    """(names, rest) of a note that begins with some of these names: "baseline: ..." or "baseline, today: ...".
+
+    A name may hold a comma itself ("recommended, tuned"). None where it begins otherwise.
+    """
+    found: list[str] = []
+    at = 0
+    while True:
+        one = max((name for name in names if text.startswith((f"{name}: ", f"{name}, "), at)), key=len, default=None)
+        if one is None:
+            return None
+        found.append(one)
+        at += len(one) + 2
+        if text[at - 2] == ":":
+            return found, text[at:]
 
 
 def _apart_from(names: set[str], texts: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(text for text in texts if not _is_about(names, text))
+    return tuple(text for text in texts if _named(names, text) is None)
 
 
 def _renamed(texts: tuple[str, ...], entry: CachedMeasurement, rows: list[PlannedRow]) -> list[str]:
@@ -328,9 +346,11 @@ def _renamed(texts: tuple[str, ...], entry: CachedMeasurement, rows: list[Planne
     now = [row.name for row in rows if not row.is_reference] or [rows[0].name]
     found = []
     for text in texts:
-        head, colon, rest = text.partition(": ")
-        about = ", ".join(now if "," in head else now[:1])
-        found.append(f"{about}{colon}{rest}" if _is_about(then, text) else text)
+        named = _named(then, text)
+        if named is None or set(named[0]) <= set(now):
+            found.append(text)
+        else:
+            found.append(f"{', '.join(now if len(named[0]) > 1 else now[:1])}: {named[1]}")
     return found
 
 
@@ -349,7 +369,7 @@ def reuse(
     asked: Sharpness,
     disk: str,
     works: Works | None = None,
-    look: Callable[[], float | None] = lambda: None,
+    look: Callable[[float], float | None] = lambda seconds: None,
 ) -> Reused | str | None:
     """Stored measurements for these rows, or why those that are stored do not do, or None where there are none.
 
@@ -363,14 +383,15 @@ def reuse(
     others that are gone now says nothing of the device as it is.
 
     Args:
-        look: the share of the device's time that others take just now; None where it is not known.
+        look: the share of the device's time that others take just now, looked at for so many seconds at the least; None
+            where it is not known.
     """
     wanted: dict[StepSignature, list[PlannedRow]] = {}
     for row in rows:
         wanted.setdefault(StepSignature.of(row.job), []).append(row)
     keyed: dict[StepSignature, str] = {}
     for signature, members in wanted.items():
-        key = made.of_measurement([row.job for row in members], data, disk)
+        key = made.of_measurement(members[0].job, disk)
         if key is None:
             return None
         keyed[signature] = key
@@ -399,7 +420,7 @@ def _checked(
     asked: Sharpness,
     facts: DeviceFacts,
     works: Works,
-    look: Callable[[], float | None],
+    look: Callable[[float], float | None],
 ) -> Reused:
     first = next(iter(entries.values()))
     if any(entry.call != first.call for entry in entries.values()):
@@ -415,7 +436,7 @@ def _checked(
         _check_sharpness(entry, asked)
         for row in rows:
             extremes = works.extremes(row.plan)
-            cached = _judged(entry, row, extremes, facts)
+            cached = _judged(entry, row, works, data, facts)
             if row.job.device == "cpu":
                 cached = replace(cached, verdict=_with_data(cached.verdict, data.num_bytes - entry.data_bytes))
             verdicts.append(replace(cached.verdict, name=row.name, signature=signature))
@@ -440,19 +461,35 @@ def _checked(
     )
 
 
-def _company(entries: Sequence[CachedMeasurement], look: Callable[[], float | None], *, on_cpu: bool) -> float | None:
-    """What others take of the CPU's time now, where that is plainly more than while it was timed.
+def _company(
+    entries: Sequence[CachedMeasurement], look: Callable[[float], float | None], *, on_cpu: bool
+) -> Busier | None:
+    """Whether others take plainly more of the CPU's time now than while it was timed.
 
-    Less is another matter: what they took then made it longer, and a run without them will not be.
+    Less is another matter: what they took then made it longer, and a run without them will not be. A glance has to be
+    borne out by a longer look: what is there for a tenth of a second is no company for a run.
     """
     readings = [one.conditions for entry in entries for one in entry.measurement.rounds if one.conditions is not None]
-    then, now = summarise(readings, on_cpu=on_cpu).disturbed, look()
-    if now is None or not readings:
+    summary = summarise(readings, on_cpu=on_cpu)
+    then = summary.others if on_cpu else summary.gpu_others  # what the host takes shows only while somebody computes
+    if (on_cpu and not is_told(readings)) or (not on_cpu and then <= UNCALIBRATED):
         return None
-    if then > UNCALIBRATED and now < GONE * then:
+    found: Busier | None = None
+    why = ""
+    for seconds in (GLANCE, LOOK):
+        now = look(seconds)
+        if now is None:
+            return None
+        beside = beside_ours(now) if on_cpu else now
+        is_gone, is_busier = then > UNCALIBRATED and beside < GONE * then, on_cpu and beside > then + BUSIER
+        if not (is_gone or is_busier):
+            return None
         of = "CPU" if on_cpu else "GPU"
-        raise _Unfit(f"other programs took {then:.0%} of the {of}'s time while it was timed, and {now:.0%} now")
-    return now if on_cpu and now > then + BUSIER else None
+        why = f"other programs took {then:.0%} of the {of}'s time while it was timed, and {now:.0%} now"
+        found = Busier(share=now, slower=(1 - then) / (1 - beside)) if is_busier else None
+    if found is None:
+        raise _Unfit(why)
+    return found
 
 
 def _check_sharpness(entry: CachedMeasurement, asked: Sharpness) -> None:
@@ -465,13 +502,16 @@ def _check_sharpness(entry: CachedMeasurement, asked: Sharpness) -> None:
     raise _Unfit("a sharper measurement is asked for than the one that is stored")
 
 
-def _judged(entry: CachedMeasurement, row: PlannedRow, extremes: Extremes, facts: DeviceFacts) -> CachedRow:
+def _judged(
+    entry: CachedMeasurement, row: PlannedRow, works: Works, data: TokenizedDataset, facts: DeviceFacts
+) -> CachedRow:
     """The stored verdict that covers a row: of those that fitted the smallest, so that its memory is the nearest."""
+    extremes, layout = works.extremes(row.plan), _layout(row, data)
     padded, width = extremes.worst_padded, extremes.worst_width
     accumulates = _accumulates(row.plan)
     load = entry.measurement.load
     is_lean = row.job.loss == "lean" and (load is None or load.lean_refused is None)
-    alike = [one for one in entry.rows if one.packing == row.job.packing]
+    alike = [one for one in entry.rows if one.layout == layout]
     wide = [
         one
         for one in alike
@@ -481,13 +521,13 @@ def _judged(entry: CachedMeasurement, row: PlannedRow, extremes: Extremes, facts
     covering = [
         one
         for one in wide
-        if is_lean or FEW_MORE * one.most_learnt >= extremes.most_learnt
-        if FEW_MORE * one.most_spread >= extremes.most_spread
+        if is_lean or FEW_MORE * one.most_learnt >= works.most_learnt(row.plan)
+        if FEW_MORE * one.most_spread >= works.most_spread(row.plan)
     ]
     if covering:
         return _with_what_is_free(min(covering, key=_padded), entry, row, facts)
     if wide:
-        raise _Unfit(f"a micro-batch learns from {extremes.most_learnt:,} tokens, more than were measured")
+        raise _Unfit("one of the micro-batches holds more logits, or more of what rows share, than those measured")
     beyond = [
         one
         for one in alike

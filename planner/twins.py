@@ -40,7 +40,7 @@ def twin_key(
     None where the model's shape is not known. The fastest split depends on the lengths, and what the output layer takes
     on the tokens that are learnt from, so other data is tuned anew.
     """
-    key = keys.of_measurement([job], data)
+    key = keys.of_measurement(job)
     if key is None:
         return None
     parts = [

@@ -23,8 +23,6 @@ class Extremes:
     worst_padded: int  # padded tokens of the worst micro-batch, the widest among equals
     worst_width: int
     largest_padded: int
-    most_learnt: int  # tokens of one micro-batch that are learnt from, and so go through the output layer
-    most_spread: int  # tokens of one micro-batch's documents, each as a whole; 0 where none shares its beginning
 
 
 class Works:
@@ -41,6 +39,7 @@ class Works:
         self._works: dict[tuple[int, Kind, Strata], PlanWork] = {}
         self._evaluations: dict[tuple[bytes, str, int, int], IntArray] = {}
         self._learnt: dict[int, float] = {}
+        self._most_learnt: dict[int, int] = {}
         self._new_shapes: dict[tuple[int, Kind, Strata], dict[int, int]] = {}
 
     @property
@@ -62,16 +61,19 @@ class Works:
                 at = int(key.argmax())
                 worst = max(worst, (float(key[at]), int(padded[at]), int(some.width[at])))
                 largest = max(largest, int(padded.max()))
-            learnt = plan.per_micro_batch(self._data.num_supervised)
-            spread = plan.per_micro_batch(self._data.lengths) if plan.shares_beginnings else learnt[:0]
-            self._extremes[id(plan)] = Extremes(
-                worst_padded=worst[1],
-                worst_width=worst[2],
-                largest_padded=largest,
-                most_learnt=int(learnt.max(initial=0)),
-                most_spread=int(spread.max(initial=0)),
-            )
+            self._extremes[id(plan)] = Extremes(worst_padded=worst[1], worst_width=worst[2], largest_padded=largest)
         return self._extremes[id(plan)]
+
+    def most_learnt(self, plan: BatchPlan) -> int:
+        """The most tokens of a micro-batch that are learnt from, and so go through the output layer."""
+        if id(plan) not in self._most_learnt:
+            self._plans[id(plan)] = plan
+            self._most_learnt[id(plan)] = int(plan.per_micro_batch(self._data.num_supervised).max(initial=0))
+        return self._most_learnt[id(plan)]
+
+    def most_spread(self, plan: BatchPlan) -> int:
+        """The most tokens of a micro-batch's documents, each as a whole; 0 where none shares its beginning."""
+        return int(plan.per_micro_batch(self._data.lengths).max(initial=0)) if plan.shares_beginnings else 0
 
     def new_shapes(self, row: PlannedRow, strata: Strata) -> dict[int, int]:
         """How many different shapes the micro-batches of one device have in each stratum, at most, as made on a GPU."""

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from presets.errors import PresetError, did_you_mean
-from presets.home import expanded
+from presets.home import expanded, plan_home
 from presets.schema import Preset, load_preset, parse_preset, preset_names
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,49}")
@@ -18,9 +18,8 @@ LARGEST_FILE = 100_000  # bytes
 
 def user_folder() -> Path:
     """Where a user's presets lie: `PLAN_HOME`/presets, or the platform's folder for a user's settings. Not created."""
-    home = os.environ.get("PLAN_HOME")
-    if home:
-        return expanded(home) / "presets"
+    if os.environ.get("PLAN_HOME"):
+        return plan_home() / "presets"
     import platformdirs
 
     return Path(platformdirs.user_config_dir("training-planner")) / "presets"
@@ -102,10 +101,7 @@ def new_preset(name: str, source: str) -> Path:
 
 
 def _read(name: str) -> tuple[Path, str]:
-    try:
-        path = expanded(name) if is_path(name) else user_folder() / f"{name}.toml"
-    except RuntimeError as reason:  # ~somebody, who is not known here
-        raise PresetError(f"preset '{name}': cannot be read ({reason}).") from None
+    path = expanded(name) if is_path(name) else user_folder() / f"{name}.toml"
     try:
         if path.is_file() and path.stat().st_size > LARGEST_FILE:
             raise PresetError(f"preset '{name}': a file of over {LARGEST_FILE:,} bytes is no preset.")

@@ -30,7 +30,7 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
         (home / "tokens").symlink_to(tokens, target_is_directory=True)
     monkeypatch.setenv("PLAN_HOME", str(home))
     # Tests run beside each other, now more and now fewer: what was timed in one may be reused all the same.
-    monkeypatch.setattr("planner.compare.watch_others", lambda device: lambda: None)
+    monkeypatch.setattr("planner.compare.watch_others", lambda device: lambda seconds: None)
 
 
 @pytest.fixture(scope="session")

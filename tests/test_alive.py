@@ -305,8 +305,13 @@ def test_a_run_whose_plan_was_ended_before_it_is_listed_by_its_record(folder: Pa
     remember.settle(History())  # an estimate does: the run is to correct it
     (stored,) = History().runs()
     assert (stored.status, stored.actual_seconds, stored.not_counted) == ("finished", 120.0, None)
-    remember.begun(folder, look_at(folder).job)
+    remember.begun(folder, look_at(folder).job)  # it goes on from there: what lies there is of the stop before
+    os.utime(folder / "record.json", (time.time() - 60,) * 2)
+    remember.settle(History())
+    assert History().runs()[0].status == RUNNING
     (folder / "record.json").unlink()
+    remember.settle(History())
+    assert History().runs()[0].status == RUNNING, "killed: there is nothing to take in"
     (folder / "job.json").unlink()
     assert listed(folder)[0] == UNKNOWN
 

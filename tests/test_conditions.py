@@ -168,10 +168,13 @@ def test_only_the_cores_that_we_may_use_count(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 3}, raising=False)
     whole = times(*map(sum, zip(*cores, strict=True)))
     monkeypatch.setattr(psutil, "cpu_times", lambda percpu=False: cores if percpu else whole)
+    configured = [4]
+    monkeypatch.setattr(os, "sysconf", lambda name: configured[0])
     assert machine_seconds() == MachineSeconds(busy=20.0, steal=0.0, total=200.0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
     assert machine_seconds() == MachineSeconds(busy=200.0, steal=4.0, total=400.0)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5}, raising=False)  # a core was switched off
+    configured[0] = 5  # one is switched off: the second in the list may be the third
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 3}, raising=False)
     assert machine_seconds().total == 400.0
 
 
@@ -232,7 +235,7 @@ def test_what_others_ran_on_the_gpu_is_told_apart_from_our_own(monkeypatch: pyte
         SimpleNamespace(pid=1, timeStamp=70, smUtil=20),
         SimpleNamespace(pid=1, timeStamp=90, smUtil=40),
         SimpleNamespace(pid=os.getpid(), timeStamp=80, smUtil=60),
-        SimpleNamespace(pid=2, timeStamp=85, smUtil=5),  # it has left since
+        SimpleNamespace(pid=2**22 + 1, timeStamp=85, smUtil=95),  # it has left since: a worker of ours may have
     ]
 
     def used(handle: int, since: int) -> list[SimpleNamespace]:
@@ -253,13 +256,15 @@ def test_what_others_ran_on_the_gpu_is_told_apart_from_our_own(monkeypatch: pyte
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(meter.time, "time", lambda: 50e-6)  # what was there before is not ours to tell
+    samples.insert(0, SimpleNamespace(pid=1, timeStamp=40, smUtil=100))
     gpu = meter.NvmlGpu()
     first, second = gpu.read({os.getpid()}), gpu.read({os.getpid()})
     assert first is not None
-    assert first.other_share == pytest.approx(0.30 + 0.05)
+    assert first.other_share == pytest.approx(0.30)
     assert second is not None
     assert second.other_share == 0.0
-    assert asked == [0, 90]
+    assert asked == [50, 90]
     NVMLError.value = 3  # not supported
     third = gpu.read({os.getpid()})
     assert third is not None

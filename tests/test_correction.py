@@ -232,7 +232,7 @@ def test_a_run_beside_others_than_its_measurement_corrects_nothing() -> None:
         )
         return PastRun.of(record, Path("/runs/one"), NOW)
 
-    told = "other programs took 60% of the CPU's time, and 2% while it was timed"
+    told = "others took 60% of the CPU's time, and 2% while it was timed"
     assert entry(0.02, 0.6).not_counted == told
     assert entry(0.6, 0.02).not_counted is not None
     for then, now in ((0.02, 0.15), (0.5, 0.6), (None, 0.6), (0.6, None)):

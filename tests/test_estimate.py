@@ -10,9 +10,11 @@ import pytest
 from fakes import FakeDevice, chat_lengths, make_data, make_job, make_row
 from planned import FACTS
 
+from planner.correction import corrected, correction
 from planner.estimate import (
     CHECKPOINTED_HEAP_GROWTH,
     EAGER_HEAP_GROWTH,
+    EXCHANGE,
     HEAP_GROWTH,
     PACKED_HEAP_GROWTH,
     Estimate,
@@ -249,7 +251,13 @@ def test_several_devices_wait_for_the_slowest() -> None:
     slowest = device.true_micro_seconds(row.plan).reshape(-1, 2).max(axis=1).sum()
     assert one.train_seconds == pytest.approx(slowest + row.plan.num_steps * device.optimizer, rel=0.01)
     assert not one.calibrated
-    assert any("one of 2 processes was timed, alone" in warning for warning in one.warnings)
+    assert EXCHANGE in one.warnings
+    by = correction([1.1, 1.1, 1.1])
+    assert by is not None
+    mended = corrected(one, by)
+    assert mended.calibrated
+    assert EXCHANGE not in mended.warnings
+    assert not corrected(replace(one, is_but_for_exchange=False), by).calibrated  # something else was the matter too
 
 
 @pytest.mark.parametrize(("asked", "held_out", "readable", "written"), [(4, 10, 10, 4), (100, 1, 1, 1), (4, 3, 0, 0)])

@@ -14,6 +14,7 @@ from planner import hardware
 from planner.hardware import DeviceFacts, detect_device, resolve_base_precision, resolve_precision
 from presets.errors import SettingsError
 from presets.schema import load_preset
+from trainer import nvml
 from trainer.nvml import VisibleGpu, visible_devices
 
 CPU = DeviceFacts(name="cpu", kind="cpu", memory_bytes=1, free_bytes=1)
@@ -135,19 +136,59 @@ def test_a_card_is_not_taken_for_another_where_nvml_and_cuda_count_differently(
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(*cards))
     monkeypatch.setattr(hardware, "torch_cuda_version", lambda: "12.8")
     of_torch = hardware.DeviceFacts(name="as torch says", kind="cuda", memory_bytes=2, free_bytes=1)
-    monkeypatch.setattr(hardware, "_cuda_by_torch", lambda: of_torch)
+    monkeypatch.setattr(hardware, "_cuda_by_torch", lambda driver=None: of_torch)
     for name, value in (("CUDA_DEVICE_ORDER", order), ("CUDA_VISIBLE_DEVICES", visible)):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
     first = visible if visible == "GPU-ab" else cards[0]
+    monkeypatch.setattr(nvml.ctypes, "CDLL", Driver)  # the driver says which is CUDA's first
+    uuid = "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f"
+    assert detect_device("cuda").name == (first if is_known else uuid)
+    assert VisibleGpu().ask("nvmlDeviceGetName") == (first if is_known else uuid)
+    monkeypatch.setattr(Driver, "works", False)
     assert detect_device("cuda").name == (first if is_known else "as torch says")
     assert VisibleGpu().ask("nvmlDeviceGetName") == (first if is_known else None)
-    cuda = SimpleNamespace(
-        is_initialized=lambda: True, get_device_properties=lambda number: SimpleNamespace(uuid="12-34")
-    )
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))  # where it runs, it knows
-    assert VisibleGpu().ask("nvmlDeviceGetName") == (first if is_known else "GPU-12-34")
+
+
+class Driver:
+    """CUDA's, as ctypes loads it."""
+
+    works = True
+
+    def __init__(self, name: str) -> None:
+        if not self.works:
+            raise OSError(name)
+
+    def cuInit(self, flags: int) -> int:
+        return 0
+
+    def cuDeviceGet(self, device: Any, number: int) -> int:
+        device._obj.value = 7
+        return 0
+
+    def cuDeviceGetUuid(self, uuid: Any, device: Any) -> int:
+        assert device.value == 7
+        uuid._obj[:] = range(16)
+        return 0
+
+
+def test_a_card_that_does_not_answer_leaves_the_others_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OneIsLost(FakeNvml):
+        def __getattr__(self, name: str) -> Any:
+            def by_number(number: int) -> str:
+                if number == 1:
+                    raise FakeNvml.NVMLError
+                return self.names[number]
+
+            return by_number if name == "nvmlDeviceGetHandleByIndex" else super().__getattr__(name)
+
+    monkeypatch.setitem(sys.modules, "pynvml", OneIsLost("H100", "of others"))
+    monkeypatch.setattr(hardware, "torch_cuda_version", lambda: "12.8")
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert detect_device("cuda").name == "H100"
+    assert VisibleGpu().ask("nvmlDeviceGetName") == "H100"
 
 
 def test_a_container_s_memory_limit_counts_without_its_page_cache(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_run_of_weeks_is_told_with_the_date_of_its_end(tmp_path: Path, capsys:
     monitor.step(1, float(PLANNED[0] * 5000), {"loss": 1.0, "tokens_per_second": 1.0, "memory_bytes": None})
     monitor.close()
     at = datetime.now() + timedelta(seconds=440 * 5000)
-    assert re.search(rf"611 h 06 min left, done \w{{3}} {at:%d %b} \d\d:\d\d", capsys.readouterr().err)
+    assert re.search(rf"611 h 06 min left, done \w{{3}} {at.day} {at:%b} \d\d:\d\d", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(1e12, "277777777 h 54 min left"), (float("inf"), None)])

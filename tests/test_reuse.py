@@ -156,8 +156,8 @@ def test_a_checkpoint_that_was_timed_on_another_disk_is_timed_again(bench: Bench
 
 def test_other_versions_other_code_and_another_model_are_measured(bench: Bench, monkeypatch: Any) -> None:
     def key() -> str | None:
-        job, data = fakes.make_job(model=str(bench.model)), fakes.make_data(np.array([9, 9]))
-        return reuse.Keys(FACTS).of_measurement([job], data, place_for(None).disk)
+        job = fakes.make_job(model=str(bench.model))
+        return reuse.Keys(FACTS).of_measurement(job, place_for(None).disk)
 
     bench.plan()
     assert key() in _keys(bench)
@@ -197,12 +197,13 @@ def _keys(bench: Bench) -> set[str]:
         (0.43, 0.02, False, False),
         (0.43, 0.40, True, False),
         (0.43, None, True, False),
-        (0.43, 0.90, True, True),
+        (0.50, 1.00, True, False),  # two of them on two cores get half beside two threads of ours, else all
+        (0.20, 1.00, True, True),
         (0.05, 0.0, True, False),
         (0.05, 0.20, True, False),
         (0.05, 0.60, True, True),
     ],
-    ids=["gone", "still there", "not known", "more of them", "hardly any", "a few", "come since"],
+    ids=["gone", "still there", "not known", "as many", "more of them", "hardly any", "a few", "come since"],
 )
 def test_who_else_is_there_counts_as_much_as_who_was(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, then: float, now: float | None, is_reused: bool, is_busier: bool
@@ -216,11 +217,12 @@ def test_who_else_is_there_counts_as_much_as_who_was(
 
     asked: list[float | None] = []
     monkeypatch.setattr("planner.meter.ConditionsMeter", Meter)
-    monkeypatch.setattr("planner.compare.watch_others", lambda device: lambda: asked.append(now) or now)
+    monkeypatch.setattr("planner.compare.watch_others", lambda device: lambda seconds: asked.append(seconds) or now)
     measured = bench.plan().report.rows
     assert not asked  # nothing was stored
     shown = bench.plan(minutes=10).report.rows
-    assert asked
+    # What a glance finds is looked at again; a refused one was asked of this data's and of the latest.
+    assert asked == ([0.1, 0.7] * (1 if is_reused else 2) if is_busier or not is_reused else [0.1])
     assert (bench.starts == 0) is is_reused
     told = [line for line in bench.said if line.startswith("measuring again")]
     assert told == (
@@ -239,7 +241,48 @@ def test_who_else_is_there_counts_as_much_as_who_was(
             assert row.seconds_high
             assert row.breakdown
             steps = row.breakdown.forward_backward + row.breakdown.optimizer
-            assert row.seconds_high >= row.seconds + steps * min(0.9, now) / (1 - min(0.9, now)) * 0.999
+            slower = (1 - then) * (1 + now)  # two threads of ours on two cores leave them now / (1 + now)
+            assert f"about {slower:.1f} x as long" in (row.note or "")
+            assert row.seconds_high >= row.seconds + steps * (slower - 1) * 0.999
+
+
+def test_a_burst_beside_a_table_is_no_company(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there for a tenth of a second, and what pauses for one, decide nothing."""
+    seen: list[float] = []
+    monkeypatch.setattr("planner.compare.watch_others", lambda device: lambda seconds: seen.pop(0))
+    for then, looks in ((0.02, [0.9, 0.1]), (0.43, [0.0, 0.5])):
+
+        class Meter:
+            def __init__(self, *, is_gpu: bool) -> None:
+                pass
+
+            def __call__(self, then: float = then) -> Conditions:
+                return Conditions(seconds=1.0, others=then, steal=0.0)
+
+        monkeypatch.setattr("planner.meter.ConditionsMeter", Meter)
+        bench.plan(fresh=True)
+        seen[:] = looks
+        rows = bench.plan(minutes=10).report.rows
+        assert bench.starts == 0
+        assert not seen
+        assert not any("just now" in (row.note or "") for row in rows)
+
+
+def test_what_the_host_takes_is_no_company_that_has_left(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steal shows only while somebody computes: an idle look finds none, and each plan measured again."""
+
+    class Meter:
+        def __init__(self, *, is_gpu: bool) -> None:
+            pass
+
+        def __call__(self) -> Conditions:
+            return Conditions(seconds=1.0, others=0.01, steal=0.3)
+
+    monkeypatch.setattr("planner.meter.ConditionsMeter", Meter)
+    monkeypatch.setattr("planner.compare.watch_others", lambda device: lambda seconds: 0.01)
+    bench.plan()
+    bench.plan(minutes=10)
+    assert bench.starts == 0
 
 
 def test_what_was_timed_beside_others_on_a_gpu_is_measured_again_once_they_are_gone(
@@ -256,7 +299,7 @@ def test_what_was_timed_beside_others_on_a_gpu_is_measured_again_once_they_are_g
 
     now: list[float | None] = [None]
     monkeypatch.setattr("planner.meter.ConditionsMeter", Meter)
-    monkeypatch.setattr("planner.compare.watch_others", lambda device: lambda: now[0])
+    monkeypatch.setattr("planner.compare.watch_others", lambda device: lambda seconds: now[0])
     on_gpu = replace(FACTS, kind="cuda", name="a GPU")
     assert not bench.plan(facts=on_gpu).report.rows[0].calibrated
     bench.plan(facts=on_gpu, minutes=10)
@@ -292,7 +335,7 @@ def test_memory_is_not_told_of_micro_batches_with_more_logits(
     other = reuse.reuse(bench.history, keys, [fakes.make_row(job, many)], many, asked, DISK)
     assert isinstance(other, reuse.Reused) is is_reused
     if not is_reused:
-        assert other == "a micro-batch learns from 100 tokens, more than were measured"
+        assert "holds more logits" in str(other)
 
 
 def test_what_stays_free_is_what_stays_free_now(bench: Bench) -> None:
@@ -329,18 +372,19 @@ def test_what_is_said_of_a_row_is_said_of_the_row_that_stands_there_now(bench: B
     device = fakes.FakeDevice(data.lengths)
     plain = fakes.make_job(model=str(bench.model))
     checkpointed = fakes.make_job(model=str(bench.model), preset=replace(plain.preset, gradient_checkpointing=True))
-    rows = [fakes.make_row(plain, data, name="one"), fakes.make_row(checkpointed, data, name="two")]
+    rows = [fakes.make_row(plain, data, name="one"), fakes.make_row(checkpointed, data, name="two, tuned")]
     found = measure(rows, data, device.factory, clock=device.clock)
     found = replace(
         found,
-        notes=("one: a note: of it", "two: another", "one, two: of both", "the configurations: of all"),
-        warnings=("two: the budget was spent",),
+        notes=("one: a note: of it", "two, tuned: another", "one, two, tuned: of both", "the configurations: of all"),
+        warnings=("two, tuned: the budget was spent",),
     )
     keys = reuse.Keys(FACTS)
     reuse.keep(bench.history, keys, rows, data, found, asked, NOW, DISK)
     alone = reuse.reuse(bench.history, keys, [fakes.make_row(plain, data, name="three")], data, asked, DISK)
     assert isinstance(alone, reuse.Reused)
-    assert alone.measurements.notes == ("three: a note: of it", "one, two: of both", "the configurations: of all")
+    told = ("three: a note: of it", "one, two, tuned: of both", "the configurations: of all")
+    assert alone.measurements.notes == told
     assert alone.measurements.warnings == ()
     both = reuse.reuse(bench.history, keys, rows, data, asked, DISK)
     assert isinstance(both, reuse.Reused)
@@ -348,30 +392,27 @@ def test_what_is_said_of_a_row_is_said_of_the_row_that_stands_there_now(bench: B
     assert both.measurements.warnings == found.warnings
 
 
-def test_what_others_take_leaves_out_ourselves_and_is_looked_at_twice_where_there_is_some(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_others_take_leaves_out_ourselves(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("trainer.company.time", SimpleNamespace(monotonic=lambda: now[0], sleep=pass_time(now)))
 
-    def share(*, ours: float, others_at: Callable[[float], float]) -> float | None:
-        """Two cores, of which we take `ours`, and others so many seconds in all up to a moment."""
+    def share(*, ours: float, others: float, seconds: float = 0.1) -> float | None:
+        """Two cores, of which we take `ours` and others `others`."""
         begun = now[0]
 
-        def seconds() -> MachineSeconds:
+        def counted() -> MachineSeconds:
             at = now[0] - begun
-            return MachineSeconds(busy=ours * at + others_at(at), steal=0.0, total=2 * at)
+            return MachineSeconds(busy=(ours + others) * at, steal=0.0, total=2 * at)
 
-        monkeypatch.setattr("trainer.company.machine_seconds", seconds)
+        monkeypatch.setattr("trainer.company.machine_seconds", counted)
         monkeypatch.setattr("trainer.company.own_cpu_seconds", lambda of: ours * (now[0] - begun))
-        return Company()()
+        return Company()(seconds)
 
-    assert share(ours=1.5, others_at=lambda at: 0.0) == 0.0
+    assert share(ours=1.5, others=0.0) == 0.0
     assert now[0] == pytest.approx(0.1)
-    assert share(ours=1.0, others_at=lambda at: at) == pytest.approx(0.5)
-    assert now[0] == pytest.approx(0.1 + 0.7)
-    # A burst of a tenth of a second is not taken for what a run will have beside it.
-    assert share(ours=0.0, others_at=lambda at: min(at, 0.1)) == pytest.approx(0.1 / 1.4)
+    assert share(ours=1.0, others=1.0, seconds=0.7) == pytest.approx(0.5)
+    assert now[0] == pytest.approx(0.8)
+    assert share(ours=0.0, others=0.0, seconds=0.0) is None  # no time has passed
 
 
 def pass_time(now: list[float]) -> Callable[[float], None]:
@@ -382,16 +423,29 @@ def pass_time(now: list[float]) -> Callable[[float], None]:
 
 
 def test_packed_rows_that_share_another_beginning_are_measured(bench: Bench) -> None:
-    packed = fakes.make_job(model=str(bench.model), packing=True)
+    keys, asked = reuse.Keys(FACTS), reuse.Sharpness(budget_seconds=60.0, precision_target=0.02)
     plain = fakes.make_job(model=str(bench.model))
+    packed = replace(plain, packing=True, packed_length=128)
+    data = {size: random_data([50] * 60, beginning=size) for size in (30, 31)}
 
-    def key(job: Any, size: int) -> str | None:
-        data = random_data([size + 20] * 8, beginning=size)
-        return reuse.Keys(FACTS).of_measurement([job], data)
+    def rows(size: int, *jobs: Any) -> list[Any]:
+        return [fakes.make_row(job, data[size], name=f"{number}") for number, job in enumerate(jobs)]
 
-    assert key(plain, 0) == key(plain, 30)  # rows of one example hold it in any case
-    assert len({key(packed, size) for size in (0, 30, 31)}) == 3
-    assert key(replace(packed, compile=True), 0) == key(replace(packed, compile=True), 30)  # whose rows share nothing
+    device = fakes.FakeDevice(data[30].lengths)
+    both = rows(30, plain, packed)
+    found = measure(both, data[30], device.factory, clock=device.clock)
+    reuse.keep(bench.history, keys, both, data[30], found, asked, NOW, DISK)
+
+    def is_reused(size: int, *jobs: Any) -> bool:
+        got = reuse.reuse(bench.history, keys, rows(size, *jobs), data[size], asked, DISK)
+        return isinstance(got, reuse.Reused)
+
+    assert is_reused(30, plain, packed)
+    assert is_reused(30, plain)  # alone too, as a run asks for it
+    assert is_reused(30, packed)
+    assert is_reused(31, plain)  # rows of one example hold it in any case
+    assert not is_reused(31, packed)
+    assert not is_reused(30, replace(packed, packed_length=120))
 
 
 def test_every_module_that_a_step_is_made_of_counts_as_timed_code() -> None:

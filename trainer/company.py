@@ -11,9 +11,6 @@ from typing import Any
 
 import psutil
 
-GLANCE, LOOK = 0.1, 0.7  # seconds
-SEEN = 0.1  # of the CPU's time, taken by others
-
 
 @dataclass(frozen=True, slots=True)
 class MachineSeconds:
@@ -41,7 +38,7 @@ def _usable_cores() -> Sequence[Any]:
     usable = affinity(0) if affinity else ()
     if usable and len(usable) < (os.cpu_count() or 1):
         cores = psutil.cpu_times(percpu=True)
-        if len(cores) > max(usable):  # else some are switched off, and a place in the list is no number of a core
+        if len(cores) == os.sysconf("SC_NPROCESSORS_CONF"):  # else some are off, and a place in the list is no number
             return [cores[number] for number in sorted(usable)]
     return [psutil.cpu_times()]
 
@@ -72,16 +69,12 @@ class Company:
         self._own = own_cpu_seconds(psutil.Process())
         self._before = machine_seconds()
 
-    def __call__(self) -> float | None:
+    def __call__(self, least: float = 0.0) -> float | None:
         """The share; None where nothing can be read.
 
-        It looks for a tenth of a second at the least, what a table from the history can spare: the kernel counts in
-        hundredths, so that two cores tell it to a tenth. Where others seem to be there, for longer: they may be gone.
+        Args:
+            least: seconds to look for, waited for where they are not yet over.
         """
-        share = self._since(GLANCE)
-        return self._since(LOOK) if share is not None and share > SEEN else share
-
-    def _since(self, least: float) -> float | None:
         time.sleep(max(0.0, least - (time.monotonic() - self._begun)))
         after, own = machine_seconds(), own_cpu_seconds(psutil.Process())
         total = after.total - self._before.total

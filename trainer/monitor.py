@@ -247,4 +247,4 @@ def _forget_after(path: Path, done: int) -> None:
 def _moment(ahead: timedelta) -> str:
     """A moment ahead as "Mon 12:05"; with its date where the weekday alone would mean two days."""
     moment = datetime.now() + ahead
-    return f"{moment:%a %H:%M}" if ahead <= timedelta(days=6) else f"{moment:%a %d %b %H:%M}"
+    return f"{moment:%a %H:%M}" if ahead <= timedelta(days=6) else f"{moment:%a} {moment.day} {moment:%b %H:%M}"

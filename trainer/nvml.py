@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-import sys
 from contextlib import suppress
 from typing import Any
+from uuid import UUID
 
 
 def visible_devices(setting: str | None, count: int) -> list[int | str]:
@@ -30,16 +31,34 @@ def is_order_known(nvml: Any, visible: list[int | str]) -> bool:
     """Whether NVML's numbers are CUDA's. NVML counts by slot; CUDA puts the fastest first, unless it is told not to."""
     if not visible or not isinstance(visible[0], int) or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
         return True
-    handles = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
-    return len(handles) == 1 or len({nvml.nvmlDeviceGetName(handle) for handle in handles}) == 1
+    names, count = set(), nvml.nvmlDeviceGetCount()
+    for number in range(count if count > 1 else 0):
+        with suppress(nvml.NVMLError):  # a card of others, or one that is lost: CUDA leaves it out too
+            names.add(nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(number)))
+    return len(names) <= 1
 
 
-def _by_torch() -> str | None:
-    """The UUID of torch's first GPU, where torch has opened it already."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
+def first_uuid() -> str | None:
+    """The UUID of CUDA's first GPU as NVML writes it, from the driver itself: no context is opened, nothing allocated.
+
+    None where the driver is not here or sees no device.
+    """
+    try:
+        cuda = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
         return None
-    return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    device, uuid = ctypes.c_int(), (ctypes.c_ubyte * 16)()
+    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0) or cuda.cuDeviceGetUuid(ctypes.byref(uuid), device):
+        return None
+    return f"GPU-{UUID(bytes=bytes(uuid))}"
+
+
+def first_gpu(nvml: Any) -> int | str | None:
+    """CUDA's first GPU, as NVML's number or UUID of it; None where there is none, or it is not known which it is."""
+    visible = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), nvml.nvmlDeviceGetCount())
+    if not visible:
+        return None
+    return visible[0] if is_order_known(nvml, visible) else first_uuid()
 
 
 class VisibleGpu:
@@ -54,9 +73,7 @@ class VisibleGpu:
             return
         with suppress(pynvml.NVMLError):
             pynvml.nvmlInit()
-            visible = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), pynvml.nvmlDeviceGetCount())
-            known = is_order_known(pynvml, visible)
-            first = (visible[0] if known else _by_torch()) if visible else None
+            first = first_gpu(pynvml)
             if first is not None:
                 by = pynvml.nvmlDeviceGetHandleByIndex if isinstance(first, int) else pynvml.nvmlDeviceGetHandleByUUID
                 self._handle = by(first)
