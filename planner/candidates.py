@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from planner.figures import duration
 from planner.hardware import DeviceFacts
 from planner.history import History
+from planner.keys import Keys
 from planner.measurement import PlannedRow
 from planner.prober import ProberFactory
 from planner.resolve import Options, Resolved, resolve_job
-from planner.reuse import Keys
 from planner.safety import blocking, verdicts
 from planner.twin import TUNED, Twin, Untimed, Wanted, twin_name
 from planner.twins import find_twins, known_twin

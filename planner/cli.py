@@ -309,7 +309,7 @@ def _dry_run(options: Options, settings: Settings, given: dict[str, Any], output
 def _known_twin(candidate: Candidate, facts: DeviceFacts, *, quantized: bool) -> Candidate:
     """The tuned twin of a configuration where the history has it; else itself, and a word about it."""
     from planner.candidates import twin_candidate
-    from planner.reuse import Keys
+    from planner.keys import Keys
     from planner.twins import known_twin
 
     assert candidate.planned is not None

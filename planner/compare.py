@@ -28,6 +28,7 @@ from planner.estimate import BETWEEN_RUNS, Estimate, estimate, with_references
 from planner.figures import ago
 from planner.hardware import DeviceFacts, detect_device
 from planner.history import History
+from planner.keys import Keys
 from planner.measurement import Measurements
 from planner.prober import ProberMaker, ProcessProber
 from planner.remember import settle
@@ -35,9 +36,10 @@ from planner.report import (
     PlanReport,
 )
 from planner.resolve import Options, presets_to_compare, resolve_data, resolve_model
-from planner.reuse import Keys, Reused, Sharpness, keep, reuse
+from planner.reuse import Reused, reuse
 from planner.rows import Past, make_report
 from planner.scratch import Place, place_for, scratch_folder
+from planner.stored import Sharpness, keep
 from planner.works import Works
 from presets.env import Settings
 from presets.errors import DataError, ModelError, SettingsError, together

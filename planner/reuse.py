@@ -2,68 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
-import os
-import platform
-import sys
-import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from importlib import resources
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from datetime import datetime
 
 import numpy as np
 
 from planner.conditions import UNCALIBRATED, beside_ours, is_told, summarise
 from planner.estimate import of_a_run
-from planner.hardware import DeviceFacts, cpu_name
+from planner.hardware import DeviceFacts
 from planner.history import History
+from planner.keys import Keys
 from planner.measurement import Busier, Measurement, Measurements, PlannedRow, RowVerdict, StepSignature
-from planner.strata import Strata
+from planner.stored import CachedMeasurement, CachedRow, Sharpness, accumulates, layout_of, named
 from planner.supervised import is_near
 from planner.works import Extremes, Works
 from presets import jsonio
 from presets.errors import PlanError
-from presets.home import expanded
-from trainer.batching import BatchPlan
 from trainer.evaluate import answerable
-from trainer.job import Job
-from trainer.model import inspect_model
 from trainer.tokens import TokenizedDataset
 
-VERSIONED = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "training-planner")
-THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OMP_WAIT_POLICY",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "PYTORCH_ALLOC_CONF",
-)
-# A change in one of these makes other timings, or keeps them in another form.
-TIMED_SOURCES = (
-    ("trainer", "step.py"), ("trainer", "model.py"), ("trainer", "collate.py"), ("trainer", "evaluate.py"),
-    ("trainer", "lean.py"), ("trainer", "fused.py"), ("trainer", "documents.py"), ("trainer", "agreement.py"),
-    ("trainer", "arrangement.py"), ("trainer", "grouped.py"), ("trainer", "halves.py"), ("trainer", "norms.py"),
-    ("trainer", "rotary.py"), ("trainer", "kernels.py"), ("trainer", "entropy.py"), ("trainer", "alike.py"),
-    ("trainer", "siblings.py"), ("trainer", "gated.py"), ("trainer", "packed.py"), ("trainer", "widths.py"),
-    ("trainer", "beginning.py"),
-    ("trainer", "checkpoint.py"), ("trainer", "feed.py"), ("trainer", "compiled.py"), ("trainer", "process.py"),
-    ("planner", "worker.py"), ("planner", "workload.py"), ("planner", "prober.py"), ("planner", "measurement.py"),
-    ("planner", "strata.py"), ("planner", "stopwatch.py"), ("planner", "memory.py"), ("planner", "first_times.py"),
-    ("planner", "measured.py"), ("planner", "sequence.py"),
-)  # fmt: skip
-# A change in one of these makes another prediction of the same timings.
-ESTIMATED_SOURCES = (
-    ("planner", "estimate.py"), ("planner", "measure.py"), ("planner", "steadiness.py"), ("planner", "intervals.py"),
-    ("planner", "outliers.py"), ("planner", "slope.py"), ("planner", "estimator.py"), ("planner", "decks.py"),
-    ("planner", "fixed.py"), ("planner", "works.py"), ("planner", "first_times.py"),
-    ("planner", "rounds.py"),
-)  # fmt: skip
-NOT_SHAPE = ("_name_or_path", "transformers_version")  # of a config.json
 LIKE = 2.0  # a class of micro-batches may lie on average this factor from those timed for it; the fit bridges that much
 MOST_OF_DATA = 0.25  # of the peak: data that are larger or smaller by more are measured with anew
 SMALL_SHARE = 0.02  # of the plan's padded tokens: a class below it moves the sum too little to ask for that
@@ -77,284 +35,11 @@ NEAR = 0.95  # of the micro-batch whose memory is shown: below it, a note says s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CachedRow:
-    """How a row was judged, and what a later row is compared with."""
-
-    micro_batch_size: int
-    layout: str  # of packed rows; others have none
-    accumulates: bool  # gradients were held while its memory was measured
-    most_learnt: int  # see planner.works.Extremes
-    most_spread: int
-    verdict: RowVerdict
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CachedMeasurement:
-    """One step signature's part of a `Measurements`, as it is stored."""
-
-    measured_at: str  # ISO, UTC
-    call: str  # the same for all signatures that were timed together, and only they are compared with each other
-    budget_seconds: float
-    precision_target: float
-    free_bytes: int | None  # on the device, before
-    data_bytes: int  # of the data that was measured with: a part of a process's resident memory
-    in_turns: bool
-    least_supervised: float  # of a plan's tokens, those that are learnt from: of the plan with the lowest share
-    most_supervised: float  # and with the highest
-    strata: Strata
-    measurement: Measurement
-    rows: tuple[CachedRow, ...]
-    notes: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Reused:
     """Measurements for new rows, made from stored ones."""
 
     measurements: Measurements
     measured_at: datetime
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sharpness:
-    """How long and how sharply a measurement is asked to be."""
-
-    budget_seconds: float
-    precision_target: float
-
-
-@dataclass(slots=True, eq=False)
-class Keys:
-    """Keys of jobs on one machine as it is now; what they share is gathered once."""
-
-    facts: DeviceFacts
-    _machine: dict[str, Any] | None = None
-    _models: dict[tuple[str, bool], Any] = field(default_factory=dict)
-    _data: dict[TokenizedDataset, str] = field(default_factory=dict)
-
-    def of_runs(self, job: Job) -> str | None:
-        """Runs of jobs with the same key are comparable; None where the model's shape is not known."""
-        parts = self._parts(job)
-        if parts is None:
-            return None
-        return _digest({**parts, "packing": job.packing, "estimate": _source_digest(ESTIMATED_SOURCES)})
-
-    def of_measurement(self, job: Job, disk: str | None = None) -> str | None:
-        """A measurement stands for jobs with the same key, as far as their batches allow; None as for `of_runs`.
-
-        Args:
-            job: any one of a step signature: how it forms its rows is compared row by row.
-            disk: on which a checkpoint was or would be timed; None where none is.
-        """
-        parts = self._parts(job)
-        return None if parts is None else _digest({**parts, "max_length": job.preset.max_length, "disk": disk})
-
-    def of_data(self, data: TokenizedDataset) -> str:
-        """Data with the same key takes the same time: lengths, how much of each is learnt from, what examples share."""
-        if data not in self._data:
-            sha = hashlib.sha256(np.ascontiguousarray(data.lengths).data)
-            sha.update(np.ascontiguousarray(data.num_supervised).data)
-            if data.beginnings is not None:
-                sha.update(f"{data.beginnings.sizes.tolist()}".encode())
-                sha.update(np.ascontiguousarray(data.beginnings.families).data)
-            self._data[data] = sha.hexdigest()[:16]
-        return self._data[data]
-
-    def _parts(self, job: Job) -> dict[str, Any] | None:
-        self._machine = self._machine or machine(self.facts)
-        place = (job.model, job.trust_remote_code)
-        if place not in self._models:
-            self._models[place] = model_shape(*place)
-        shape = self._models[place]
-        if shape is None:
-            return None
-        signature = jsonio.to_plain(StepSignature.of(job))
-        del signature["model"]  # a folder's name says nothing of what is in it
-        return {
-            "machine": self._machine,
-            "model": shape,
-            "signature": signature,
-            "num_devices": job.num_devices,
-        }
-
-
-def machine(facts: DeviceFacts) -> dict[str, Any]:
-    """What a timing depends on beside the job: device, processor, versions, our own code."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-    return {
-        "device": [facts.name, facts.kind, facts.memory_bytes, facts.driver, facts.num_devices, facts.capability],
-        "cpu": [cpu_name(), os.cpu_count(), len(affinity(0)) if affinity else None],
-        "system": [platform.system(), platform.machine(), list(sys.version_info[:2])],
-        "threads": {name: os.environ.get(name) for name in THREAD_VARIABLES},
-        "versions": {name: _version(name) for name in VERSIONED},
-        "sources": _source_digest(TIMED_SOURCES),
-    }
-
-
-def model_shape(model: str, trust_remote_code: bool = False) -> dict[str, Any] | None:
-    """What decides the cost of a model's step: its configuration and, where that runs, its code. None: not known.
-
-    The weights' values cost nothing, so only whether there are any is part of it: loading them takes its time.
-    """
-    folder = expanded(model)
-    if not folder.is_dir():
-        found = _hub_snapshot(model)
-        if found is None:
-            return None
-        folder = found
-    try:
-        content = jsonio.loads((folder / "config.json").read_text(encoding="utf-8"), strict=False)
-        code = [path.read_bytes() for path in sorted(folder.glob("*.py"))] if trust_remote_code else []
-        has_weights = inspect_model(str(folder)).has_weights
-    except (OSError, ValueError, PlanError):
-        return None
-    if isinstance(content, dict):
-        content = {key: value for key, value in content.items() if key not in NOT_SHAPE}
-    return {"config": content, "has_weights": has_weights, "code": hashlib.sha256(b"\0".join(code)).hexdigest()}
-
-
-def _hub_snapshot(name: str) -> Path | None:
-    """The folder of a hub model that was fetched before, found without importing what fetches it."""
-    home = expanded(os.environ.get("HF_HOME") or "~/.cache/huggingface")
-    hub = expanded(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    repository = hub / f"models--{name.replace('/', '--')}"
-    try:
-        snapshot = repository / "snapshots" / (repository / "refs" / "main").read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError, ValueError):
-        return None
-    return snapshot if snapshot.is_dir() else None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _source_digest(sources: Sequence[tuple[str, str]]) -> str:
-    sha = hashlib.sha256()
-    for package, name in sources:
-        content = resources.files(package).joinpath(name).read_bytes()
-        sha.update(f"{package}/{name} {len(content)}\n".encode() + content)
-    return sha.hexdigest()
-
-
-def _digest(parts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-# --- storing ----------------------------------------------------------------------------------------------------------
-
-
-def keep(
-    history: History,
-    made: Keys,
-    rows: Sequence[PlannedRow],
-    data: TokenizedDataset,
-    found: Measurements,
-    asked: Sharpness,
-    now: datetime,
-    disk: str,
-    works: Works | None = None,
-) -> None:
-    """Store what was measured, under a key of step signature, disk and data; what failed is left to be tried again."""
-    contents, of_data = {}, made.of_data(data)
-    works = works or Works(data)
-    call = found.call or uuid.uuid4().hex
-    for measurement in found.measurements:
-        members = [row for row in rows if StepSignature.of(row.job) == measurement.signature]
-        others = {row.name for row in rows} - {row.name for row in members}
-        verdicts = [found.verdict(row.name) for row in members]
-        judged = [
-            _cached_row(row, verdict, works, data)
-            for row, verdict in zip(members, verdicts, strict=True)
-            if verdict is not None and verdict.fits is not None
-        ]
-        key = made.of_measurement(members[0].job, disk) if members else None
-        timed = measurement.rounds or not any(row.verdict.fits for row in judged)
-        if key is None or measurement.error is not None or not judged or not timed:
-            continue
-        timed_rows = [row for row, one in zip(members, verdicts, strict=True) if one is not None and one.fits]
-        shares = [works.supervised_share(row.plan) for row in timed_rows or members]
-        entry = CachedMeasurement(
-            measured_at=now.astimezone(UTC).isoformat(timespec="seconds"),
-            call=call,
-            budget_seconds=asked.budget_seconds,
-            precision_target=asked.precision_target,
-            free_bytes=made.facts.free_bytes,
-            data_bytes=data.num_bytes,
-            in_turns=found.in_turns,
-            least_supervised=min(shares),
-            most_supervised=max(shares),
-            strata=found.strata,
-            measurement=measurement,
-            rows=tuple(judged),
-            notes=_apart_from(others, found.notes),
-            warnings=_apart_from(others, found.warnings),
-        )
-        contents[f"{key}.{of_data}"] = json.dumps(jsonio.to_plain(entry), allow_nan=False)
-    if contents:
-        history.keep_measurements(contents)
-
-
-def _layout(row: PlannedRow, data: TokenizedDataset) -> str:
-    """What rows of several examples have in common: their length, and what they share of beginnings."""
-    if not row.job.packing:
-        return ""
-    shares = data.beginnings is not None and row.job.shares_beginnings
-    sizes = data.beginnings.sizes.tolist() if shares and data.beginnings is not None else []
-    return f"{row.job.row_length} {sizes}"
-
-
-def _cached_row(row: PlannedRow, verdict: RowVerdict, works: Works, data: TokenizedDataset) -> CachedRow:
-    return CachedRow(
-        micro_batch_size=row.job.micro_batch_size,
-        layout=_layout(row, data),
-        accumulates=_accumulates(row.plan),
-        most_learnt=works.most_learnt(row.plan),
-        most_spread=works.most_spread(row.plan),
-        verdict=verdict,
-    )
-
-
-def _named(names: set[str], text: str) -> tuple[list[str], str] | None:
-    """(names, rest) of a note that begins with some of these names: "baseline: ..." or "baseline, today: ...".
-
-    A name may hold a comma itself ("recommended, tuned"). None where it begins otherwise.
-    """
-    found: list[str] = []
-    at = 0
-    while True:
-        one = max((name for name in names if text.startswith((f"{name}: ", f"{name}, "), at)), key=len, default=None)
-        if one is None:
-            return None
-        found.append(one)
-        at += len(one) + 2
-        if text[at - 2] == ":":
-            return found, text[at:]
-
-
-def _apart_from(names: set[str], texts: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(text for text in texts if _named(names, text) is None)
-
-
-def _renamed(texts: tuple[str, ...], entry: CachedMeasurement, rows: list[PlannedRow]) -> list[str]:
-    """What was said of an entry's rows, now of these: another table may name them otherwise, or not at all."""
-    then = {one.verdict.name for one in entry.rows}
-    now = [row.name for row in rows if not row.is_reference] or [rows[0].name]
-    found = []
-    for text in texts:
-        named = _named(then, text)
-        if named is None or set(named[0]) <= set(now):
-            found.append(text)
-        else:
-            found.append(f"{', '.join(now if len(named[0]) > 1 else now[:1])}: {named[1]}")
-    return found
-
-
-# --- reusing ----------------------------------------------------------------------------------------------------------
 
 
 class _Unfit(Exception):
@@ -506,9 +191,9 @@ def _judged(
     entry: CachedMeasurement, row: PlannedRow, works: Works, data: TokenizedDataset, facts: DeviceFacts
 ) -> CachedRow:
     """The stored verdict that covers a row: of those that fitted the smallest, so that its memory is the nearest."""
-    extremes, layout = works.extremes(row.plan), _layout(row, data)
+    extremes, layout = works.extremes(row.plan), layout_of(row, data)
     padded, width = extremes.worst_padded, extremes.worst_width
-    accumulates = _accumulates(row.plan)
+    holds_gradients = accumulates(row.plan)
     load = entry.measurement.load
     is_lean = row.job.loss == "lean" and (load is None or load.lean_refused is None)
     alike = [one for one in entry.rows if one.layout == layout]
@@ -516,7 +201,7 @@ def _judged(
         one
         for one in alike
         if one.verdict.fits and _padded(one) >= padded and one.verdict.worst_width >= width
-        if one.accumulates or not accumulates
+        if one.accumulates or not holds_gradients
     ]
     covering = [
         one
@@ -532,7 +217,7 @@ def _judged(
         one
         for one in alike
         if one.verdict.fits is False and _padded(one) <= padded and one.verdict.worst_width <= width
-        if accumulates or not one.accumulates
+        if holds_gradients or not one.accumulates
     ]
     if not beyond:
         raise _Unfit(f"the longest micro-batch ({padded:,} tokens) lies outside what was measured")
@@ -578,10 +263,6 @@ def _with_data(verdict: RowVerdict, more: int) -> RowVerdict:
 
 def _padded(row: CachedRow) -> int:
     return row.verdict.worst_rows * row.verdict.worst_width
-
-
-def _accumulates(plan: BatchPlan) -> bool:
-    return bool((np.diff(plan.window_offsets) > plan.num_devices).any())
 
 
 def _check_strata(entry: CachedMeasurement, row: PlannedRow, works: Works) -> None:
@@ -634,3 +315,17 @@ def _memory_note(cached: CachedRow, extremes: Extremes) -> list[str]:
         f"memory is that of a longer micro-batch ({_padded(cached):,} tokens) than this data's longest ({largest:,}); "
         "--fresh measures this one"
     ]
+
+
+def _renamed(texts: tuple[str, ...], entry: CachedMeasurement, rows: list[PlannedRow]) -> list[str]:
+    """What was said of an entry's rows, now of these: another table may name them otherwise, or not at all."""
+    then = {one.verdict.name for one in entry.rows}
+    now = [row.name for row in rows if not row.is_reference] or [rows[0].name]
+    found = []
+    for text in texts:
+        about = named(then, text)
+        if about is None or set(about[0]) <= set(now):
+            found.append(text)
+        else:
+            found.append(f"{', '.join(now if len(about[0]) > 1 else now[:1])}: {about[1]}")
+    return found

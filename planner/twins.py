@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from planner.halfway import Halfway
 from planner.history import History
+from planner.keys import Keys
 from planner.measurement import StepSignature
 from planner.prober import ProberFactory
-from planner.reuse import Keys
 from planner.twin import Twin, Untimed, Wanted
 from presets import jsonio
 from presets.errors import MeasurementError, PlanError

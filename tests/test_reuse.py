@@ -23,13 +23,15 @@ import pytest
 from planned import FACTS, NOW, Bench
 from small_models import random_data
 
-from planner import reuse
+from planner import keys, reuse
 from planner.candidates import MeasureSettings
 from planner.estimate import HEAP_GROWTH, estimate
 from planner.figures import ago
+from planner.keys import Keys
 from planner.measure import measure
 from planner.measurement import Conditions, GpuConditions
 from planner.scratch import place_for
+from planner.stored import Sharpness, keep
 from planner.table import measured_text
 from presets.schema import parse_preset
 from trainer.batching import BatchPlan
@@ -157,17 +159,17 @@ def test_a_checkpoint_that_was_timed_on_another_disk_is_timed_again(bench: Bench
 def test_other_versions_other_code_and_another_model_are_measured(bench: Bench, monkeypatch: Any) -> None:
     def key() -> str | None:
         job = fakes.make_job(model=str(bench.model))
-        return reuse.Keys(FACTS).of_measurement(job, place_for(None).disk)
+        return Keys(FACTS).of_measurement(job, place_for(None).disk)
 
     bench.plan()
     assert key() in _keys(bench)
-    version, digest = reuse._version, reuse._source_digest
+    version, digest = keys._version, keys._source_digest
     for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "training-planner"):
         with monkeypatch.context() as patched:
-            patched.setattr(reuse, "_version", lambda of, name=name: "0.0.0" if of == name else version(of))
+            patched.setattr(keys, "_version", lambda of, name=name: "0.0.0" if of == name else version(of))
             assert key() not in _keys(bench)
     with monkeypatch.context() as patched:
-        patched.setattr(reuse, "_source_digest", lambda sources: digest(sources) + "x")
+        patched.setattr(keys, "_source_digest", lambda sources: digest(sources) + "x")
         bench.plan()
         assert bench.starts > 0
     with monkeypatch.context() as patched:
@@ -318,7 +320,7 @@ def test_memory_is_not_told_of_micro_batches_with_more_logits(
     bench: Bench, loss: Any, refused: str | None, is_reused: bool
 ) -> None:
     """Logits of what is learnt from can be the largest tensors: 306 and 1,016 of them are not the same peak."""
-    keys, asked = reuse.Keys(FACTS), reuse.Sharpness(budget_seconds=60.0, precision_target=0.02)
+    made, asked = Keys(FACTS), Sharpness(budget_seconds=60.0, precision_target=0.02)
     job = fakes.make_job(model=str(bench.model), loss=loss)
     few, many = learnt_from(0.4), learnt_from(0.4)
     few.supervised[:100] = few.supervised[100:200]
@@ -330,16 +332,16 @@ def test_memory_is_not_told_of_micro_batches_with_more_logits(
     (one,) = found.measurements
     assert one.load is not None
     found = replace(found, measurements=(replace(one, load=replace(one.load, lean_refused=refused)),))
-    reuse.keep(bench.history, keys, rows, few, found, asked, NOW, DISK)
-    assert isinstance(reuse.reuse(bench.history, keys, rows, few, asked, DISK), reuse.Reused)
-    other = reuse.reuse(bench.history, keys, [fakes.make_row(job, many)], many, asked, DISK)
+    keep(bench.history, made, rows, few, found, asked, NOW, DISK)
+    assert isinstance(reuse.reuse(bench.history, made, rows, few, asked, DISK), reuse.Reused)
+    other = reuse.reuse(bench.history, made, [fakes.make_row(job, many)], many, asked, DISK)
     assert isinstance(other, reuse.Reused) is is_reused
     if not is_reused:
         assert "holds more logits" in str(other)
 
 
 def test_what_stays_free_is_what_stays_free_now(bench: Bench) -> None:
-    asked = reuse.Sharpness(budget_seconds=60.0, precision_target=0.02)
+    asked = Sharpness(budget_seconds=60.0, precision_target=0.02)
     job, data = fakes.make_job(model=str(bench.model)), fakes.make_data(np.full(400, 100))
     rows, device = [fakes.make_row(job, data)], fakes.FakeDevice(data.lengths)
     found = measure(rows, data, device.factory, clock=device.clock)
@@ -349,13 +351,13 @@ def test_what_stays_free_is_what_stays_free_now(bench: Bench) -> None:
     )
     found = replace(found, rows=(verdict,))
 
-    def keys(free: int) -> reuse.Keys:
-        return reuse.Keys(replace(FACTS, free_bytes=free))
+    def made(free: int) -> Keys:
+        return Keys(replace(FACTS, free_bytes=free))
 
-    reuse.keep(bench.history, keys(then), rows, data, found, asked, NOW, DISK)
+    keep(bench.history, made(then), rows, data, found, asked, NOW, DISK)
     grown = round(HEAP_GROWTH * peak) - peak
     for left, fits in ((1 << 30, True), (grown, True), (grown - (1 << 20), False), (-(1 << 20), False)):
-        got = reuse.reuse(bench.history, keys(peak + context + left), rows, data, asked, DISK)
+        got = reuse.reuse(bench.history, made(peak + context + left), rows, data, asked, DISK)
         if fits:
             assert isinstance(got, reuse.Reused)
             (row,) = got.measurements.rows
@@ -367,7 +369,7 @@ def test_what_stays_free_is_what_stays_free_now(bench: Bench) -> None:
 
 
 def test_what_is_said_of_a_row_is_said_of_the_row_that_stands_there_now(bench: Bench) -> None:
-    asked = reuse.Sharpness(budget_seconds=60.0, precision_target=0.02)
+    asked = Sharpness(budget_seconds=60.0, precision_target=0.02)
     data = fakes.make_data(np.full(400, 100))
     device = fakes.FakeDevice(data.lengths)
     plain = fakes.make_job(model=str(bench.model))
@@ -379,14 +381,14 @@ def test_what_is_said_of_a_row_is_said_of_the_row_that_stands_there_now(bench: B
         notes=("one: a note: of it", "two, tuned: another", "one, two, tuned: of both", "the configurations: of all"),
         warnings=("two, tuned: the budget was spent",),
     )
-    keys = reuse.Keys(FACTS)
-    reuse.keep(bench.history, keys, rows, data, found, asked, NOW, DISK)
-    alone = reuse.reuse(bench.history, keys, [fakes.make_row(plain, data, name="three")], data, asked, DISK)
+    made = Keys(FACTS)
+    keep(bench.history, made, rows, data, found, asked, NOW, DISK)
+    alone = reuse.reuse(bench.history, made, [fakes.make_row(plain, data, name="three")], data, asked, DISK)
     assert isinstance(alone, reuse.Reused)
     told = ("three: a note: of it", "one, two, tuned: of both", "the configurations: of all")
     assert alone.measurements.notes == told
     assert alone.measurements.warnings == ()
-    both = reuse.reuse(bench.history, keys, rows, data, asked, DISK)
+    both = reuse.reuse(bench.history, made, rows, data, asked, DISK)
     assert isinstance(both, reuse.Reused)
     assert set(both.measurements.notes) == set(found.notes)
     assert both.measurements.warnings == found.warnings
@@ -423,7 +425,7 @@ def pass_time(now: list[float]) -> Callable[[float], None]:
 
 
 def test_packed_rows_that_share_another_beginning_are_measured(bench: Bench) -> None:
-    keys, asked = reuse.Keys(FACTS), reuse.Sharpness(budget_seconds=60.0, precision_target=0.02)
+    made, asked = Keys(FACTS), Sharpness(budget_seconds=60.0, precision_target=0.02)
     plain = fakes.make_job(model=str(bench.model))
     packed = replace(plain, packing=True, packed_length=128)
     data = {size: random_data([50] * 60, beginning=size) for size in (30, 31)}
@@ -434,10 +436,10 @@ def test_packed_rows_that_share_another_beginning_are_measured(bench: Bench) -> 
     device = fakes.FakeDevice(data[30].lengths)
     both = rows(30, plain, packed)
     found = measure(both, data[30], device.factory, clock=device.clock)
-    reuse.keep(bench.history, keys, both, data[30], found, asked, NOW, DISK)
+    keep(bench.history, made, both, data[30], found, asked, NOW, DISK)
 
     def is_reused(size: int, *jobs: Any) -> bool:
-        got = reuse.reuse(bench.history, keys, rows(size, *jobs), data[size], asked, DISK)
+        got = reuse.reuse(bench.history, made, rows(size, *jobs), data[size], asked, DISK)
         return isinstance(got, reuse.Reused)
 
     assert is_reused(30, plain, packed)
@@ -453,7 +455,7 @@ def test_every_module_that_a_step_is_made_of_counts_as_timed_code() -> None:
     import ast
     from importlib import resources
 
-    from planner.reuse import TIMED_SOURCES
+    from planner.keys import TIMED_SOURCES
 
     found: set[str] = set()
     waiting = ["step.py", "model.py"]
@@ -541,7 +543,7 @@ def test_timings_stand_for_data_of_which_about_as_much_is_learnt_from(
     bench: Bench, loss: str, refused: str | None, share: float, is_reused: bool
 ) -> None:
     """From the loss's time on completions alone does not follow that on whole texts."""
-    keys, asked = reuse.Keys(FACTS), reuse.Sharpness(budget_seconds=60.0, precision_target=0.02)
+    made, asked = Keys(FACTS), Sharpness(budget_seconds=60.0, precision_target=0.02)
     job = fakes.make_job(model=str(bench.model), loss=loss)
     measured, data = learnt_from(0.4), learnt_from(share)
     device = fakes.FakeDevice(measured.lengths)
@@ -550,10 +552,10 @@ def test_timings_stand_for_data_of_which_about_as_much_is_learnt_from(
     (one,) = found.measurements
     assert one.load is not None
     found = replace(found, measurements=(replace(one, load=replace(one.load, lean_refused=refused)),))
-    reuse.keep(bench.history, keys, rows, measured, found, asked, NOW, DISK)
-    again = reuse.reuse(bench.history, keys, rows, measured, asked, DISK)
+    keep(bench.history, made, rows, measured, found, asked, NOW, DISK)
+    again = reuse.reuse(bench.history, made, rows, measured, asked, DISK)
     assert isinstance(again, reuse.Reused)  # its own
-    other = reuse.reuse(bench.history, keys, [fakes.make_row(job, data)], data, asked, DISK)
+    other = reuse.reuse(bench.history, made, [fakes.make_row(job, data)], data, asked, DISK)
     assert isinstance(other, reuse.Reused) == is_reused
     if not is_reused:
         assert f"{share:.0%} of the tokens are learnt from, and of those that were timed 40%" in str(other)
@@ -561,7 +563,7 @@ def test_timings_stand_for_data_of_which_about_as_much_is_learnt_from(
 
 def test_each_of_the_plans_that_were_timed_together_is_answered_whatever_the_others_learn_from(bench: Bench) -> None:
     """The mean over all of them lies far from the share of one that trains on the best messages alone."""
-    keys, asked = reuse.Keys(FACTS), reuse.Sharpness(budget_seconds=60.0, precision_target=0.02)
+    made, asked = Keys(FACTS), Sharpness(budget_seconds=60.0, precision_target=0.02)
     data = fakes.make_data(np.full(400, 100))
     example, place = np.divmod(np.arange(len(data.token_ids)), 100)
     learnt = place >= np.where(example < 300, 80, 10)  # 20 % of most, 90 % of the best
@@ -571,12 +573,12 @@ def test_each_of_the_plans_that_were_timed_together_is_answered_whatever_the_oth
     rows = [fakes.make_row(plain, data, "all"), fakes.make_row(best, data, "best")]
     device = fakes.FakeDevice(data.lengths)
     found = measure(rows, data, device.factory, clock=device.clock)
-    reuse.keep(bench.history, keys, rows, data, found, asked, NOW, DISK)
+    keep(bench.history, made, rows, data, found, asked, NOW, DISK)
     for some in (rows, rows[:1], rows[1:]):
-        assert isinstance(reuse.reuse(bench.history, keys, some, data, asked, DISK), reuse.Reused)
+        assert isinstance(reuse.reuse(bench.history, made, some, data, asked, DISK), reuse.Reused)
     for share, is_reused in ((0.93, True), (0.34, True), (0.60, True), (0.99, False), (0.30, False)):
         other = learnt_from(share)
-        answer = reuse.reuse(bench.history, keys, [fakes.make_row(plain, other)], other, asked, DISK)
+        answer = reuse.reuse(bench.history, made, [fakes.make_row(plain, other)], other, asked, DISK)
         assert isinstance(answer, reuse.Reused) is is_reused, share
         assert is_reused or "of those that were timed 38% to 90%" in str(answer)
 
@@ -655,13 +657,13 @@ def test_a_stored_measurement_of_another_form_is_measured_again(bench: Bench) ->
 
 def test_the_key_of_a_hub_model_comes_from_what_was_fetched(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    assert reuse.model_shape("some/model") is None
+    assert keys.model_shape("some/model") is None
     snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (tmp_path / "models--some--model" / "refs").mkdir()
     (tmp_path / "models--some--model" / "refs" / "main").write_text("abc")
     (snapshot / "config.json").write_text('{"hidden_size": 8}')
-    found = reuse.model_shape("some/model")
+    found = keys.model_shape("some/model")
     assert found is not None
     assert found["config"] == {"hidden_size": 8}
 

@@ -13,7 +13,7 @@ from fakes import make_data, make_job
 from tuning import DATA, LENGTHS, Device, device_of, saving
 
 from planner.history import History
-from planner.reuse import Keys
+from planner.keys import Keys
 from planner.twin import Change, Twin, Wanted
 from planner.twins import find_twins, known_twin
 from presets.errors import MeasurementError
