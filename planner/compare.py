@@ -103,7 +103,10 @@ def compare(
     model, spec, candidates = prepare(options, settings, facts, names=names, running=running, say=say, force=force)
     now = now or datetime.now().astimezone()
     keys = Keys(facts)
-    look = watch_others(facts.kind) if history is not None else lambda seconds: None
+    look = watch_others(facts.kind) if history is not None else nobody_looks
+    if history is not None:
+        for folder in settle(history):
+            say(f"a run of yours trains on this machine now, beside what is measured: {folder}")
     if tuned or (history is not None and not running):
         baseline = functools.partial(baseline_job, options, settings, facts, spec)
         search = Search(measuring, say, shown, factory, history, keys, now, clock)
@@ -133,7 +136,6 @@ def compare(
     signature_keys: dict[str, str] = {}
     corrections: dict[str, Correction] = {}
     if history is not None:
-        settle(history)
         for candidate in candidates:
             key = keys.of_runs(candidate.planned.job) if candidate.planned is not None else None
             if candidate.planned is None or key is None:
@@ -253,12 +255,17 @@ def _measure_all(
     return found, measured_at
 
 
+def nobody_looks(seconds: float) -> float | None:
+    """Where nothing is reused."""
+    return None
+
+
 def watch_others(device: Device) -> Callable[[float], float | None]:
-    """Tells what share of the CPU's time others took from here on, or that no others are on the GPU."""
+    """Tells how much of the CPU others want from here on (threads per core), or that no others are on the GPU."""
     if device == "cpu":
         from trainer.company import Company
 
-        return Company()
+        return Company().demand
     from planner.meter import nobody_on_gpu
 
     return nobody_on_gpu

@@ -13,6 +13,8 @@ UNCALIBRATED = 0.10  # of the two together: above it the interval is not called 
 MOST_TAKEN = 0.9  # of it, that a range reckons with: a run beside others always gets some
 SLOWED_DOWN = 0.10  # of its speed, what a GPU that throttles loses at least: the clock between readings is not seen
 UNKNOWN_SHARE = 0.50  # of a GPU's time, what others may take where the driver does not tell: as much as the training
+# Two threads beside two other programs on two cores took 2.8 x as long, not 2 (2026-11-28).
+WAITING = 1.5
 CLOCK_DROP = 0.05  # of a GPU's SM clock, between the readings of one profile
 # NVML's reasons that say "slower than it could be", by bit (nvml.h, nvmlClocksEventReasons). Idle, application clocks
 # and the like are no fault.
@@ -147,17 +149,28 @@ def is_told(readings: list[Conditions]) -> bool:
 
 
 def beside_ours(demand: float) -> float:
-    """The share of the CPU's time that others get beside a training, from what they take while nothing else runs.
+    """The share of the CPU's time that others get beside a training.
 
     With a thread of ours on each core, a scheduler that is fair to threads leaves them demand / (1 + demand).
+
+    Args:
+        demand: their threads that want to run, per core.
     """
     return demand / (1 + demand)
+
+
+def slower_at_most(fair: float) -> float:
+    """Of a training's seconds beside others over those without them, from what a fair scheduler would make of it.
+
+    A step is over when its slowest thread is, so that it waits for the core that is shared most.
+    """
+    return fair**WAITING
 
 
 def busier_now(found: Busier) -> str:
     """Said of an earlier measurement, beside which others took less of the CPU's time than they do now."""
     return (
-        f"other programs take {found.share:.0%} of this machine's CPU time just now, far more than while it was timed: "
-        f"beside them a run takes about {found.slower:.1f} x as long. Close them before training, or measure beside "
-        "them with --fresh."
+        f"other programs take {found.share:.0%} of this machine's CPU time just now, more than while it was timed: "
+        f"beside them a run takes {found.slower:.1f} to {slower_at_most(found.slower):.1f} x as long. Close them "
+        "before training, or measure beside them with --fresh."
     )

@@ -16,15 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from planner.conditions import OTHERS
 from planner.figures import gib
 from planner.hardware import DeviceFacts, detect_device, system_memory, torch_cuda_version, torch_version
 from presets.errors import SettingsError
 from presets.home import plan_home
+from trainer.company import Company
 
 State = Literal["ok", "note", "wrong"]
 GIB = 1024**3
 LITTLE_DISK = 10 * GIB  # a run of a small model writes checkpoints, an adapter and tokenised data
 NO_DISK = 2 * GIB
+LOOK = 0.7  # seconds, at who else uses the CPU
 LITTLE_FREE = 0.5  # of the device's memory
 # The oldest driver that runs a CUDA version, by its major number: NVIDIA's CUDA compatibility table (Linux).
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
@@ -54,10 +57,12 @@ class Machine:
     memory: tuple[int | None, int | None]  # total, free
     disks: dict[str, int | None]  # purpose -> free bytes; None where the folder cannot be written
     hub_offline: bool = False
+    taken: float | None = None  # threads of others that want to run, per core
 
 
 def look() -> Machine:
     """Read the facts of this machine."""
+    company = Company()
     names = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "matplotlib")
     gpus, driver = _driver_view()
     try:
@@ -78,12 +83,22 @@ def look() -> Machine:
             "measurements and tokenised data": _free_disk(plan_home()),
         },
         hub_offline=os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True"),
+        taken=company.demand(LOOK),
     )
 
 
 def examine(machine: Machine) -> tuple[Found, ...]:
     """All findings, in the order in which a person would ask."""
-    checks: tuple[Callable[[Machine], list[Found]], ...] = (_python, _torch, _gpu, _memory, _packages, _disk, _hub)
+    checks: tuple[Callable[[Machine], list[Found]], ...] = (
+        _python,
+        _torch,
+        _gpu,
+        _memory,
+        _load,
+        _packages,
+        _disk,
+        _hub,
+    )
     return tuple(found for check in checks for found in check(machine))
 
 
@@ -205,6 +220,16 @@ def _disk(machine: Machine) -> list[Found]:
         else:
             found.append(Found(what=what, text=f"{gib(free)} free"))
     return found
+
+
+def _load(machine: Machine) -> list[Found]:
+    if machine.taken is None:
+        return []
+    taken = min(1.0, machine.taken)
+    if taken <= OTHERS:
+        return [Found(what="load", text=f"other programs take {taken:.0%} of the CPU's time")]
+    remedy = "close them before measuring and training, unless they will run beside both"
+    return [Found(what="load", text=f"other programs take {taken:.0%} of the CPU's time", state="note", remedy=remedy)]
 
 
 def _hub(machine: Machine) -> list[Found]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.conditions import busier_now, is_told, summarise
+from planner.conditions import busier_now, is_told, slower_at_most, summarise
 from planner.estimator import Z_90, Estimator, PlanWork
 from planner.figures import GIB
 from planner.intervals import lopsided
@@ -44,8 +44,8 @@ FIXED_RELATIVE_HALF_WIDTH = 0.2
 # waits for a host that others share is less steady, and is warned of where it shows. Of Apple's nothing is known.
 BETWEEN_RUNS = {"cpu": 0.06, "mps": 0.03, "cuda": 0.02}
 EXCHANGE = (
-    "the exchange of gradients between the devices was not timed and is not in the figure. Three runs on this machine "
-    "correct it."
+    "what several devices exchange, and on a CPU what their processes take from each other, was not timed and is not "
+    "in the figure. Three runs on this machine correct it."
 )
 TIMER_SECONDS = 1e-6  # what reading the clock adds to each timed call
 # A run's resident memory on a CPU over that of its longest micro-batches in a worker, since the heap grows on over
@@ -205,7 +205,7 @@ def estimate(
     low, high = min(low, total.seconds * conditions.fastest), max(high, total.seconds * conditions.slowest)
     warnings += conditions.warnings
     if found.busier is not None:
-        high = max(high, total.seconds * found.busier.slower)
+        high = max(high, total.seconds * slower_at_most(found.busier.slower))
         warnings.append(busier_now(found.busier))
     if len(measurement.rounds) < 2:
         warnings.append("only one round could be timed, so the range is a guess (±50 %). Give more time with --budget.")
@@ -245,6 +245,9 @@ def estimate(
     if measurement.one_off_seconds > ONE_OFF_TOLD * seconds:
         notes.append(f"the first steps take {measurement.one_off_seconds:.1f} s more, while kernels are loaded")
     whole = whole_run(seconds, low, high, fixed)
+    if found.busier is not None:
+        most = slower_at_most(found.busier.slower)
+        whole = whole[0], whole[1], max(whole[2], whole[0] + (most - 1) * fixed.total + (high - seconds))
     is_calibrated = (
         steadiness.is_steady
         and steadiness.can_tell

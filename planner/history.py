@@ -33,9 +33,10 @@ SCHEMA_VERSION = 1
 TRIES = 3  # again once a damaged file is out of the way, or what passes has passed
 # Another process has just removed the journal, or put another file in this one's place. Each action can be done twice.
 PASSING = ("SQLITE_IOERR_DELETE_NOENT", "SQLITE_READONLY_DBMOVED")
-# Of a CPU's time: where others took so much more or less of it while a run trained than while it was timed, their
-# ratio says more of them than of the prediction.
-OTHER_COMPANY = 0.2
+# Times as long, or as short, did a run take beside others than its measurement by their shares of the CPU's time alone:
+# its ratio says more of them than of the prediction.
+OTHER_COMPANY = 1.25
+OTHERS_TOOK = "others took"
 BUSY_SECONDS = 10.0  # waited for another process; a transaction takes milliseconds
 RUNNING = "running"
 PAUSED = "stood still in between: the clock ran on"
@@ -150,6 +151,14 @@ def _place(folder: str) -> str:
         return folder
 
 
+def is_other_company(then: float | None, now: float | None) -> bool:
+    """Whether others took plainly more or less of the CPU's time while it ran than while it was timed."""
+    if then is None or now is None:
+        return False
+    ratio = (1 - min(then, 0.99)) / (1 - min(now, 0.99))
+    return not 1 / OTHER_COMPANY <= ratio <= OTHER_COMPANY
+
+
 def _why_not_counted(record: RunRecord) -> str | None:
     from trainer.planning import needs_loss
 
@@ -162,8 +171,8 @@ def _why_not_counted(record: RunRecord) -> str | None:
     if record.actual.paused_seconds:
         return PAUSED
     then, now = record.predicted.others_share, record.actual.others_share
-    if then is not None and now is not None and abs(now - then) > OTHER_COMPANY:
-        return f"others took {now:.0%} of the CPU's time, and {then:.0%} while it was timed"
+    if is_other_company(then, now):
+        return f"{OTHERS_TOOK} {now:.0%} of the CPU's time, and {then:.0%} while it was timed"
     if needs_loss(record.job.preset):
         return "the model's loss chose other examples than were predicted"
     return None
@@ -308,7 +317,7 @@ class History:
                 if left and getattr(reason, "sqlite_errorname", None) in PASSING:
                     continue
                 # Locked, full, not writable: the file itself is sound.
-                self._note(f"{self.path} cannot be used ({reason}): nothing is read from it or kept")
+                self._note_unusable(str(reason))
                 return otherwise
             except sqlite3.DatabaseError as reason:
                 self._set_aside(identity, f"it is damaged ({reason})")
@@ -321,7 +330,7 @@ class History:
                 self._note(f"{self.path} cannot hold a number above 2^63: what it stands in is left out")
                 return otherwise
             except OSError as reason:
-                self._note(f"{self.path} cannot be used ({reason.strerror or reason}): nothing is read from it or kept")
+                self._note_unusable(reason.strerror or str(reason))
                 return otherwise
         return otherwise
 
@@ -369,6 +378,11 @@ class History:
                 leftover.rename(aside.with_name(aside.name + ending))
         self._note(f"{self.path}: {why}. It was renamed to {aside.name} and a new one begun")
 
+    def _note_unusable(self, why: str) -> None:
+        """Once, whichever of reading and writing finds it, in its own words."""
+        if not any(note.startswith(f"{self.path} cannot be used") for note in self.notes):
+            self._note(f"{self.path} cannot be used ({why}): nothing is read from it or kept")
+
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
@@ -406,7 +420,7 @@ def _is_absent(path: Path) -> bool:
     """Whether nothing is there. A folder that may not be searched, or a name that no file can have: opening tells."""
     try:
         path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return True
     except OSError:
         return False

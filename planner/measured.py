@@ -74,18 +74,18 @@ def what_to_tell(group: Group, kept: tuple[Round, ...], width: float, *, budget:
         )
     if group.ended_by == "precision":
         notes.append(
-            f"{name}: timed for {group.spent:.0f} s, until the range of ±{width:.1%} was narrower than the "
-            f"±{target:.1%} asked for"
+            f"{name}: timed for {group.spent:.0f} s, until the timings alone allowed no more than ±{width:.1%}, "
+            f"narrower than the ±{target:.1%} asked for"
         )
     if group.ended_by == "budget" and width <= target:
         notes.append(
-            f"{name}: timed for {group.spent:.0f} s, until the budget was spent; the range of ±{width:.1%} was within "
-            f"the ±{target:.1%} asked for"
+            f"{name}: timed for {group.spent:.0f} s, until the budget was spent; the timings alone allow ±{width:.1%}, "
+            f"within the ±{target:.1%} asked for"
         )
     if group.ended_by == "rounds":
         notes.append(
             f"{name}: timed for {group.spent:.0f} s of the {budget:g} s, until {len(group.rounds):,} rounds were done; "
-            f"the range of ±{width:.1%} would hardly become narrower"
+            f"the timings alone allow ±{width:.1%}, which more would hardly narrow"
         )
     has_windows = any(before > len(group.rounds) - len(kept) for before, _ in group.windows)
     if kept and not has_windows and group.is_live:

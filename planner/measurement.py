@@ -200,8 +200,8 @@ class RowVerdict:
 class Busier:
     """Others take more of the CPU's time now than while it was timed."""
 
-    share: float  # that they take now, while nothing is timed
-    slower: float  # seconds of a run beside them over those measured
+    share: float  # of it, that they take now, while nothing is timed
+    slower: float  # seconds of a run beside them over those measured, at the least
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

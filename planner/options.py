@@ -40,6 +40,8 @@ class _Epochs(click.ParamType):  # type: ignore[type-arg]  # generic only in new
 class Number(click.FloatRange):
     """A number in a range: click itself lets "nan" through, which no comparison refuses."""
 
+    name = "number"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         found = float(super().convert(value, param, ctx))
         if not math.isfinite(found):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from planner.figures import UNKNOWN, duration, duration_range, gib
-from planner.history import OTHER_COMPANY
+from planner.history import is_other_company
 from presets.text import printable
 from trainer.job import Job
 from trainer.record import RunRecord
@@ -60,7 +60,7 @@ def outcome_text(record: RunRecord, folder: Path) -> str:
 
 def _company(then: float | None, now: float | None) -> str:
     """Who else was there, where that explains why a run took another time than was predicted."""
-    if then is None or now is None or abs(now - then) <= OTHER_COMPANY:
+    if then is None or now is None or not is_other_company(then, now):
         return ""
     return (
         f" Others (programs, or this machine's host) took {now:.0%} of the CPU's time while it ran, and {then:.0%} "

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from planner.figures import DOUBT, NOT_APPLICABLE, UNKNOWN, clock, duration, off_by, promised_range
-from planner.history import RUNNING, PastRun
+from planner.history import OTHERS_TOOK, RUNNING, PastRun
 from presets import jsonio
 from presets.text import printable
 
@@ -35,6 +35,8 @@ class Accuracy:
     inside_high: float | None
     num_inside_uncalibrated: int  # of those whose range was what was seen or feared, not a 90 % one
     num_with_range_uncalibrated: int
+    num_other_company: int  # of all: beside which others took plainly more, or less, than while it was timed
+    worst_else: float | None  # signed, of those that are not among them
 
 
 def accuracy(runs: Sequence[PastRun]) -> Accuracy | None:
@@ -46,6 +48,7 @@ def accuracy(runs: Sequence[PastRun]) -> Accuracy | None:
     held = [run.is_inside for run in runs if run.is_inside is not None and run.calibrated is not False]
     others = [run.is_inside for run in runs if run.is_inside is not None and run.calibrated is False]
     low, high = wilson(sum(held), len(held)) if held else (None, None)
+    alike = [run.error for run in runs if run.error is not None and not has_other_company(run)]
     return Accuracy(
         num_runs=len(errors),
         median_absolute=statistics.median(absolute),
@@ -58,7 +61,14 @@ def accuracy(runs: Sequence[PastRun]) -> Accuracy | None:
         inside_high=high,
         num_inside_uncalibrated=sum(others),
         num_with_range_uncalibrated=len(others),
+        num_other_company=len(errors) - len(alike),
+        worst_else=max(alike, key=abs, default=None),
     )
+
+
+def has_other_company(run: PastRun) -> bool:
+    """Whether it ran beside others than its measurement, as its entry has it."""
+    return (run.not_counted or "").startswith(OTHERS_TOOK)
 
 
 def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
@@ -97,6 +107,12 @@ def accuracy_text(found: Accuracy | None) -> str:
         lines.append(
             "A range that was not a 90 % range (the machine was not steady, or too little was timed to tell) held "
             f"it in {found.num_inside_uncalibrated:,} of {found.num_with_range_uncalibrated:,}."
+        )
+    if found.num_other_company:
+        best = "" if found.worst_else is None else f"; without them the worst is {off_by(found.worst_else)}"
+        lines.append(
+            f"Beside {found.num_other_company:,} of them others took plainly more of the CPU, or less, than while it "
+            f"was timed{best}."
         )
     return "\n".join(lines)
 
@@ -147,6 +163,7 @@ def _cells(run: PastRun, now: datetime) -> tuple[str, ...]:
     if run.correction_factor is not None:
         predicted += f", x{run.correction_factor:.2f}"
     resumed = ", resumed" if run.num_resumes and run.status == "finished" else ""
+    company = ", other load" if has_other_company(run) else ""
     inside = run.is_inside
     return (
         NOT_APPLICABLE if run.status == RUNNING else _when(run.ended_at, now),
@@ -157,7 +174,7 @@ def _cells(run: PastRun, now: datetime) -> tuple[str, ...]:
         duration(run.actual_seconds),
         NOT_APPLICABLE if run.error is None else off_by(run.error),
         NOT_APPLICABLE if inside is None else "yes" if inside else "NO",
-        printable(run.status) + resumed,
+        printable(run.status) + resumed + company,
     )
 
 

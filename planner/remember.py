@@ -43,20 +43,29 @@ def remember(record: RunRecord, folder: Path) -> None:
     open_history(say).add_run(_of_record(record, folder))
 
 
-def settle(history: History) -> None:
-    """Take in runs whose trainer ended after its planner was killed, by their records: later estimates count them."""
+def settle(history: History) -> list[Path]:
+    """Take in runs whose trainer ended after its planner was killed, by their records: later estimates count them.
+
+    Returns:
+        The folders of runs that are training on this machine now.
+    """
     from trainer.alive import still_there
     from trainer.record import RunRecord
 
+    training = []
     for run in history.unended_runs():
         folder = Path(run.folder)
         try:
+            if still_there(folder):
+                training.append(folder)
+                continue
             written = (folder / "record.json").stat().st_mtime
             # An older one is of the stop that this run went on from: the trainer removes it, but a moment later.
-            if written >= datetime.fromisoformat(run.ended_at).timestamp() and not still_there(folder):
+            if written >= datetime.fromisoformat(run.ended_at).timestamp():
                 history.add_run(_of_record(RunRecord.read(folder / "record.json"), folder))
         except (PlanError, OSError, ValueError, OverflowError):  # it was killed, or is gone, moved or damaged
             continue
+    return training
 
 
 def as_they_stand(runs: Sequence[PastRun]) -> list[PastRun]:

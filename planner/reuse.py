@@ -26,7 +26,8 @@ LIKE = 2.0  # a class of micro-batches may lie on average this factor from those
 MOST_OF_DATA = 0.25  # of the peak: data that are larger or smaller by more are measured with anew
 SMALL_SHARE = 0.02  # of the plan's padded tokens: a class below it moves the sum too little to ask for that
 GONE = 0.5  # of what others took of a CPU while it was timed: below it they are as good as gone
-BUSIER = 0.15  # of a CPU's time: by so much more than then, others slow a run that starts now
+FASTER = 1.5  # times as fast would a run be now, beside those that are left: that is other company
+BUSIER = 1.2  # times as long would a run take now, beside those who have come: that is said
 # Seconds of looking at others. The kernel counts in hundredths: a glance tells two cores to a tenth, and is what a
 # table from the history can spare.
 GLANCE, LOOK = 0.1, 0.7
@@ -166,12 +167,13 @@ def _company(
         if now is None:
             return None
         beside = beside_ours(now) if on_cpu else now
-        is_gone, is_busier = then > UNCALIBRATED and beside < GONE * then, on_cpu and beside > then + BUSIER
-        if not (is_gone or is_busier):
+        slower = (1 - then) / (1 - beside)
+        is_gone = then > UNCALIBRATED and (beside < GONE * then or slower < 1 / FASTER)
+        if not (is_gone or (on_cpu and slower > BUSIER)):
             return None
         of = "CPU" if on_cpu else "GPU"
-        why = f"other programs took {then:.0%} of the {of}'s time while it was timed, and {now:.0%} now"
-        found = Busier(share=now, slower=(1 - then) / (1 - beside)) if is_busier else None
+        why = f"other programs took {then:.0%} of the {of}'s time while it was timed, and would take {beside:.0%} now"
+        found = None if is_gone else Busier(share=min(1.0, now), slower=slower)
     if found is None:
         raise _Unfit(why)
     return found
@@ -184,7 +186,9 @@ def _check_sharpness(entry: CachedMeasurement, asked: Sharpness) -> None:
     sharp = entry.measurement.ended_by == "precision"
     if entry.precision_target <= asked.precision_target if sharp else entry.budget_seconds >= asked.budget_seconds:
         return
-    raise _Unfit("a sharper measurement is asked for than the one that is stored")
+    then = f"±{entry.precision_target:.1%}" if sharp else f"{entry.budget_seconds:g} s"
+    now = f"±{asked.precision_target:.1%}" if sharp else f"{asked.budget_seconds:g} s"
+    raise _Unfit(f"the one that is stored was timed for {then}, and {now} are asked for")
 
 
 def _judged(

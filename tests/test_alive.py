@@ -268,7 +268,7 @@ def test_a_run_is_in_the_history_from_its_start_and_one_that_was_killed_stays_th
 ) -> None:
     remember.begun(folder, look_at(folder).job)
     assert listed(folder)[0] == "running"
-    remember.settle(History())
+    assert remember.settle(History()) == [folder], "it trains beside what is measured"
     assert History().runs()[0].status == RUNNING, "it has not ended"
     table = CliRunner().invoke(cli, ["history"]).stdout.splitlines()[-1].split()
     assert (table[0], table[-1]) == ("–", "running")

@@ -154,7 +154,7 @@ def test_a_stranger_s_process_counts_as_other_and_a_child_of_ours_does_not() -> 
     strangers = read()
     assert strangers.others is not None
     assert strangers.others > 0.05
-    share = company()
+    share = company.share()
     assert share is not None
     assert share > 0.05
 

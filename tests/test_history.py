@@ -504,6 +504,19 @@ def test_a_damaged_entry_is_neither_an_error_of_minus_a_hundred_per_cent_nor_thr
     assert "median error (absolute)   >999%" in accuracy_text(accuracy([odd[3]]))
 
 
+def test_a_run_beside_other_programs_is_marked_and_counted_apart() -> None:
+    runs = [past_run(1, actual_seconds=101.0), past_run(2, actual_seconds=272.0, not_counted="others took 81% of ...")]
+    table, found = runs_text(runs, NOW), accuracy(runs)
+    assert "finished, other load" in table.splitlines()[-1]
+    assert "other load" not in table.splitlines()[-2]
+    assert found is not None
+    assert (found.num_runs, found.num_other_company) == (2, 1)
+    assert found.worst_else == pytest.approx(0.01)
+    assert "Beside 1 of them others took plainly more of the CPU, or less" in accuracy_text(found)
+    assert "without them the worst is +1.0%" in accuracy_text(found)
+    assert "Beside" not in accuracy_text(accuracy(runs[:1]))
+
+
 @pytest.mark.parametrize("home", ["x" * 300, "closed/in"])
 def test_a_home_that_cannot_be_opened_is_said_and_nothing_else_is_lost(
     tmp_path: Path, home: str, monkeypatch: pytest.MonkeyPatch

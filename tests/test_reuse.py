@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -201,11 +202,24 @@ def _keys(bench: Bench) -> set[str]:
         (0.43, None, True, False),
         (0.50, 1.00, True, False),  # two of them on two cores get half beside two threads of ours, else all
         (0.20, 1.00, True, True),
+        (0.52, 2.00, True, True),  # four of them where two were
+        (0.80, 1.00, False, False),  # two of them where eight were: a run would be twice as fast
         (0.05, 0.0, True, False),
         (0.05, 0.20, True, False),
         (0.05, 0.60, True, True),
     ],
-    ids=["gone", "still there", "not known", "as many", "more of them", "hardly any", "a few", "come since"],
+    ids=[
+        "gone",
+        "still there",
+        "not known",
+        "as many",
+        "more of them",
+        "more on a full one",
+        "fewer on a full one",
+        "hardly any",
+        "a few",
+        "come since",
+    ],
 )
 def test_who_else_is_there_counts_as_much_as_who_was(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, then: float, now: float | None, is_reused: bool, is_busier: bool
@@ -230,10 +244,14 @@ def test_who_else_is_there_counts_as_much_as_who_was(
     assert told == (
         []
         if is_reused
-        else ["measuring again: other programs took 43% of the CPU's time while it was timed, and 2% now"]
+        else [
+            f"measuring again: other programs took {then:.0%} of the CPU's time while it was timed, and would take "
+            f"{now / (1 + now):.0%} now"
+            for now in [now or 0.0]
+        ]
     )
     for before, row in zip(measured, shown, strict=True):
-        said = f"other programs take {now or 0:.0%} of this machine's CPU time just now"
+        said = f"other programs take {min(1, now or 0):.0%} of this machine's CPU time just now"
         assert (said in (row.note or "")) is is_busier
         if is_busier:  # twice as long and more, with less than half of the CPU
             assert not row.calibrated
@@ -244,8 +262,8 @@ def test_who_else_is_there_counts_as_much_as_who_was(
             assert row.breakdown
             steps = row.breakdown.forward_backward + row.breakdown.optimizer
             slower = (1 - then) * (1 + now)  # two threads of ours on two cores leave them now / (1 + now)
-            assert f"about {slower:.1f} x as long" in (row.note or "")
-            assert row.seconds_high >= row.seconds + steps * (slower - 1) * 0.999
+            assert f"takes {slower:.1f} to {slower**1.5:.1f} x as long" in (row.note or "")
+            assert row.seconds_high >= row.seconds + (steps + row.breakdown.start) * (slower**1.5 - 1) * 0.999
 
 
 def test_a_burst_beside_a_table_is_no_company(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +327,7 @@ def test_what_was_timed_beside_others_on_a_gpu_is_measured_again_once_they_are_g
     now[0] = 0.0
     bench.plan(facts=on_gpu, minutes=10)
     assert bench.starts > 0
-    told = "measuring again: other programs took 50% of the GPU's time while it was timed, and 0% now"
+    told = "measuring again: other programs took 50% of the GPU's time while it was timed, and would take 0% now"
     assert told in bench.said
 
 
@@ -395,7 +413,9 @@ def test_what_is_said_of_a_row_is_said_of_the_row_that_stands_there_now(bench: B
 
 
 def test_what_others_take_leaves_out_ourselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
+    now, running = [0.0], [1]
+    monkeypatch.setattr("trainer.company.runnable_threads", lambda: running[0])
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr("trainer.company.time", SimpleNamespace(monotonic=lambda: now[0], sleep=pass_time(now)))
 
     def share(*, ours: float, others: float, seconds: float = 0.1) -> float | None:
@@ -408,13 +428,19 @@ def test_what_others_take_leaves_out_ourselves(monkeypatch: pytest.MonkeyPatch) 
 
         monkeypatch.setattr("trainer.company.machine_seconds", counted)
         monkeypatch.setattr("trainer.company.own_cpu_seconds", lambda of: ours * (now[0] - begun))
-        return Company()(seconds)
+        return Company().demand(seconds)
 
     assert share(ours=1.5, others=0.0) == 0.0
     assert now[0] == pytest.approx(0.1)
     assert share(ours=1.0, others=1.0, seconds=0.7) == pytest.approx(0.5)
     assert now[0] == pytest.approx(0.8)
     assert share(ours=0.0, others=0.0, seconds=0.0) is None  # no time has passed
+    # Two programs and six fill two cores alike; the kernel tells how many threads want them.
+    for threads in (2, 6):
+        running[0] = threads + 1  # and the one that looks
+        assert share(ours=0.0, others=2.0, seconds=0.7) == pytest.approx(threads / 2)
+    running[0] = 9  # of which most have nothing to do: there is time left
+    assert share(ours=0.0, others=1.0, seconds=0.7) == pytest.approx(0.5)
 
 
 def pass_time(now: list[float]) -> Callable[[float], None]:

@@ -11,6 +11,9 @@ from typing import Any
 
 import psutil
 
+FULL = 0.8  # of the CPU's time: where others take more, threads wait for a core
+LOOKS, BETWEEN_LOOKS = 5, 0.005  # at least so many, so many seconds apart
+
 
 @dataclass(frozen=True, slots=True)
 class MachineSeconds:
@@ -69,16 +72,45 @@ class Company:
         self._own = own_cpu_seconds(psutil.Process())
         self._before = machine_seconds()
 
-    def __call__(self, least: float = 0.0) -> float | None:
-        """The share; None where nothing can be read.
-
-        Args:
-            least: seconds to look for, waited for where they are not yet over.
-        """
-        time.sleep(max(0.0, least - (time.monotonic() - self._begun)))
+    def share(self) -> float | None:
+        """Of the CPU's time since then, 0 to 1; None where nothing can be read."""
         after, own = machine_seconds(), own_cpu_seconds(psutil.Process())
         total = after.total - self._before.total
         if total <= 0:
             return None
         taken = (after.busy - self._before.busy) + (after.steal - self._before.steal)
         return min(1.0, max(0.0, taken - max(0.0, own - self._own)) / total)
+
+    def demand(self, least: float) -> float | None:
+        """Threads of others that want to run, per core, while ours rest; None where nothing can be read.
+
+        Their share of the CPU's time, as long as they leave some of it. Then it is the number of those that can run:
+        two programs and six fill two cores alike, and leave a third one unlike parts of them.
+
+        Args:
+            least: seconds to look for, waited for where they are not yet over.
+        """
+        running = []
+        while True:
+            running.append(runnable_threads())
+            left = least - (time.monotonic() - self._begun)
+            if left <= 0 and len(running) >= LOOKS:
+                break
+            time.sleep(min(max(left, BETWEEN_LOOKS), least / LOOKS))
+        share = self.share()
+        known = [one for one in running if one is not None]
+        if share is None or share < FULL or not known:
+            return share
+        return max(share, (sum(known) / len(known) - 1) / (os.cpu_count() or 1))  # less the one that looks
+
+
+def runnable_threads() -> int | None:
+    """Threads of the machine that run or could; None where the kernel does not tell, or not all cores are ours."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    if affinity is None or len(affinity(0)) < (os.cpu_count() or 1):
+        return None
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            return next((int(line.split()[1]) for line in file if line.startswith("procs_running")), None)
+    except (OSError, ValueError, IndexError):
+        return None

@@ -156,7 +156,7 @@ def write_record(run: Run, status: str, after: EvaluationResult | None, *, error
             micro_batch_split=progress.split,
             num_resumes=run.num_resumes,
             breakdown=Breakdown(train=progress.train_seconds, **run.clock.parts),
-            others_share=None if run.company is None else run.company(),
+            others_share=None if run.company is None else run.company.share(),
         ),
         versions=_versions(),
         notes=tuple(run.notes),
