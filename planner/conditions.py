@@ -13,8 +13,6 @@ UNCALIBRATED = 0.10  # of the two together: above it the interval is not called 
 MOST_TAKEN = 0.9  # of it, that a range reckons with: a run beside others always gets some
 SLOWED_DOWN = 0.10  # of its speed, what a GPU that throttles loses at least: the clock between readings is not seen
 UNKNOWN_SHARE = 0.50  # of a GPU's time, what others may take where the driver does not tell: as much as the training
-# Two threads beside two other programs on two cores took 2.8 x as long, not 2 (2026-11-28).
-WAITING = 1.5
 CLOCK_DROP = 0.05  # of a GPU's SM clock, between the readings of one profile
 # NVML's reasons that say "slower than it could be", by bit (nvml.h, nvmlClocksEventReasons). Idle, application clocks
 # and the like are no fault.
@@ -162,9 +160,11 @@ def beside_ours(demand: float) -> float:
 def slower_at_most(fair: float) -> float:
     """Of a training's seconds beside others over those without them, from what a fair scheduler would make of it.
 
-    A step is over when its slowest thread is, so that it waits for the core that is shared most.
+    A step is over when its slowest thread is, so that it waits for the core that is shared most, and waiting threads
+    spin or are woken late. Two threads on two cores took 2.6, 3.4 and 5.7 x as long beside one, two and four other
+    programs, where a fair share would make 1.5, 2 and 3 of it (the demo model, 2026-11-28).
     """
-    return fair**WAITING
+    return fair * min(2.0, 1 + 2 * (fair - 1))
 
 
 def busier_now(found: Busier) -> str:
