@@ -68,7 +68,10 @@ class Works:
         """The most tokens of a micro-batch that are learnt from, and so go through the output layer."""
         if id(plan) not in self._most_learnt:
             self._plans[id(plan)] = plan
-            self._most_learnt[id(plan)] = int(plan.per_micro_batch(self._data.num_supervised).max(initial=0))
+            supervised = self._data.num_supervised
+            is_one_each = len(plan.micro_offsets) == len(plan.order) + 1  # of ten million, half a second is saved
+            each = supervised[plan.order] if is_one_each else plan.per_micro_batch(supervised)
+            self._most_learnt[id(plan)] = int(each.max(initial=0))
         return self._most_learnt[id(plan)]
 
     def most_spread(self, plan: BatchPlan) -> int:

@@ -16,6 +16,7 @@ from small_tokenizer import CHATML, GEMMA, make_tokenizer
 from presets.errors import DataError, ModelError
 from trainer import assumed, data, tokens
 from trainer.data import prepare_data
+from trainer.evaluate import answerable
 from trainer.job import DataSpec
 from trainer.model import inspect_model
 from trainer.sources import open_source
@@ -231,6 +232,29 @@ def test_a_huge_count_takes_no_memory_for_its_tokens(model: Path, monkeypatch: p
     found = prepare(DataSpec(source="count", num_examples=100, tokens_per_example=50), model)
     assert found.token_ids.strides == (0,)
     assert found.token_ids[found.offsets[99] : found.offsets[100]].shape == (50,)
+
+
+@pytest.mark.parametrize("into_memory", [False, True])
+def test_a_huge_count_learns_from_as_much_as_a_small_one_and_is_written_in_few_bytes(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, into_memory: bool
+) -> None:
+    spec = DataSpec(source="count", num_examples=200)
+    small = prepare(spec, model)
+    monkeypatch.setattr(assumed, "LARGEST_WRITTEN", 1000)
+    huge = prepare(spec, model)
+    assert np.array_equal(huge.lengths, small.lengths)
+    assert np.array_equal(huge.num_supervised, small.num_supervised)
+    assert huge.num_supervised.sum() < huge.lengths.sum()
+    huge.save(tmp_path)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < small.token_ids.nbytes
+    for one in (huge, TokenizedDataset.load(tmp_path, into_memory=into_memory)):
+        assert len(one.supervised) == len(one.token_ids) == len(small.token_ids)
+        assert np.array_equal(one.num_supervised, small.num_supervised)
+        for start, end in zip(small.offsets[:-1].tolist(), small.offsets[1:].tolist(), strict=True):
+            assert np.array_equal(one.supervised[start:end], small.supervised[start:end])
+        assert one.token_ids[small.offsets[7] : small.offsets[8]].shape == (small.lengths[7],)
+        assert one.beginnings is None
+        assert np.array_equal(answerable(one, np.arange(20), 5), answerable(small, np.arange(20), 5))
 
 
 def test_a_count_needs_a_vocabulary_but_no_tokenizer(tmp_path: Path) -> None:

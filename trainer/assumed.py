@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from presets import jsonio
 from presets.errors import DataError, ModelError
 from trainer.job import DataSpec
 from trainer.sources import is_hub_name
-from trainer.tokens import DataReport, FloatArray, IntArray, TokenizedDataset
+from trainer.tokens import DataReport, FloatArray, IntArray, Tails, TokenizedDataset
 
 MOST_ASSUMED = 200_000_000  # examples
 LARGEST_WRITTEN = 50_000_000  # tokens; beyond it every token is the same one, held once: no memory
@@ -55,8 +55,8 @@ def assumed_data(spec: DataSpec, *, model: str, max_length: int, seed: int) -> T
     mask: npt.NDArray[np.bool_]
     if total > LARGEST_WRITTEN:
         token_ids = np.broadcast_to(np.int32(min(7, vocabulary - 1)), (total,))
-        mask = np.broadcast_to(np.bool_(True), (total,))
-        note += "; so many that all tokens are one and the same and count as learned"
+        mask = cast("npt.NDArray[np.bool_]", Tails(offsets, supervised))  # read as such an array is
+        note += "; so many that all tokens are one and the same"
     else:
         token_ids = random.integers(min(_FIRST_PLAIN_ID, vocabulary - 1), vocabulary, size=total, dtype=np.int32)
         # The last `supervised` tokens of each example. Arrays of positions would take a cached plan 0.2 s to fill.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,28 @@ class DataReport:
     num_unsupervised: int = 0  # left out: no token to learn from
     num_truncated: int = 0  # cut at the maximum length
     notes: tuple[str, ...] = ()  # one line each
+
+
+class Tails:
+    """A mask in which the last so many tokens of each example are True, for data that are too many to hold one.
+
+    It is read as `TokenizedDataset.supervised` is: an example at a time.
+    """
+
+    strides = (0,)  # as of an array that holds one value for all
+    nbytes = 0
+
+    def __init__(self, offsets: IntArray, counts: IntArray) -> None:
+        self.offsets, self.counts = offsets, counts
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def __getitem__(self, tokens: slice) -> npt.NDArray[np.bool_]:
+        """Of tokens that lie in one example."""
+        example = int(np.searchsorted(self.offsets, tokens.start, side="right")) - 1
+        first = int(self.offsets[example + 1]) - int(self.counts[example])
+        return np.arange(tokens.start, tokens.stop) >= first
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -121,7 +143,9 @@ class TokenizedDataset:
         return self._num_supervised
 
     def _count_supervised(self) -> IntArray:
-        if self.supervised.strides == (0,):  # assumed data too large to hold: every token is one and the same byte
+        if isinstance(self.supervised, Tails):
+            return self.supervised.counts
+        if self.supervised.strides == (0,):  # every token is one and the same byte
             return self.lengths if self.supervised[0] else np.zeros(len(self), dtype=np.int64)
         found = np.zeros(len(self), dtype=np.int64)
         mask = np.asarray(self.supervised).view(np.uint8)
@@ -139,11 +163,17 @@ class TokenizedDataset:
         return found
 
     def save(self, folder: Path) -> None:
-        """Write the arrays as .npy files and the report as JSON into an existing folder."""
+        """Write the arrays as .npy files and the report as JSON into an existing folder.
+
+        One value that stands for all tokens is written once: ten million assumed examples would take 6 GB else.
+        """
         for name in ("token_ids", "supervised", "offsets", "engagement", "created_at"):
             array = getattr(self, name)
-            if array is not None:
-                np.save(folder / f"{name}.npy", array, allow_pickle=False)
+            if isinstance(array, Tails):
+                np.save(folder / "tails.npy", array.counts, allow_pickle=False)
+            elif array is not None:
+                written = array[0] if array.strides == (0,) and len(array) else array
+                np.save(folder / f"{name}.npy", written, allow_pickle=False)
         self.save_beginnings(folder)
         (folder / "report.json").write_text(jsonio.to_json(self.report), encoding="utf-8")
 
@@ -161,16 +191,21 @@ class TokenizedDataset:
             DataError: files are missing or damaged.
         """
         try:
-            arrays = {
+            arrays: dict[str, Any] = {
                 name: np.load(folder / f"{name}.npy", mmap_mode=None if into_memory else "r", allow_pickle=False)
                 for name in ("token_ids", "supervised", "offsets", "engagement", "created_at", "families", "sizes")
                 if (folder / f"{name}.npy").exists()
             }
+            if (folder / "tails.npy").exists():
+                arrays["supervised"] = Tails(arrays["offsets"], np.load(folder / "tails.npy", allow_pickle=False))
+            for name in ("token_ids", "supervised"):
+                if getattr(arrays[name], "ndim", 1) == 0:
+                    arrays[name] = np.broadcast_to(arrays[name], (int(arrays["offsets"][-1]),))
             report = jsonio.from_json(
                 DataReport, (folder / "report.json").read_text(encoding="utf-8"), what="report.json", error=DataError
             )
-            return cls(report=report, **arrays)  # type: ignore[arg-type]
-        except (OSError, ValueError, TypeError) as reason:
+            return cls(report=report, **arrays)
+        except (OSError, ValueError, TypeError, KeyError, IndexError) as reason:
             raise DataError(f"{folder}: the tokenised data cannot be read ({reason}).") from None
 
 
