@@ -478,6 +478,8 @@ def test_measure_once_then_plan_without_torch_and_run_from_the_measurement(
         entry["raw_train_seconds"] == record["predicted"]["raw_train_seconds"] == record["predicted"]["train_seconds"]
     )
     assert entry["actual_seconds"] == record["actual"]["seconds"]
+    assert 0 <= record["actual"]["others_share"] <= 1
+    assert entry["measured_as"] == record["predicted"]["measured_as"] != ""
     assert (entry["status"], entry["not_counted"], entry["num_examples"]) == ("finished", None, 72)
     assert entry["signature_key"]
     assert "1 run(s)" in plan("history", "--accuracy", cwd=tmp_path).stdout
