@@ -106,7 +106,7 @@ def compare(
     look = watch_others(facts.kind) if history is not None else nobody_looks
     if history is not None:
         for folder in settle(history):
-            say(f"a run of yours trains on this machine now, beside what is measured: {folder}")
+            say(f"a run of yours trains on this machine now: {folder}")
     if tuned or (history is not None and not running):
         baseline = functools.partial(baseline_job, options, settings, facts, spec)
         search = Search(measuring, say, shown, factory, history, keys, now, clock)

@@ -13,6 +13,8 @@ UNCALIBRATED = 0.10  # of the two together: above it the interval is not called 
 MOST_TAKEN = 0.9  # of it, that a range reckons with: a run beside others always gets some
 SLOWED_DOWN = 0.10  # of its speed, what a GPU that throttles loses at least: the clock between readings is not seen
 UNKNOWN_SHARE = 0.50  # of a GPU's time, what others may take where the driver does not tell: as much as the training
+WAITING = 0.35  # of its time, that a training leaves to others beyond a fair scheduler's share, on full cores
+TURNS = 1.5  # times as long, at most, as the share of the CPU's time alone would make it
 CLOCK_DROP = 0.05  # of a GPU's SM clock, between the readings of one profile
 # NVML's reasons that say "slower than it could be", by bit (nvml.h, nvmlClocksEventReasons). Idle, application clocks
 # and the like are no fault.
@@ -149,22 +151,23 @@ def is_told(readings: list[Conditions]) -> bool:
 def beside_ours(demand: float) -> float:
     """The share of the CPU's time that others get beside a training.
 
-    With a thread of ours on each core, a scheduler that is fair to threads leaves them demand / (1 + demand).
+    With a thread of ours on each core, a scheduler that is fair to threads would leave them demand / (1 + demand). They
+    get more, since a step is over when its slowest thread is, and the others wait: 47, 61 to 65 and 76 % beside one,
+    two and four programs on two cores (the demo model, 2026-11-28), not 33, 50 and 67 %.
 
     Args:
         demand: their threads that want to run, per core.
     """
-    return demand / (1 + demand)
+    return 1 - 1 / ((1 + demand) * (1 + WAITING * min(1.0, 2 * demand)))
 
 
-def slower_at_most(fair: float) -> float:
-    """Of a training's seconds beside others over those without them, from what a fair scheduler would make of it.
+def slower_at_most(by_share: float) -> float:
+    """Of a training's seconds beside others over those without them, from what their share of the CPU's time makes.
 
-    A step is over when its slowest thread is, so that it waits for the core that is shared most, and waiting threads
-    spin or are woken late. Two threads on two cores took 2.6, 3.4 and 5.7 x as long beside one, two and four other
-    programs, where a fair share would make 1.5, 2 and 3 of it (the demo model, 2026-11-28).
+    Beside one, two and four programs it took 2.6, 3.4 and 5.7 x as long, where their shares make 1.9, 2.7 and 4.2: who
+    takes turns on a core finds its cache filled by others.
     """
-    return fair * min(2.0, 1 + 2 * (fair - 1))
+    return TURNS * by_share
 
 
 def busier_now(found: Busier) -> str:

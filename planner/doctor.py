@@ -226,7 +226,7 @@ def _load(machine: Machine) -> list[Found]:
     if machine.taken is None:
         return []
     taken = min(1.0, machine.taken)
-    if taken <= OTHERS:
+    if taken <= OTHERS or (machine.device is not None and machine.device.kind != "cpu"):  # beside a GPU hardly matters
         return [Found(what="load", text=f"other programs take {taken:.0%} of the CPU's time")]
     remedy = "close them before measuring and training, unless they will run beside both"
     return [Found(what="load", text=f"other programs take {taken:.0%} of the CPU's time", state="note", remedy=remedy)]

@@ -26,17 +26,16 @@ class ConditionsMeter:
         self._last = Conditions(seconds=0.0)
         self._read_at = clock()
         self._times = machine_seconds()
-        self._own_seconds = own_cpu_seconds(self._own)
+        self._own_seconds = own_cpu_seconds()
 
     def __call__(self) -> Conditions:
         now = self._clock()
         seconds = now - self._read_at
         if seconds < LEAST_SECONDS:
             return self._last
-        times, own = machine_seconds(), own_cpu_seconds(self._own)
-        total = times.total - self._times.total
+        times, own = machine_seconds(), own_cpu_seconds()
         steal = others = None
-        if total > 0:
+        if times is not None and self._times is not None and (total := times.total - self._times.total) > 0:
             steal = max(0.0, times.steal - self._times.steal) / total
             # A child that ended since takes its seconds with it into our own count, so `own` never falls for long.
             others = max(0.0, (times.busy - self._times.busy) - max(0.0, own - self._own_seconds)) / total

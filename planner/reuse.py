@@ -27,7 +27,7 @@ MOST_OF_DATA = 0.25  # of the peak: data that are larger or smaller by more are 
 SMALL_SHARE = 0.02  # of the plan's padded tokens: a class below it moves the sum too little to ask for that
 GONE = 0.5  # of what others took of a CPU while it was timed: below it they are as good as gone
 FASTER = 1.5  # times as fast would a run be now, beside those that are left: that is other company
-BUSIER = 1.2  # times as long would a run take now, beside those who have come: that is said
+BUSIER = 1.4  # times as long would a run take now, beside those who have come: that is said
 # Seconds of looking at others. The kernel counts in hundredths: a glance tells two cores to a tenth, and is what a
 # table from the history can spare.
 GLANCE, LOOK = 0.1, 0.7

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import namedtuple
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,12 +18,13 @@ import pytest
 from fakes import FakeDevice, chat_lengths, make_data, make_job, make_row
 
 from planner import meter
-from planner.conditions import summarise, throttle_reasons
+from planner.conditions import beside_ours, summarise, throttle_reasons
+from planner.doctor import look
 from planner.estimate import estimate
 from planner.measure import measure
 from planner.measurement import Conditions, GpuConditions
 from planner.meter import ConditionsMeter
-from trainer.company import Company, MachineSeconds, machine_seconds, own_cpu_seconds
+from trainer.company import Company, MachineSeconds, machine_seconds, own_cpu_seconds, runnable_threads
 
 LENGTHS = chat_lengths(2000)
 DATA = make_data(LENGTHS)
@@ -141,7 +143,7 @@ def test_a_stranger_s_process_counts_as_other_and_a_child_of_ours_does_not() -> 
     child = subprocess.Popen([sys.executable, "-c", burn])
     time.sleep(1.5)
     ours = read()
-    used = own_cpu_seconds(psutil.Process()) - begun
+    used = own_cpu_seconds() - begun
     child.kill()
     child.wait()
     assert used > 0.1  # the child's seconds are ours
@@ -159,7 +161,7 @@ def test_a_stranger_s_process_counts_as_other_and_a_child_of_ours_does_not() -> 
     assert share > 0.05
 
 
-def test_only_the_cores_that_we_may_use_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_cores_that_we_may_use_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of 64 cores, others may be busy on 60 without taking anything from the four of this process."""
     times = namedtuple("times", "user idle steal")  # as psutil's, of which there is no class to import
     busy, idle = times(90.0, 8.0, 2.0), times(10.0, 90.0, 0.0)
@@ -168,14 +170,38 @@ def test_only_the_cores_that_we_may_use_count(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 3}, raising=False)
     whole = times(*map(sum, zip(*cores, strict=True)))
     monkeypatch.setattr(psutil, "cpu_times", lambda percpu=False: cores if percpu else whole)
-    configured = [4]
-    monkeypatch.setattr(os, "sysconf", lambda name: configured[0])
+    monkeypatch.setattr("trainer.company.PROC_STAT", str(tmp_path / "stat"))
+    (tmp_path / "stat").write_text("cpu  1 2 3\ncpu0 1\ncpu1 1\ncpu2 1\ncpu3 1\nintr 1 2\nprocs_running 7\n")
     assert machine_seconds() == MachineSeconds(busy=20.0, steal=0.0, total=200.0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
     assert machine_seconds() == MachineSeconds(busy=200.0, steal=4.0, total=400.0)
-    configured[0] = 5  # one is switched off: the second in the list may be the third
+    assert runnable_threads() == 7
+    (tmp_path / "stat").write_text("cpu  1\ncpu0 1\ncpu1 1\ncpu3 1\ncpu4 1\n")  # the third is switched off
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 3}, raising=False)
-    assert machine_seconds().total == 400.0
+    assert machine_seconds() == MachineSeconds(
+        busy=100.0, steal=2.0, total=200.0
+    )  # the second and the third in the list
+    assert runnable_threads() is None  # of other cores too
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 9}, raising=False)  # numbered otherwise in a container
+    assert machine_seconds() == MachineSeconds(busy=200.0, steal=4.0, total=400.0)
+
+
+def test_a_machine_that_tells_nothing_of_its_processors_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: Any, **__: Any) -> None:
+        raise PermissionError("/proc/stat")
+
+    monkeypatch.setattr(psutil, "cpu_times", closed)
+    monkeypatch.setattr("trainer.company.PROC_STAT", "/nowhere/stat")
+    company = Company()
+    assert (company.share(), company.demand(0.01), runnable_threads()) == (None, None, None)
+    read = ConditionsMeter(is_gpu=False, clock=itertools.count(0, 10).__next__)
+    assert (read().others, read().steal) == (None, None)
+    assert look().taken is None
+
+
+@pytest.mark.parametrize(("demand", "seen"), [(0.0, 0.0), (0.5, 0.47), (1.0, 0.63), (2.0, 0.76)])
+def test_what_others_get_beside_a_training_is_as_was_seen(demand: float, seen: float) -> None:
+    assert beside_ours(demand) == pytest.approx(seen, abs=0.04)
 
 
 def test_readings_closer_than_half_a_second_are_one() -> None:

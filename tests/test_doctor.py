@@ -36,7 +36,7 @@ def findings(**changes: object) -> list[Found]:
 
 def test_a_well_machine_has_nothing_wrong() -> None:
     assert findings() == []
-    assert findings(taken=0.05) == []
+    assert findings(taken=3.0) == []  # beside a GPU it hardly matters
     assert any(CARD[0] in one.text for one in examine(WELL))
 
 
@@ -54,7 +54,12 @@ def test_a_well_machine_has_nothing_wrong() -> None:
         ({"packages": WELL.packages | {"torch": None}}, "wrong", "not installed", "pip install torch"),
         ({"python": (3, 14)}, "note", "not tested", "3.12"),
         ({"hub_offline": True}, "note", "HF_HUB_OFFLINE", "unset"),
-        ({"taken": 3.0}, "note", "take 100% of the CPU's time", "close them"),
+        (
+            {"taken": 3.0, "gpus": (), "driver": None, "torch_cuda": None, "device": CPU},
+            "note",
+            "take 100% of the CPU's time",
+            "close them",
+        ),
     ],
 )
 def test_each_thing_that_is_not_well_comes_with_its_remedy(

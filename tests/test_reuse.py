@@ -195,34 +195,32 @@ def _keys(bench: Bench) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("then", "now", "is_reused", "is_busier"),
+    ("then", "now", "beside", "is_reused", "is_busier"),
     [
-        (0.43, 0.02, False, False),
-        (0.43, 0.40, True, False),
-        (0.43, None, True, False),
-        (0.50, 1.00, True, False),  # two of them on two cores get half beside two threads of ours, else all
-        (0.20, 1.00, True, True),
-        (0.52, 2.00, True, True),  # four of them where two were
-        (0.80, 1.00, False, False),  # two of them where eight were: a run would be twice as fast
-        (0.05, 0.0, True, False),
-        (0.05, 0.20, True, False),
-        (0.05, 0.60, True, True),
-    ],
-    ids=[
-        "gone",
-        "still there",
-        "not known",
-        "as many",
-        "more of them",
-        "more on a full one",
-        "fewer on a full one",
-        "hardly any",
-        "a few",
-        "come since",
+        pytest.param(0.43, 0.02, 0.03, False, False, id="gone"),
+        pytest.param(0.43, 0.40, 0.44, True, False, id="still there"),
+        pytest.param(0.43, None, 0.0, True, False, id="not known"),
+        # What one, two and four programs took beside two threads of ours on two cores, and what they want alone.
+        pytest.param(0.47, 0.5, 0.51, True, False, id="the one"),
+        pytest.param(0.65, 1.0, 0.63, True, False, id="the two"),
+        pytest.param(0.61, 0.9, 0.61, True, False, id="the two, which pause"),
+        pytest.param(0.76, 2.0, 0.75, True, False, id="the four"),
+        pytest.param(0.20, 1.0, 0.63, True, True, id="more of them"),
+        pytest.param(0.52, 2.0, 0.75, True, True, id="more on full cores"),
+        pytest.param(0.80, 1.0, 0.63, False, False, id="fewer on full cores"),
+        pytest.param(0.05, 0.0, 0.0, True, False, id="hardly any"),
+        pytest.param(0.05, 0.2, 0.27, True, False, id="a few"),
+        pytest.param(0.05, 0.6, 0.54, True, True, id="come since"),
     ],
 )
 def test_who_else_is_there_counts_as_much_as_who_was(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, then: float, now: float | None, is_reused: bool, is_busier: bool
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    then: float,
+    now: float | None,
+    beside: float,
+    is_reused: bool,
+    is_busier: bool,
 ) -> None:
     class Meter:
         def __init__(self, *, is_gpu: bool) -> None:
@@ -246,8 +244,7 @@ def test_who_else_is_there_counts_as_much_as_who_was(
         if is_reused
         else [
             f"measuring again: other programs took {then:.0%} of the CPU's time while it was timed, and would take "
-            f"{now / (1 + now):.0%} now"
-            for now in [now or 0.0]
+            f"{beside:.0%} now"
         ]
     )
     for before, row in zip(measured, shown, strict=True):
@@ -261,10 +258,12 @@ def test_who_else_is_there_counts_as_much_as_who_was(
             assert row.seconds_high
             assert row.breakdown
             steps = row.breakdown.forward_backward + row.breakdown.optimizer
-            slower = (1 - then) * (1 + now)  # two threads of ours on two cores leave them now / (1 + now)
-            most = slower * min(2, 1 + 2 * (slower - 1))
-            assert f"takes {slower:.1f} to {most:.1f} x as long" in (row.note or "")
-            assert row.seconds_high >= row.seconds + (steps + row.breakdown.start) * (most - 1) * 0.999
+            slower = (1 - then) / (1 - beside)
+            told = re.search(r"takes ([\d.]+) to ([\d.]+) x as long", " ".join((row.note or "").split()))
+            assert told is not None
+            assert float(told[1]) == pytest.approx(slower, rel=0.04)
+            assert float(told[2]) == pytest.approx(1.5 * slower, rel=0.04)
+            assert row.seconds_high >= row.seconds + (steps + row.breakdown.start) * (1.5 * slower - 1) * 0.95
 
 
 def test_a_burst_beside_a_table_is_no_company(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,7 +427,7 @@ def test_what_others_take_leaves_out_ourselves(monkeypatch: pytest.MonkeyPatch) 
             return MachineSeconds(busy=(ours + others) * at, steal=0.0, total=2 * at)
 
         monkeypatch.setattr("trainer.company.machine_seconds", counted)
-        monkeypatch.setattr("trainer.company.own_cpu_seconds", lambda of: ours * (now[0] - begun))
+        monkeypatch.setattr("trainer.company.own_cpu_seconds", lambda: ours * (now[0] - begun))
         return Company().demand(seconds)
 
     assert share(ours=1.5, others=0.0) == 0.0
@@ -442,6 +441,25 @@ def test_what_others_take_leaves_out_ourselves(monkeypatch: pytest.MonkeyPatch) 
         assert share(ours=0.0, others=2.0, seconds=0.7) == pytest.approx(threads / 2)
     running[0] = 9  # of which most have nothing to do: there is time left
     assert share(ours=0.0, others=1.0, seconds=0.7) == pytest.approx(0.5)
+
+
+def test_a_look_is_at_now_and_not_at_what_was_since_the_command_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minutes of tokenising or of a search lie between: others that were there then may have left."""
+    now = [0.0]
+    monkeypatch.setattr("trainer.company.runnable_threads", lambda: None)
+    monkeypatch.setattr("trainer.company.time", SimpleNamespace(monotonic=lambda: now[0], sleep=pass_time(now)))
+    monkeypatch.setattr("trainer.company.own_cpu_seconds", lambda: 0.0)
+    monkeypatch.setattr(
+        "trainer.company.machine_seconds",
+        lambda: MachineSeconds(busy=2 * min(now[0], 200.0), steal=0.0, total=2 * now[0]),  # busy for 200 s, then idle
+    )
+    company = Company()
+    now[0] = 201.0
+    assert company.demand(0.1) == 0.0
+    assert now[0] == pytest.approx(201.1, abs=0.01)
+    assert company.demand(0.7) == 0.0
+    assert now[0] == pytest.approx(201.7, abs=0.01)  # the longer look goes on from the glance
+    assert company.share() == pytest.approx(200 / 201.7, abs=1e-4)
 
 
 def pass_time(now: list[float]) -> Callable[[float], None]:

@@ -11,8 +11,10 @@ from typing import Any
 
 import psutil
 
+PROC_STAT = "/proc/stat"
 FULL = 0.8  # of the CPU's time: where others take more, threads wait for a core
 LOOKS, BETWEEN_LOOKS = 5, 0.005  # at least so many, so many seconds apart
+STALE = 1.0  # seconds: what was before is not now
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +26,12 @@ class MachineSeconds:
     total: float
 
 
-def machine_seconds() -> MachineSeconds:
-    """What the kernel has counted up to now."""
-    each = _usable_cores()
+def machine_seconds() -> MachineSeconds | None:
+    """What the kernel has counted up to now; None where it does not tell."""
+    try:
+        each = _usable_cores()
+    except (OSError, psutil.Error, ValueError):
+        return None
     idle = sum(one.idle + getattr(one, "iowait", 0.0) for one in each)
     steal = sum(getattr(one, "steal", 0.0) for one in each)
     # guest time is counted in user time already
@@ -40,10 +45,29 @@ def _usable_cores() -> Sequence[Any]:
     affinity = getattr(os, "sched_getaffinity", None)  # not on every system
     usable = affinity(0) if affinity else ()
     if usable and len(usable) < (os.cpu_count() or 1):
-        cores = psutil.cpu_times(percpu=True)
-        if len(cores) == os.sysconf("SC_NPROCESSORS_CONF"):  # else some are off, and a place in the list is no number
-            return [cores[number] for number in sorted(usable)]
+        times, numbers = psutil.cpu_times(percpu=True), _core_numbers()
+        if len(times) == len(numbers) and set(numbers) >= usable:  # those that are switched off are not in the list
+            return [one for number, one in zip(numbers, times, strict=True) if number in usable]
     return [psutil.cpu_times()]
+
+
+def _core_numbers() -> list[int]:
+    """Of the cores that the kernel counts, in its order."""
+    with open(PROC_STAT, encoding="ascii") as file:
+        names = [line.split()[0] for line in file if line.startswith("cpu")]
+    return [int(name.removeprefix("cpu")) for name in names if name != "cpu"]
+
+
+def runnable_threads() -> int | None:
+    """Threads of the machine that run or could; None where the kernel does not tell, or not all cores are ours."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    if affinity is None or len(affinity(0)) < (os.cpu_count() or 1):
+        return None
+    try:
+        with open(PROC_STAT, encoding="ascii") as file:
+            return next((int(line.split()[1]) for line in file if line.startswith("procs_running")), None)
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def family(of: psutil.Process) -> Iterator[psutil.Process]:
@@ -53,33 +77,43 @@ def family(of: psutil.Process) -> Iterator[psutil.Process]:
         yield from of.children(recursive=True)
 
 
-def own_cpu_seconds(of: psutil.Process) -> float:
-    """CPU seconds of a process and its children, living and waited for."""
+def own_cpu_seconds() -> float:
+    """CPU seconds of this process and its children, living and waited for."""
     seconds = 0.0
-    for process in family(of):
-        with contextlib.suppress(psutil.Error):  # it ended while it was looked at
-            times = process.cpu_times()
-            seconds += times.user + times.system
-            seconds += getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
+    with contextlib.suppress(psutil.Error, OSError):
+        for process in family(psutil.Process()):
+            with contextlib.suppress(psutil.Error):  # it ended while it was looked at
+                times = process.cpu_times()
+                seconds += times.user + times.system
+                seconds += getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
     return seconds
 
 
-class Company:
-    """What others and the host take of the CPU's time, from when this is made until it is asked."""
+class _Since:
+    """What was taken from a moment on."""
 
     def __init__(self) -> None:
-        self._begun = time.monotonic()
-        self._own = own_cpu_seconds(psutil.Process())
+        self.begun = time.monotonic()
+        self._own = own_cpu_seconds()
         self._before = machine_seconds()
 
     def share(self) -> float | None:
-        """Of the CPU's time since then, 0 to 1; None where nothing can be read."""
-        after, own = machine_seconds(), own_cpu_seconds(psutil.Process())
-        total = after.total - self._before.total
-        if total <= 0:
+        after, own = machine_seconds(), own_cpu_seconds()
+        if after is None or self._before is None or after.total <= self._before.total:
             return None
         taken = (after.busy - self._before.busy) + (after.steal - self._before.steal)
-        return min(1.0, max(0.0, taken - max(0.0, own - self._own)) / total)
+        return min(1.0, max(0.0, taken - max(0.0, own - self._own)) / (after.total - self._before.total))
+
+
+class Company:
+    """What others and the host take of the CPU's time, from when this is made on."""
+
+    def __init__(self) -> None:
+        self._first = self._last = _Since()
+
+    def share(self) -> float | None:
+        """Of the CPU's time since then, 0 to 1; None where nothing can be read."""
+        return self._first.share()
 
     def demand(self, least: float) -> float | None:
         """Threads of others that want to run, per core, while ours rest; None where nothing can be read.
@@ -90,27 +124,17 @@ class Company:
         Args:
             least: seconds to look for, waited for where they are not yet over.
         """
+        if time.monotonic() - self._last.begun > STALE:
+            self._last = _Since()
         running = []
         while True:
             running.append(runnable_threads())
-            left = least - (time.monotonic() - self._begun)
+            left = least - (time.monotonic() - self._last.begun)
             if left <= 0 and len(running) >= LOOKS:
                 break
             time.sleep(min(max(left, BETWEEN_LOOKS), least / LOOKS))
-        share = self.share()
+        share = self._last.share()
         known = [one for one in running if one is not None]
         if share is None or share < FULL or not known:
             return share
         return max(share, (sum(known) / len(known) - 1) / (os.cpu_count() or 1))  # less the one that looks
-
-
-def runnable_threads() -> int | None:
-    """Threads of the machine that run or could; None where the kernel does not tell, or not all cores are ours."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    if affinity is None or len(affinity(0)) < (os.cpu_count() or 1):
-        return None
-    try:
-        with open("/proc/stat", encoding="ascii") as file:
-            return next((int(line.split()[1]) for line in file if line.startswith("procs_running")), None)
-    except (OSError, ValueError, IndexError):
-        return None

@@ -43,14 +43,14 @@ def first_uuid() -> str | None:
 
     None where the driver is not here or sees no device.
     """
+    device, uuid = ctypes.c_int(), (ctypes.c_ubyte * 16)()
     try:
         cuda = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
+        failed = cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0)
+        failed = failed or cuda.cuDeviceGetUuid(ctypes.byref(uuid), device)
+    except (OSError, AttributeError):  # there is none, or a stub of it
         return None
-    device, uuid = ctypes.c_int(), (ctypes.c_ubyte * 16)()
-    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0) or cuda.cuDeviceGetUuid(ctypes.byref(uuid), device):
-        return None
-    return f"GPU-{UUID(bytes=bytes(uuid))}"
+    return None if failed else f"GPU-{UUID(bytes=bytes(uuid))}"
 
 
 def first_gpu(nvml: Any) -> int | str | None:

@@ -52,6 +52,7 @@ class Tails:
     def __getitem__(self, tokens: slice) -> npt.NDArray[np.bool_]:
         """Of tokens that lie in one example."""
         example = int(np.searchsorted(self.offsets, tokens.start, side="right")) - 1
+        assert tokens.stop <= self.offsets[example + 1], "a slice over several examples"
         first = int(self.offsets[example + 1]) - int(self.counts[example])
         return np.arange(tokens.start, tokens.stop) >= first
 
