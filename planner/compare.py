@@ -6,7 +6,6 @@ import functools
 import shlex
 import tempfile
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
@@ -31,7 +30,6 @@ from planner.history import History
 from planner.keys import Keys
 from planner.measurement import Measurements
 from planner.prober import ProberMaker, ProcessProber
-from planner.remember import settle
 from planner.report import (
     PlanReport,
 )
@@ -40,6 +38,7 @@ from planner.reuse import Reused, reuse
 from planner.rows import Past, make_report
 from planner.scratch import Place, place_for, scratch_folder
 from planner.stored import Sharpness, keep
+from planner.unended import settle
 from planner.works import Works
 from presets.env import Settings
 from presets.errors import DataError, ModelError, SettingsError, together
@@ -247,7 +246,6 @@ def _measure_all(
                 progress=bar,
                 meter=ConditionsMeter(is_gpu=rows[0].job.device == "cuda"),
             )
-            measured = replace(measured, call=uuid.uuid4().hex)
             disk = scratch.disk
         if history is not None:
             keep(history, keys, rows, data, measured, asked, now, disk, works[length])

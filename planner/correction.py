@@ -128,7 +128,7 @@ def corrected(raw: Estimate, by: Correction) -> Estimate:
     up = math.hypot(up, by.shared) + max(0.0, left_out)
     down = math.hypot(down, by.shared) + max(0.0, -left_out)
     low, high = seconds * math.exp(-down), seconds * math.exp(up)
-    whole = whole_run(seconds, low, high, raw.fixed)
+    whole = whole_run(seconds, low, high, raw.fixed, raw.slower)
     cost = raw.cost
     return replace(
         raw,

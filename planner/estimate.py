@@ -114,6 +114,7 @@ class Estimate:
     calibrated: bool = True  # False: its speed changed while timed, or too little was timed to tell; no 90 % range
     window_ratio: float | None = None  # whole windows as timed / as summed from their parts
     notes: tuple[str, ...] = ()
+    slower: float = 1.0  # times as long, at most, beside others who have come since it was timed
     measured_as: str | None = None  # the measurement that it comes from
     others_share: float | None = None  # of the CPU's time, taken by others while it was timed; None beside a GPU
     warnings: tuple[str, ...] = ()
@@ -204,8 +205,9 @@ def estimate(
     conditions = summarise(readings, on_cpu=row.job.device == "cpu")
     low, high = min(low, total.seconds * conditions.fastest), max(high, total.seconds * conditions.slowest)
     warnings += conditions.warnings
+    slower = 1.0 if found.busier is None else slower_at_most(found.busier.slower)
     if found.busier is not None:
-        high = max(high, total.seconds * slower_at_most(found.busier.slower))
+        high = max(high, total.seconds * slower)
         warnings.append(busier_now(found.busier))
     if len(measurement.rounds) < 2:
         warnings.append("only one round could be timed, so the range is a guess (±50 %). Give more time with --budget.")
@@ -244,10 +246,7 @@ def estimate(
             )
     if measurement.one_off_seconds > ONE_OFF_TOLD * seconds:
         notes.append(f"the first steps take {measurement.one_off_seconds:.1f} s more, while kernels are loaded")
-    whole = whole_run(seconds, low, high, fixed)
-    if found.busier is not None:
-        most = slower_at_most(found.busier.slower)
-        whole = whole[0], whole[1], max(whole[2], whole[0] + (most - 1) * fixed.total + (high - seconds))
+    whole = whole_run(seconds, low, high, fixed, slower)
     is_calibrated = (
         steadiness.is_steady
         and steadiness.can_tell
@@ -274,6 +273,7 @@ def estimate(
         window_ratio=ratio,
         calibrated=is_calibrated and row.plan.num_devices == 1,
         is_but_for_exchange=is_calibrated and row.plan.num_devices > 1,
+        slower=slower,
         measured_as=found.call,
         others_share=conditions.disturbed if row.job.device == "cpu" and is_told(readings) else None,
         notes=tuple(notes),
@@ -281,15 +281,22 @@ def estimate(
     )
 
 
-def whole_run(seconds: float, low: float, high: float, fixed: FixedSeconds) -> tuple[float, float, float]:
+def whole_run(
+    seconds: float, low: float, high: float, fixed: FixedSeconds, slower: float = 1.0
+) -> tuple[float, float, float]:
     """Seconds from process start to the written record, and both ends of their interval.
 
     Args:
         seconds: of the training loop; `low` and `high` are its interval.
+        slower: see `Estimate`: what stands beside the loop takes so much longer at the same time.
     """
     half = FIXED_RELATIVE_HALF_WIDTH * fixed.total  # by chance apart from the loop's: the squares add up
-    whole = seconds + fixed.total
-    return whole, whole - math.hypot(seconds - low, half), whole + math.hypot(high - seconds, half)
+    whole, up = seconds + fixed.total, high - seconds
+    return (
+        whole,
+        whole - math.hypot(seconds - low, half),
+        whole + max(math.hypot(up, half), up + (slower - 1) * fixed.total),
+    )
 
 
 def of_a_run(verdict: RowVerdict, job: Job) -> RowVerdict:

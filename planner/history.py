@@ -124,11 +124,16 @@ class PastRun:
         return self.status == "finished" and self.num_resumes == 0 and self.not_counted != PAUSED
 
     @property
+    def has_other_company(self) -> bool:
+        """Whether others took plainly more or less of the CPU's time while it ran than while it was timed."""
+        return (self.not_counted or "").startswith(OTHERS_TOOK)
+
+    @property
     def error(self) -> float | None:
         """Actual / predicted seconds of the whole run, less 1; None where they cannot be compared."""
-        if not self.is_uninterrupted or not self.seconds or self.actual_seconds is None:
+        if not self.is_uninterrupted or not self.seconds or not self.actual_seconds:
             return None
-        if self.seconds <= 0 or self.actual_seconds <= 0:  # a damaged entry
+        if self.seconds < 0 or self.actual_seconds < 0:  # a damaged entry
             return None
         error = self.actual_seconds / self.seconds - 1
         return error if math.isfinite(error) else None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from planner.prober import LoadReply, SaveReply
 from planner.strata import Kind, Strata
@@ -212,7 +213,7 @@ class Measurements:
     measurements: tuple[Measurement, ...]
     rows: tuple[RowVerdict, ...]
     in_turns: bool  # the signatures were on the device together
-    call: str | None = None  # tells it from every other measurement
+    call: str = field(default_factory=lambda: uuid.uuid4().hex)  # tells it from every other one
     busier: Busier | None = None  # of an earlier one: others take plainly more of the CPU's time now
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ import psutil
 
 from planner.conditions import throttle_reasons
 from planner.measurement import Conditions, GpuConditions
-from trainer.company import family, machine_seconds, own_cpu_seconds
+from trainer.company import Since, family
 from trainer.nvml import VisibleGpu
 
 LEAST_SECONDS = 0.5  # between two readings: the kernel counts CPU time in hundredths of a second
@@ -25,28 +25,22 @@ class ConditionsMeter:
         self._gpu = NvmlGpu() if is_gpu else None
         self._last = Conditions(seconds=0.0)
         self._read_at = clock()
-        self._times = machine_seconds()
-        self._own_seconds = own_cpu_seconds()
+        self._since = Since()
 
     def __call__(self) -> Conditions:
         now = self._clock()
         seconds = now - self._read_at
         if seconds < LEAST_SECONDS:
             return self._last
-        times, own = machine_seconds(), own_cpu_seconds()
-        steal = others = None
-        if times is not None and self._times is not None and (total := times.total - self._times.total) > 0:
-            steal = max(0.0, times.steal - self._times.steal) / total
-            # A child that ended since takes its seconds with it into our own count, so `own` never falls for long.
-            others = max(0.0, (times.busy - self._times.busy) - max(0.0, own - self._own_seconds)) / total
+        steal, others = self._since.taken() or (None, None)
         self._last = Conditions(
             seconds=seconds,
             load=_load(),
             steal=steal,
-            others=None if others is None else min(1.0, others),
+            others=others,
             gpu=None if self._gpu is None else self._gpu.read({process.pid for process in family(self._own)}),
         )
-        self._read_at, self._times, self._own_seconds = now, times, own
+        self._read_at, self._since = now, Since()
         return self._last
 
 

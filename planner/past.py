@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from planner.figures import DOUBT, NOT_APPLICABLE, UNKNOWN, clock, duration, off_by, promised_range
-from planner.history import OTHERS_TOOK, RUNNING, PastRun
+from planner.history import RUNNING, PastRun
 from presets import jsonio
 from presets.text import printable
 
@@ -48,7 +48,7 @@ def accuracy(runs: Sequence[PastRun]) -> Accuracy | None:
     held = [run.is_inside for run in runs if run.is_inside is not None and run.calibrated is not False]
     others = [run.is_inside for run in runs if run.is_inside is not None and run.calibrated is False]
     low, high = wilson(sum(held), len(held)) if held else (None, None)
-    alike = [run.error for run in runs if run.error is not None and not has_other_company(run)]
+    alike = [run.error for run in runs if run.error is not None and not run.has_other_company]
     return Accuracy(
         num_runs=len(errors),
         median_absolute=statistics.median(absolute),
@@ -64,11 +64,6 @@ def accuracy(runs: Sequence[PastRun]) -> Accuracy | None:
         num_other_company=len(errors) - len(alike),
         worst_else=max(alike, key=abs, default=None),
     )
-
-
-def has_other_company(run: PastRun) -> bool:
-    """Whether it ran beside others than its measurement, as its entry has it."""
-    return (run.not_counted or "").startswith(OTHERS_TOOK)
 
 
 def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
@@ -163,7 +158,7 @@ def _cells(run: PastRun, now: datetime) -> tuple[str, ...]:
     if run.correction_factor is not None:
         predicted += f", x{run.correction_factor:.2f}"
     resumed = ", resumed" if run.num_resumes and run.status == "finished" else ""
-    company = ", other load" if has_other_company(run) else ""
+    company = ", other load" if run.has_other_company else ""
     inside = run.is_inside
     return (
         NOT_APPLICABLE if run.status == RUNNING else _when(run.ended_at, now),

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from planner.figures import UNKNOWN
-from planner.history import RUNNING, History, PastRun
+from planner.history import RUNNING, PastRun
 from planner.terminal import open_history, say
+from planner.unended import of_record
 from presets.errors import PlanError
 
 if TYPE_CHECKING:
@@ -40,32 +41,7 @@ def ended(folder: Path, job: Job, record: RunRecord | None, code: int) -> None:
 
 def remember(record: RunRecord, folder: Path) -> None:
     """The run in the history, as of when its record was written: told twice, it is the same entry."""
-    open_history(say).add_run(_of_record(record, folder))
-
-
-def settle(history: History) -> list[Path]:
-    """Take in runs whose trainer ended after its planner was killed, by their records: later estimates count them.
-
-    Returns:
-        The folders of runs that are training on this machine now.
-    """
-    from trainer.alive import still_there
-    from trainer.record import RunRecord
-
-    training = []
-    for run in history.unended_runs():
-        folder = Path(run.folder)
-        try:
-            if still_there(folder):
-                training.append(folder)
-                continue
-            written = (folder / "record.json").stat().st_mtime
-            # An older one is of the stop that this run went on from: the trainer removes it, but a moment later.
-            if written >= datetime.fromisoformat(run.ended_at).timestamp():
-                history.add_run(_of_record(RunRecord.read(folder / "record.json"), folder))
-        except (PlanError, OSError, ValueError, OverflowError):  # it was killed, or is gone, moved or damaged
-            continue
-    return training
+    open_history(say).add_run(of_record(record, folder))
 
 
 def as_they_stand(runs: Sequence[PastRun]) -> list[PastRun]:
@@ -80,7 +56,7 @@ def _as_it_stands(run: PastRun) -> PastRun:
     try:
         view = look_at(folder)
         if view.record is not None:
-            return _of_record(view.record, folder)
+            return of_record(view.record, folder)
     except (PlanError, OSError, ValueError):  # moved, removed or damaged
         return replace(run, status=UNKNOWN)
     if view.state in ("starting", "running"):
@@ -91,10 +67,6 @@ def _as_it_stands(run: PastRun) -> PastRun:
         ended_at=seen_at.isoformat(timespec="seconds"),
         status=KILLED if view.is_gone else view.state,
     )
-
-
-def _of_record(record: RunRecord, folder: Path) -> PastRun:
-    return PastRun.of(record, folder, datetime.fromtimestamp((folder / "record.json").stat().st_mtime).astimezone())
 
 
 def _add(folder: Path, job: Job, status: str) -> None:

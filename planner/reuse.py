@@ -69,8 +69,8 @@ def reuse(
     others that are gone now says nothing of the device as it is.
 
     Args:
-        look: the share of the device's time that others take just now, looked at for so many seconds at the least; None
-            where it is not known.
+        look: what others want of the device just now, looked at for so many seconds at the least: threads per core of a
+            CPU, the share of a GPU's time; None where it is not known.
     """
     wanted: dict[StepSignature, list[PlannedRow]] = {}
     for row in rows:
@@ -111,7 +111,6 @@ def _checked(
     first = next(iter(entries.values()))
     if any(entry.call != first.call for entry in entries.values()):
         raise _Unfit("the configurations were not measured together")
-    busier = _company(list(entries.values()), look, on_cpu=next(iter(wanted)).device == "cpu")
     verdicts: list[RowVerdict] = []
     notes: list[str] = []
     warnings: list[str] = []
@@ -132,6 +131,8 @@ def _checked(
                 if not row.is_reference:
                     _check_fixed(entry.measurement, row, data)
                     notes += _memory_note(cached, extremes)
+    # Last: it takes a tenth of a second.
+    busier = _company(list(entries.values()), look, on_cpu=next(iter(wanted)).device == "cpu")
     return Reused(
         measurements=Measurements(
             strata=first.strata,

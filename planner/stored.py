@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -74,7 +73,6 @@ def keep(
     """Store what was measured, under a key of step signature, disk and data; what failed is left to be tried again."""
     contents, of_data = {}, made.of_data(data)
     works = works or Works(data)
-    call = found.call or uuid.uuid4().hex
     for measurement in found.measurements:
         members = [row for row in rows if StepSignature.of(row.job) == measurement.signature]
         others = {row.name for row in rows} - {row.name for row in members}
@@ -92,7 +90,7 @@ def keep(
         shares = [works.supervised_share(row.plan) for row in timed_rows or members]
         entry = CachedMeasurement(
             measured_at=now.astimezone(UTC).isoformat(timespec="seconds"),
-            call=call,
+            call=found.call,
             budget_seconds=asked.budget_seconds,
             precision_target=asked.precision_target,
             free_bytes=made.facts.free_bytes,

@@ -6,15 +6,17 @@ import contextlib
 import json
 import sqlite3
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import fakes
+import numpy as np
 
 from planner.candidates import MeasureSettings
 from planner.compare import Comparison, compare
+from planner.estimate import HEAP_GROWTH
 from planner.hardware import DeviceFacts
 from planner.history import (
     FILE_NAME,
@@ -26,6 +28,7 @@ from presets.env import read_settings
 from trainer.tokens import TokenizedDataset
 
 NOW = datetime(2026, 11, 23, 10, 0, tzinfo=UTC)
+DISK = "a disk"
 FACTS = DeviceFacts(
     name="a processor", kind="cpu", memory_bytes=16 << 30, free_bytes=8 << 30, driver="1.0", torch_version="2.13.0"
 )
@@ -121,3 +124,15 @@ def forget_company(home: Path) -> None:
             for one in found["measurement"]["rounds"]:
                 one["conditions"] = None
             database.execute("UPDATE measurements SET content = ? WHERE key = ?", (json.dumps(found), key))
+
+
+def learnt_from(share: float) -> TokenizedDataset:
+    """400 examples of 100 tokens, of which this share are learnt from; of the first all, so that logits fit."""
+    data = fakes.make_data(np.full(400, 100))
+    at = np.arange(len(data.token_ids))
+    return replace(data, supervised=(at % 100 >= 100 - round(100 * share)) | (at < 100))
+
+
+def peak_of(tokens: int) -> int:
+    """Bytes that are shown where the device took a MiB a token and the heap of a run grows on."""
+    return round(HEAP_GROWTH * (tokens << 20))

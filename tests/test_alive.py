@@ -29,6 +29,7 @@ from planner.history import RUNNING, History
 from planner.launch import open_to_write
 from planner.past import accuracy
 from planner.run_view import look_at
+from planner.unended import settle
 from planner.watch import lines_of
 from presets.errors import RunError
 from trainer import alive
@@ -268,7 +269,7 @@ def test_a_run_is_in_the_history_from_its_start_and_one_that_was_killed_stays_th
 ) -> None:
     remember.begun(folder, look_at(folder).job)
     assert listed(folder)[0] == "running"
-    assert remember.settle(History()) == [folder], "it trains beside what is measured"
+    assert settle(History()) == [folder], "it trains beside what is measured"
     assert History().runs()[0].status == RUNNING, "it has not ended"
     table = CliRunner().invoke(cli, ["history"]).stdout.splitlines()[-1].split()
     assert (table[0], table[-1]) == ("–", "running")
@@ -302,15 +303,15 @@ def test_a_run_whose_plan_was_ended_before_it_is_listed_by_its_record(folder: Pa
     (one,) = remember.as_they_stand(History().runs())
     assert (one.status, one.actual_seconds) == ("finished", 120.0)
     assert History().runs()[0].status == RUNNING, "looking at it writes nothing"
-    remember.settle(History())  # an estimate does: the run is to correct it
+    settle(History())  # an estimate does: the run is to correct it
     (stored,) = History().runs()
     assert (stored.status, stored.actual_seconds, stored.not_counted) == ("finished", 120.0, None)
     remember.begun(folder, look_at(folder).job)  # it goes on from there: what lies there is of the stop before
     os.utime(folder / "record.json", (time.time() - 60,) * 2)
-    remember.settle(History())
+    settle(History())
     assert History().runs()[0].status == RUNNING
     (folder / "record.json").unlink()
-    remember.settle(History())
+    settle(History())
     assert History().runs()[0].status == RUNNING, "killed: there is nothing to take in"
     (folder / "job.json").unlink()
     assert listed(folder)[0] == UNKNOWN

@@ -89,27 +89,36 @@ def own_cpu_seconds() -> float:
     return seconds
 
 
-class _Since:
-    """What was taken from a moment on."""
+class Since:
+    """What was taken of the CPU's time from a moment on."""
 
     def __init__(self) -> None:
         self.begun = time.monotonic()
         self._own = own_cpu_seconds()
         self._before = machine_seconds()
 
-    def share(self) -> float | None:
+    def taken(self) -> tuple[float, float] | None:
+        """Shares: by the host, and by others than this process and its children; None where nothing can be read."""
         after, own = machine_seconds(), own_cpu_seconds()
         if after is None or self._before is None or after.total <= self._before.total:
             return None
-        taken = (after.busy - self._before.busy) + (after.steal - self._before.steal)
-        return min(1.0, max(0.0, taken - max(0.0, own - self._own)) / (after.total - self._before.total))
+        total = after.total - self._before.total
+        steal = max(0.0, after.steal - self._before.steal)
+        # A child that ended since takes its seconds with it into our own count, so `own` never falls for long.
+        others = max(0.0, (after.busy - self._before.busy) - max(0.0, own - self._own))
+        return min(1.0, steal / total), min(1.0, others / total)
+
+    def share(self) -> float | None:
+        """Both together."""
+        taken = self.taken()
+        return None if taken is None else min(1.0, sum(taken))
 
 
 class Company:
     """What others and the host take of the CPU's time, from when this is made on."""
 
     def __init__(self) -> None:
-        self._first = self._last = _Since()
+        self._first = self._last = Since()
 
     def share(self) -> float | None:
         """Of the CPU's time since then, 0 to 1; None where nothing can be read."""
@@ -125,7 +134,7 @@ class Company:
             least: seconds to look for, waited for where they are not yet over.
         """
         if time.monotonic() - self._last.begun > STALE:
-            self._last = _Since()
+            self._last = Since()
         running = []
         while True:
             running.append(runnable_threads())

@@ -19,6 +19,7 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
 _AT_ONCE = 1 << 22  # tokens
+PER_TOKEN = ("token_ids", "supervised")  # arrays that may hold one value for all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,7 +174,8 @@ class TokenizedDataset:
             if isinstance(array, Tails):
                 np.save(folder / "tails.npy", array.counts, allow_pickle=False)
             elif array is not None:
-                written = array[0] if array.strides == (0,) and len(array) else array
+                is_one = name in PER_TOKEN and array.strides == (0,) and len(array)
+                written = array[0] if is_one else array
                 np.save(folder / f"{name}.npy", written, allow_pickle=False)
         self.save_beginnings(folder)
         (folder / "report.json").write_text(jsonio.to_json(self.report), encoding="utf-8")
@@ -199,7 +201,7 @@ class TokenizedDataset:
             }
             if (folder / "tails.npy").exists():
                 arrays["supervised"] = Tails(arrays["offsets"], np.load(folder / "tails.npy", allow_pickle=False))
-            for name in ("token_ids", "supervised"):
+            for name in PER_TOKEN:
                 if getattr(arrays[name], "ndim", 1) == 0:
                     arrays[name] = np.broadcast_to(arrays[name], (int(arrays["offsets"][-1]),))
             report = jsonio.from_json(
